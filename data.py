@@ -1,0 +1,259 @@
+"""Options, shards, batches and augmentation: everything between the prepared files and the model.
+
+    data/medverse/<source>/00000.npy ...   uint8 (n, S, S, c), written by prepare_medverse.py
+    data/medverse/<source>/meta.json       its modality, counts and normalization
+
+Letters: B images of a batch, S stored side in pixels, c channels as stored (1 or 3).
+"""
+import argparse
+import dataclasses
+import functools
+import inspect
+import json
+import math
+import os
+import re
+import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # ImageNet's, as MAE and the paper (C.2.1) use them
+
+def boolean(text):
+    """'true', 'yes', '1' or 'false', 'no', '0' -> bool; anything else is a ValueError."""
+    return bool(('false', 'no', '0', 'true', 'yes', '1').index(text.lower()) // 3)
+
+def parse_options(defaults):
+    """Set the fields of the dataclass instance `defaults` from the command line: --name value, --name=value, --flag.
+
+    The help of an option is the comment beside its field. Unknown names and values of the wrong type end the program
+    with one sentence and exit code 2. Returns a new instance.
+    """
+    cls = type(defaults)
+    comments = dict(re.findall(r'^    (\w+): .*?  # (.*)$', inspect.getsource(cls), re.M))
+    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(cls):
+        default = getattr(defaults, field.name)
+        kind = dict(type=boolean, nargs='?', const=True) if field.type is bool else dict(type=field.type)
+        text = f'{comments.get(field.name, "")} (default: {default})'.replace('%', '%%')
+        parser.add_argument('--' + field.name, default=default, metavar=field.type.__name__.upper(), help=text, **kind)
+    return cls(**vars(parser.parse_args()))
+
+class Shards:
+    """The images of all prepared sources below a folder, numbered through; the tail of each source is for validation.
+
+    Files are mapped into memory, never read whole, and only when first touched, so after a fork.
+    """
+    def __init__(self, folder, val_share=0.05, val_most=200):
+        folder = Path(folder)
+        metas = sorted(folder.glob('*/meta.json'))
+        if not metas:
+            raise SystemExit(f'{folder}: no prepared images here; make some with: python prepare_medverse.py --raw RAW --out {folder}'
+                             ' (or try: python pretrain.py --demo)')
+        self.files, self.modalities, counts, modality, train, val = [], [], [], [], [], []
+        for meta_path in metas:
+            meta = json.loads(meta_path.read_text())
+            first = sum(counts)
+            for path in sorted(meta_path.parent.glob('*.npy')):
+                counts.append(self.read_header(path)[0])
+                self.files.append(path)
+            count = sum(counts) - first
+            if count != meta['count']:
+                raise SystemExit(f'{meta_path.parent}: its shards hold {count} images but meta.json says {meta["count"]}; '
+                                 'delete this folder and prepare the source again')
+            if meta['modality'] not in self.modalities:
+                self.modalities.append(meta['modality'])
+            modality.append(np.full(count, self.modalities.index(meta['modality']), np.int16))
+            held_out = min(val_most, max(int(count * val_share), 1)) if count > 1 else 0
+            train.append(np.arange(first, first + count - held_out, dtype=np.int32))
+            val.append(np.arange(first + count - held_out, first + count, dtype=np.int32))
+        sides = {self.read_header(path)[1] for path in self.files}
+        if len(sides) != 1:
+            raise SystemExit(f'{folder}: sources of different sizes, {sorted(sides)} pixels; prepare them with one --size')
+        self.side = sides.pop()
+        self.starts = np.cumsum([0] + counts)           # shard s holds the images starts[s] ... starts[s + 1] - 1
+        self.modality = np.concatenate(modality)        # (images,) index into self.modalities
+        self.train, self.val = np.concatenate(train), np.concatenate(val)
+
+    @staticmethod
+    @functools.cache
+    def read_header(path):
+        """(n, S, c) of one shard, from its header and its length."""
+        try:
+            n, height, width, channels = np.load(path, mmap_mode='r').shape
+        except (ValueError, OSError, EOFError) as error:
+            raise SystemExit(f'{path}: this shard is damaged or cut short ({error}); delete its folder and prepare the source again')
+        return n, height, channels
+
+    @functools.lru_cache(1024)      # open files
+    def open(self, shard):
+        """One shard's memory map, a descriptor of its file and the offset of its first image."""
+        array = np.load(self.files[shard], mmap_mode='r')
+        return array, os.open(self.files[shard], os.O_RDONLY), array.offset
+
+    def gather(self, ids):
+        """Images (numbers, sorted) -> [(positions in ids, uint8 tensor (n, S, S, c))], one pair for each c.
+
+        All their ranges are announced to the system before the first is read: it then fetches cold pages together
+        instead of one after the other.
+        """
+        shards = np.searchsorted(self.starts, ids, side='right') - 1
+        rows = ids - self.starts[shards]
+        for shard, row in zip(shards.tolist(), rows.tolist()):
+            if hasattr(os, 'posix_fadvise'):
+                array, file, offset = self.open(shard)
+                size = array.strides[0]
+                os.posix_fadvise(file, offset + row * size, size, os.POSIX_FADV_WILLNEED)
+        groups = {}
+        for shard in np.unique(shards).tolist():
+            array, where = self.open(shard)[0], np.flatnonzero(shards == shard)
+            groups.setdefault(array.shape[3], []).append((where, array[rows[where]]))
+        return [(torch.from_numpy(np.concatenate([where for where, _ in parts])),
+                 torch.from_numpy(np.concatenate([images for _, images in parts]))) for parts in groups.values()]
+
+    def plan(self, seed, number, batch, rank, world, steps_in_epoch):
+        """The images of one rank's micro-batch `number`, sorted: a slice of the epoch's permutation.
+
+        It follows from its arguments alone, so a resumed run goes on with the same images, and no image comes twice in
+        an epoch over all ranks.
+        """
+        epoch, slot = divmod(number, steps_in_epoch)
+        first = (slot * world + rank) * batch
+        return np.sort(self.permutation(seed, epoch)[first:first + batch])
+
+    @functools.lru_cache(2)
+    def permutation(self, seed, epoch):
+        return np.random.default_rng((seed, epoch)).permutation(self.train)
+
+def prefetch(load, numbers, pin=False, threads=2, ahead=4):
+    """Yield load(number) for each of `numbers` in order, while threads prepare the next `ahead` of them.
+
+    Threads, not processes: gathering from a memory map is one copy, during which numpy releases the lock.
+    """
+    def job(number):
+        groups = load(number)
+        return [(where.pin_memory(), images.pin_memory()) for where, images in groups] if pin else groups
+
+    pool, queue = ThreadPoolExecutor(threads), deque()
+    try:
+        for number in numbers:
+            queue.append(pool.submit(job, number))
+            if len(queue) > ahead:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+def to_device(groups, device):
+    """[(positions, uint8 (n, S, S, c))] -> uint8 (B, 3, S, S) on the device; grey fills the three channels there."""
+    side = groups[0][1].shape[1]
+    images = torch.empty(sum(len(where) for where, _ in groups), 3, side, side, dtype=torch.uint8, device=device)
+    for where, part in groups:
+        part = part.to(device, non_blocking=True).permute(0, 3, 1, 2)
+        images[where.to(device, non_blocking=True)] = part.expand(-1, 3, -1, -1)
+    return images
+
+def matrices(u, w, h, degrees=15):
+    """Flip, rotation and crop as one matrix (count, 2, 3) from output to input coordinates in [-1, 1].
+
+    u (4, count) uniform draws; w, h (count,) sides of the crop, 1 for the whole image; the crop lies anywhere inside.
+    """
+    x, y = (2 * u[0] - 1) * (1 - w), (2 * u[1] - 1) * (1 - h)           # centre of the crop
+    angle = (2 * u[2] - 1) * math.radians(degrees)
+    flip, cos, sin = torch.where(u[3] < 0.5, -1.0, 1.0), angle.cos(), angle.sin()
+    rows = [flip * cos * w, -flip * sin * h, flip * (cos * x - sin * y), sin * w, cos * h, sin * x + cos * y]
+    return torch.stack(rows, 1).view(-1, 2, 3)
+
+def draw_views(count, zoom, device):
+    """Matrices of random horizontal flips, rotations of up to 15 degrees and resized crops (area 0.2 to 1, aspect 3/4 to
+    4/3). zoom is output side / stored side; a crop has at least half of the output's own pixels."""
+    u = torch.rand(6, count, device=device)
+    smallest = min(max(0.2, 0.5 * zoom ** 2), 1)
+    area, aspect = smallest + (1 - smallest) * u[4], torch.exp((2 * u[5] - 1) * math.log(4 / 3))
+    return matrices(u, (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1))
+
+def views(images, size, where):
+    """Sample uint8 images (B, 3, S, S) through matrices (B, 2, 3) -> float (B, 3, size, size) in [0, 1]."""
+    # on a CPU in chunks of 4: whole batches would fault in tens of megabytes of temporaries at each step
+    chunk = 4 if images.device.type == 'cpu' else len(images)
+    out = []
+    for part, matrix in zip(images.split(chunk), where.split(chunk)):
+        part = part.float() / 255
+        while part.shape[-1] > 2 * size:        # bilinear sampling alone would skip pixels
+            part = F.avg_pool2d(part, 2)
+        out.append(F.grid_sample(part, F.affine_grid(matrix, (len(part), 3, size, size), align_corners=False), align_corners=False))
+    return torch.cat(out)
+
+@functools.cache        # made once for a device: making them anew would have the host wait for it
+def scale(device):
+    return [torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD)]
+
+def normalize(images):
+    """(B, 3, S, S) in [0, 1] -> z-scores by ImageNet's mean and deviation."""
+    mean, std = scale(images.device)
+    return (images - mean) / std
+
+def denormalize(images):
+    """Inverse of normalize."""
+    mean, std = scale(images.device)
+    return images * std + mean
+
+def augment(images, size):
+    """uint8 (B, 3, S, S) -> normalised random views (B, 3, size, size); nearly black ones are drawn again, three times."""
+    zoom, stride = size / images.shape[-1], max(images.shape[-1] // 32, 1)
+    where = draw_views(len(images), zoom, images.device)
+    for _ in range(3):      # judged on 16 x 16 samples of every few pixels, and without asking the host
+        black = views(images[..., ::stride, ::stride], 16, where).mean((1, 2, 3)) < 0.02
+        where = torch.where(black[:, None, None], draw_views(len(images), zoom, images.device), where)
+    return normalize(views(images, size, where))
+
+def center(images, size):
+    """uint8 (B, 3, S, S) -> the whole images, normalised, (B, 3, size, size)."""
+    return normalize(views(images, size, torch.eye(2, 3, device=images.device).expand(len(images), 2, 3)))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labelled tasks
+
+class Task:
+    """A labelled task in the layout of prepare_medverse.py --task: images and masks or labels of three splits."""
+    def __init__(self, folder):
+        try:
+            self.meta = json.loads((folder / 'meta.json').read_text())
+            load = functools.partial(np.load, mmap_mode='r')
+            self.segments, self.classes = self.meta['kind'] == 'segmentation', self.meta['classes']
+            self.images = {split: load(folder / split / 'images.npy') for split in ('train', 'val', 'test')}
+            self.targets = {split: load(folder / split / ('masks.npy' if self.segments else 'labels.npy')) for split in self.images}
+        except FileNotFoundError as error:
+            raise SystemExit(f'{error.filename}: there is no such file; prepare the task with: python prepare_medverse.py --task NAME --raw FOLDER')
+        except (ValueError, KeyError, EOFError) as error:
+            raise SystemExit(f'{folder}: this task is damaged or cut short ({error}); delete it and prepare it again')
+        for split in ('train', 'test'):
+            if not len(self.images[split]):
+                raise SystemExit(f'{folder}: its {split} split is empty; prepare the task again with images for it')
+        self.side = self.images['train'].shape[1]
+
+    def gather(self, split, ids):
+        """[(positions, uint8 images (n, S, S, c)), masks (n, S, S) or labels (n,) as int64]."""
+        return [(torch.arange(len(ids)), torch.from_numpy(self.images[split][ids])), torch.from_numpy(self.targets[split][ids].astype(np.int64))]
+
+def augment_labelled(images, targets, size):
+    """Random flip, rotation of up to 15 degrees, zoom of up to 1.25, brightness and contrast within 20%: uint8 (B, 3, S, S)
+    and masks (B, S, S) or labels (B,) -> normalised (B, 3, size, size) and the same view of the masks, by nearest neighbour."""
+    u = torch.rand(7, len(images), device=images.device)
+    zoom = 1 - 0.2 * u[4]
+    where = matrices(u, zoom, zoom)
+    contrast, brightness = (0.8 + 0.4 * u[5:])[:, :, None, None, None]
+    views_of = views(images, size, where)
+    mean = views_of.mean((1, 2, 3), keepdim=True)
+    views_of = ((views_of - mean) * contrast + mean * brightness).clamp(0, 1)
+    if targets.dim() == 3:      # float32 holds class numbers exactly
+        grid = F.affine_grid(where, (len(images), 1, size, size), align_corners=False)
+        targets = F.grid_sample(targets[:, None].float(), grid, mode='nearest', align_corners=False)[:, 0].long()
+    return normalize(views_of), targets

@@ -1,0 +1,377 @@
+"""The Director-Experts (DEX) vision transformer and its masked autoencoder, from the paper's equations.
+
+A ViT whose every MLP is replaced by a DEX module: R expert MLPs, of which a gate activates K for the whole image, and
+one director MLP that follows the experts' average and pulls them together. `Config(experts=0)` is the plain ViT.
+Parameter names are those of MAE and timm, so that published ViT checkpoints load without renaming.
+
+Letters, also the paper's: B images, N tokens (class token first), C width, H hidden width of an MLP, R experts,
+K activated experts, L layers, P pixels of a patch's side, M routed units (B images, or B*N tokens if routing='token').
+"""
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SIZES = {  # encoder, then the masked autoencoder's decoder; base to huge as in MAE, tiny and small as in DeiT
+    'tiny':  dict(width=192,  depth=12, heads=3,  decoder_width=128, decoder_depth=2, decoder_heads=4),
+    'small': dict(width=384,  depth=12, heads=6,  decoder_width=256, decoder_depth=4, decoder_heads=8),
+    'base':  dict(width=768,  depth=12, heads=12, decoder_width=512, decoder_depth=8, decoder_heads=16),
+    'large': dict(width=1024, depth=24, heads=16, decoder_width=512, decoder_depth=8, decoder_heads=16),
+    'huge':  dict(width=1280, depth=32, heads=16, decoder_width=512, decoder_depth=8, decoder_heads=16),
+}
+
+@dataclass
+class Config:
+    """Architecture of a network; the defaults are the paper's DEX-B at 256 pixels."""
+    size: int = 256             # side of the input image in pixels
+    patch: int = 16             # side P of a patch in pixels
+    width: int = 768            # C
+    depth: int = 12             # L
+    heads: int = 12
+    experts: int = 8            # R; 0 is the plain ViT
+    top_k: int = 2              # K
+    routing: str = 'image'      # 'image': one choice for all tokens (the paper's); 'token': one for each (its Fig. 8)
+    mask_ratio: float = 0.75    # share of the patches that the masked autoencoder hides
+    decoder_width: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+
+    def __post_init__(self):
+        if self.size % self.patch:
+            raise ValueError(f'images of {self.size} pixels do not divide into patches of {self.patch}')
+        if self.experts and not 1 <= self.top_k <= self.experts:
+            raise ValueError(f'top_k {self.top_k} must lie between 1 and the {self.experts} experts')
+        if self.routing not in ('image', 'token'):
+            raise ValueError(f"routing '{self.routing}' must be 'image' or 'token'")
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)      # 3 of (B, heads, N, C/heads)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+class MLP(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+class StackedLinear(nn.Module):
+    """The weights (R, out, in) and biases (R, out) of R linear layers; every one is some rank's to train in every step."""
+    def __init__(self, count, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(count, outputs))
+
+    def grouped(self, x, expert, ends):
+        """x (M, N, in) sorted by expert -> (M, N, out) in one kernel: the group sizes stay on the device, no host waits."""
+        rows = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=(ends * x.shape[1]).int())
+        return rows.unflatten(0, x.shape[:2]) + self.bias.to(x.dtype)[expert, None]
+
+class Experts(nn.Module):
+    """R MLPs with their parameters stacked: one tensor a layer, so DDP, AdamW and GEMA see four tensors, not 4 R."""
+    def __init__(self, width, hidden, count):
+        super().__init__()
+        self.fc1 = StackedLinear(count, width, hidden)
+        self.fc2 = StackedLinear(count, hidden, width)
+
+    def forward(self, x, expert):
+        """Apply to x (M, N, C), sorted by expert, the MLPs number `expert` (M,) -> (M, N, C)."""
+        ends = torch.searchsorted(expert, torch.arange(len(self.fc1.weight), device=x.device), right=True)     # (R,)
+        if x.is_cuda and torch.is_autocast_enabled('cuda'):     # autocast does not know grouped_mm: cast by hand
+            x = x.to(torch.get_autocast_dtype('cuda'))
+            return self.fc2.grouped(F.gelu(self.fc1.grouped(x, expert, ends)), expert, ends)
+        # unbind, not weight[r]: indexing would build a zero gradient of the whole stack for each expert
+        layers = zip(*(p.unbind(0) for p in (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)))
+        groups = x.tensor_split(ends[:-1].tolist())
+        return torch.cat([F.linear(F.gelu(F.linear(rows, w1, b1)), w2, b2) for rows, (w1, b1, w2, b2) in zip(groups, layers)])
+
+class Routing(NamedTuple):
+    """What a DEX module decided; a network stacks its layers' along a first axis L."""
+    co: torch.Tensor        # () alignment loss
+    scores: torch.Tensor    # (M, R) softmax scores s, with gradient
+    chosen: torch.Tensor    # (M, R) 1 where the expert is activated, else 0: I of Eq. 18
+    weights: torch.Tensor   # (M, R) omega of Eq. 5, 0 where not activated
+
+class DEX(nn.Module):
+    """Director-Experts module (Sec. 3.2, 3.3): the K best experts for each image, mixed; a director that follows them."""
+    def __init__(self, width, experts, top_k, routing):
+        super().__init__()
+        self.top_k, self.routing = top_k, routing
+        self.gate = nn.Linear(width, experts, bias=False)                  # pi of Eq. 2
+        self.experts = Experts(width, 4 * width, experts)
+        self.director = MLP(width, 4 * width).requires_grad_(False)        # moved by GEMA alone
+        self.register_buffer('usage', torch.full((experts,), 1 / experts))     # c of Eq. 20
+
+    def pairs(self):
+        """The director's parameters beside the experts' stacked ones."""
+        experts = dict(self.experts.named_parameters())
+        return [(parameter, experts[name]) for name, parameter in self.director.named_parameters()]
+
+    @torch.no_grad()
+    def copy_director(self):
+        """Make every expert the director. Averaging parameters (Eq. 7) means something only because the experts start
+        from one set of weights: MLPs initialised apart have no common order of hidden units."""
+        for director, experts in self.pairs():
+            experts.copy_(director.expand_as(experts))
+
+    def forward(self, x, sigma=None):
+        """x (B, N, C) -> (B, N, C) and, where the noise level sigma >= 0 is given, the Routing; None is plain inference."""
+        B, N, C = x.shape
+        units = x if self.routing == 'image' else x.reshape(B * N, 1, C)    # (M, N, C): a token is an image of one token
+        with torch.autocast(x.device.type, enabled=False):      # float32: in bf16, ties would change the top-K set
+            logits = self.gate(units[:, 0].float())             # (M, R), from the class token
+            if sigma is not None:       # Eq. 21: noise, shifted in favour of the experts that are seldom used
+                logits = logits + sigma * (torch.randn_like(logits) + 1 - self.usage / self.usage.sum())
+            scores = logits.softmax(-1)                         # s
+            top, chosen = scores.topk(self.top_k)               # (M, K)
+            weights = top / top.sum(-1, keepdim=True)           # omega of Eq. 5; with K = 1 it is 1: no gradient to the gate
+        expert, order = chosen.flatten().sort(stable=True)      # (M*K,) pairs of unit and expert, grouped by expert
+        unit = order // self.top_k
+        y = self.experts(units.index_select(0, unit), expert) * weights.flatten()[order, None, None]
+        y = torch.zeros_like(units, dtype=y.dtype).index_add(0, unit, y).view(B, N, C)      # f^E of Eq. 2 and 5
+        if sigma is None:
+            return y, None
+        with torch.no_grad():
+            target = self.director(x)                                                       # f^D
+        co = 1 - F.cosine_similarity(y.float(), target.float(), dim=-1).mean()              # Eq. 3 and 15
+        spread = [torch.zeros_like(scores).scatter(1, chosen, values) for values in (torch.ones_like(weights), weights)]
+        return y, Routing(co, scores, *spread)
+
+    @torch.no_grad()
+    def gema(self, usage, momentum, finite):
+        """Group exponential moving average. usage (R,) is the normalised sum of omega over the global batch, which is
+        Omega of Eq. 6 and c-hat of Eq. 19 alike; where `finite` (bool tensor) is False, nothing changes."""
+        usage = torch.where(finite, usage, self.usage)      # NaN times a weight of 0 would still be NaN
+        for director, experts in self.pairs():
+            average = (usage @ experts.flatten(1)).view_as(director)
+            director.lerp_(average, (1 - momentum) * finite)            # Eq. 7
+        self.usage.lerp_(usage, 0.01 * finite)                          # Eq. 20 with mu = 0.99
+
+class Block(nn.Module):
+    """Pre-norm transformer block; with experts, its MLP is a DEX module."""
+    def __init__(self, width, heads, experts=0, top_k=0, routing='image'):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        if experts:
+            self.dex = DEX(width, experts, top_k, routing)
+        else:
+            self.mlp = MLP(width, 4 * width)
+
+    def forward(self, x, sigma=None):
+        """x (B, N, C) -> (B, N, C), Routing or None."""
+        x = x + self.attn(self.norm1(x))
+        y, routing = self.dex(self.norm2(x), sigma) if hasattr(self, 'dex') else (self.mlp(self.norm2(x)), None)
+        return x + y, routing
+
+def sincos_positions(width, side):
+    """Fixed 2D sine-cosine positions of side x side patches, (1, 1 + side * side, width); zeros for the class token.
+
+    The first half of the channels encodes the column, the second the row, as in MAE.
+    """
+    omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(*[torch.arange(side, dtype=torch.float64)] * 2, indexing='ij')
+    angles = [axis.flatten()[:, None] * omega for axis in (column, row)]                # (side * side, width / 4) each
+    table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], 1)
+    return torch.cat([torch.zeros(1, width), table.float()])[None]
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch, width):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch, patch)
+
+    def forward(self, images):
+        return self.proj(images).flatten(2).mT      # (B, N-1, C)
+
+class ViT(nn.Module):
+    """Vision transformer with a DEX module, or where config.experts is 0 an MLP, in every block."""
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.patch_embed = PatchEmbed(c.patch, c.width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, c.width))
+        self.register_buffer('pos_embed', sincos_positions(c.width, c.size // c.patch))
+        self.blocks = nn.ModuleList(Block(c.width, c.heads, c.experts, c.top_k, c.routing) for _ in range(c.depth))
+        self.norm = nn.LayerNorm(c.width, eps=1e-6)
+        self.initialize()
+
+    def initialize(self):
+        """MAE's initialisation, then each director's copies (not before: they would not be copies any more)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))    # as the linear layer that it is
+        nn.init.normal_(self.cls_token, std=0.02)
+        for block in self.blocks:
+            if self.config.experts:
+                block.dex.copy_director()
+
+    def encode(self, x, sigma=None, taps=()):
+        """Patch tokens x (B, N-1, C) -> tokens (B, N, C), stacked Routing or None, outputs of the blocks in `taps`,
+        counted from one."""
+        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], 1)
+        routings, tapped = [], []
+        for number, block in enumerate(self.blocks, 1):
+            x, routing = block(x, sigma)
+            routings.append(routing)
+            if number in taps:
+                tapped.append(x)
+        routing = Routing(*map(torch.stack, zip(*routings))) if routings[0] is not None else None
+        return self.norm(x), routing, tapped
+
+    def forward(self, images, taps=()):
+        """images (B, 3, size, size), normalised -> tokens (B, N, C) and the outputs of the blocks in `taps`."""
+        x, _, tapped = self.encode(self.patch_embed(images) + self.pos_embed[:, 1:], taps=taps)
+        return x, tapped
+
+    def update_directors(self, usage, momentum, finite):
+        """GEMA in every layer, once after the optimizer's step; usage (L, R)."""
+        for block, row in zip(self.blocks, usage):
+            block.dex.gema(row, momentum, finite)
+
+class MAE(ViT):
+    """Masked autoencoder on a ViT: L_self of Eq. 8."""
+    def __init__(self, config):
+        super().__init__(config)
+        c = config
+        self.decoder_embed = nn.Linear(c.width, c.decoder_width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_width))
+        self.register_buffer('decoder_pos_embed', sincos_positions(c.decoder_width, c.size // c.patch))
+        self.decoder_blocks = nn.ModuleList(Block(c.decoder_width, c.decoder_heads) for _ in range(c.decoder_depth))
+        self.decoder_norm = nn.LayerNorm(c.decoder_width, eps=1e-6)
+        self.decoder_pred = nn.Linear(c.decoder_width, c.patch ** 2 * 3)
+        self.initialize()
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def patchify(self, images):
+        """(B, 3, S, S) -> (B, N-1, P * P * 3), rows of a patch first, colours last, as in MAE."""
+        P = self.config.patch
+        return images.unfold(2, P, P).unfold(3, P, P).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+
+    def unpatchify(self, patches):
+        """Inverse of patchify."""
+        P, side = self.config.patch, self.config.size // self.config.patch
+        return patches.unflatten(2, (P, P, 3)).unflatten(1, (side, side)).permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+    def targets(self, images):
+        """Patches with mean 0 and variance 1 each, their means and deviations. A constant patch (air) becomes zeros."""
+        patches = self.patchify(images.float())
+        var, mean = torch.var_mean(patches, -1, keepdim=True)
+        std = (var + 1e-6).sqrt()
+        return (patches - mean) / std, mean, std
+
+    def forward(self, images, sigma=0.0, noise=None):
+        """Hide patches, encode the others, predict the hidden.
+
+        images (B, 3, S, S); sigma the gate noise (Eq. 21), 0 for validation; noise (B, N-1) ranks the patches, the
+        lowest are kept. Returns L_self (the mean squared error of hidden patches, one number an image, (B,)), the
+        stacked Routing or None, the prediction (B, N-1, P * P * 3) and the mask (B, N-1), 1 where hidden.
+        """
+        x = self.patch_embed(images) + self.pos_embed[:, 1:]
+        noise = torch.rand(x.shape[:2], device=x.device) if noise is None else noise
+        order = noise.argsort(1)
+        restore = order.argsort(1)
+        keep = int(x.shape[1] * (1 - self.config.mask_ratio))
+        x = x.gather(1, order[:, :keep, None].expand(-1, -1, x.shape[2]))
+        x, routing, _ = self.encode(x, sigma)
+
+        x = self.decoder_embed(x)
+        hidden = self.mask_token.expand(len(x), order.shape[1] - keep, -1)
+        patches = torch.cat([x[:, 1:], hidden.to(x.dtype)], 1)
+        patches = patches.gather(1, restore[:, :, None].expand_as(patches))
+        x = torch.cat([x[:, :1], patches], 1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x, _ = block(x)
+        prediction = self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+        mask = (restore >= keep).float()
+        error = (prediction.float() - self.targets(images)[0]).square().mean(-1)        # (B, N-1)
+        return (error * mask).sum(1) / mask.sum(1), routing, prediction, mask
+
+def layer_losses(routing, load):
+    """(sum of alpha^l L_co^l, sum of L_bal^l) / L: the two layer sums of Eq. 8.
+
+    load (L, R) is the share of the global batch's images that activate each expert, so it sums to K: the second
+    factor of Eq. 18, which has no gradient.
+    """
+    L, _, R = routing.scores.shape
+    alpha = 1 / torch.arange(L, 0, -1, device=load.device)      # alpha^l = 1 / (L - (l - 1))
+    balance = R * (routing.scores.mean(1) * load).sum(1)        # Eq. 18, (L,)
+    return (alpha * routing.co).sum() / L, balance.sum() / L
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def read_checkpoint(path):
+    """Read a checkpoint of ours, of MAE or in timm's names: (state dict, Config or None, everything in the file).
+
+    Exits with a sentence that names the file where it is missing, damaged, or no checkpoint.
+    """
+    try:
+        file = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise SystemExit(f'{path}: there is no such checkpoint')
+    except Exception as error:      # torch raises a dozen types for a damaged zip or a pickle with code in it
+        raise SystemExit(f'{path}: not a readable checkpoint of plain tensors ({str(error).splitlines()[0][:80]})')
+    state = next((file[key] for key in ('model', 'state_dict') if isinstance(file, dict) and key in file), file)
+    if not isinstance(state, dict) or 'cls_token' not in state:
+        raise SystemExit(f'{path}: holds no ViT in the names of MAE and timm (no cls_token)')
+    return state, Config(**file['config']) if 'config' in file else None, file
+
+def resize_positions(positions, height, width):
+    """Positions (1, 1 + n, C) of a square grid -> (1, 1 + height * width, C); the class token's row is kept."""
+    side = round((positions.shape[1] - 1) ** 0.5)
+    if (side, side) == (height, width):
+        return positions
+    grid = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid.float(), size=(height, width), mode='bicubic', align_corners=False)
+    return torch.cat([positions[:, :1], grid.flatten(2).mT.to(positions.dtype)], 1)
+
+def load_weights(model, state, path):
+    """Put a state dict, read from `path`, into a ViT or MAE, with or without experts on either side.
+
+    Positions and patch kernels are resized. A plain MLP becomes the director and every expert; a director becomes a
+    plain MLP. Parts that this network has no place for are named in one printed line; anything else that is missing,
+    left over or of another shape ends the program with its names.
+    """
+    own, found, side = model.state_dict(), {}, model.config.size // model.config.patch
+    for name, value in state.items():
+        if '.mlp.' in name and name not in own:
+            for part in ('director', 'experts'):
+                twin = name.replace('.mlp.', f'.dex.{part}.')
+                found[twin] = value.expand_as(own[twin]) if twin in own else value
+            continue
+        if '.dex.director.' in name and name not in own:
+            name = name.replace('.dex.director.', '.mlp.')
+        if name.endswith('pos_embed') and name in own:
+            value = resize_positions(value, side, side)
+        if name == 'patch_embed.proj.weight' and value.shape[2] != model.config.patch:     # same response to a flat patch
+            gain = (value.shape[2] / model.config.patch) ** 2
+            value = gain * F.interpolate(value.float(), size=(model.config.patch,) * 2, mode='bicubic', antialias=True)
+        found[name] = value
+    optional = ('decoder', 'mask_token', 'head', 'fc_norm')
+    unwanted = [name for name in found if name not in own and (name.startswith(optional) or '.dex.' in name)]
+    new = [name for name in own if name not in found and name.endswith(('.gate.weight', '.usage'))]
+    troubles = (('it lacks', own.keys() - found.keys() - set(new)),
+                ('here is no place for', found.keys() - own.keys() - set(unwanted)),
+                ('of another shape is', [name for name in own if name in found and own[name].shape != found[name].shape]))
+    for what, names in troubles:
+        if names:
+            raise SystemExit(f'{path}: does not fit this network: {what} {", ".join(sorted(names))}')
+    model.load_state_dict({name: found.get(name, own[name]) for name in own})
+    parts = sorted({name.split('.')[3 if '.dex.' in name else 0] for name in unwanted})
+    print(f'{path}: loaded' + (f', without its {", ".join(parts)}' if parts else '') + (', with new gates' if new else ''))

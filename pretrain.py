@@ -1,0 +1,382 @@
+"""Pretrain a Director-Experts masked autoencoder on prepared images of many modalities.
+
+    python pretrain.py --demo                           phantoms and a small model, minutes on a laptop's CPU
+    python pretrain.py --model tiny --size 128 --batch 32 --device cpu
+    torchrun --nproc_per_node=2 pretrain.py             the paper's run, on two GPUs
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py     on each of two machines
+
+Writes to --out: config.json, log.jsonl (one object a line), ckpt.pt, recon.png, experts.png. Ctrl-C and SIGTERM save
+first; the same command with --resume goes on from there as if nothing had happened.
+"""
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+from model import MAE, SIZES, Config, layer_losses, load_weights, read_checkpoint
+
+@dataclass
+class Options:
+    # files
+    data: str = 'data/medverse'     # folder of prepared sources
+    out: str = 'out/pretrain'       # folder of this run
+    init: str = ''                  # checkpoint to start from: ours, MAE's or timm's; empty: from scratch
+    resume: bool = False            # continue from out's checkpoint; start fresh where there is none
+    overwrite: bool = False         # start anew although out holds a run
+    demo: bool = False              # make phantoms if there are none, and train a small model on them
+    # model
+    model: str = 'base'             # tiny, small, base, large or huge
+    depth: int = 0                  # blocks of the encoder; 0: as the model has
+    size: int = 256                 # side of the training images in pixels
+    patch: int = 16                 # side of a patch in pixels
+    experts: int = 8                # R experts in every block; 0: the plain masked autoencoder
+    top_k: int = 2                  # K experts activated for an image
+    routing: str = 'image'          # image: one choice for the whole image; token: one for each token
+    mask_ratio: float = 0.75        # share of hidden patches
+    # optimization (Appendix C.2.1 and the published supplement)
+    batch: int = 224                # images per process and micro-batch
+    accumulate: int = 1             # micro-batches per optimizer step
+    epochs: int = 100               # passes over the training images
+    steps: int = 0                  # optimizer steps; 0: as the epochs give
+    warmup: float = 0.1             # share of the steps in which the learning rate rises
+    lr: float = 1e-4                # peak learning rate for a global batch of 512; scales with the batch
+    weight_decay: float = 1e-6      # on weight matrices only
+    clip: float = 1.0               # largest norm of the gradient
+    # DEX
+    co: float = 0.1                 # weight of the alignment loss (Eq. 8)
+    balance: float = 0.001          # weight of the balance loss at the start (Eq. 8), cosine to 0
+    momentum: float = 0.99          # of the directors at the start (Eq. 7), cosine to 1
+    sigma: float = 1.0              # deviation of the gate noise at the start (Eq. 21), cosine to 0
+    # machine
+    device: str = ''                # cpu, cuda or mps; empty: the best there is
+    seed: int = 0                   # of weights, order, augmentation, masks and noise
+    bf16: bool = True               # bfloat16 autocast, on CUDA only
+    compile: bool = True            # torch.compile, on CUDA only
+    # looking after it
+    log_every: int = 10             # steps between lines of log.jsonl
+    val_every: int = 0              # steps between validations; 0: ten a run
+    val_share: float = 0.05         # share of each source held out for validation (its tail, at most 200 images)
+    save_minutes: float = 15.0      # between checkpoints
+
+DEMO = dict(data='data/phantoms-64', out='out/demo', model='tiny', depth=6, size=64, patch=8, batch=64, steps=600,
+            lr=8e-3, val_share=0.2, val_every=100)
+
+def cosine(start, end, progress):
+    """Half a cosine from `start` at progress 0 to `end` at 1."""
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+def seed_step(seed, step, rank):
+    """Every draw of a step (augmentation, mask, gate noise) follows from these three numbers alone."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
+
+def setup(kind):
+    """Join torchrun's processes if there are any: (rank, world size, rank on this machine, device). kind: '' is the best."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    kind = kind or ('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
+    if kind == 'cuda':
+        torch.cuda.set_device(local)
+        torch.set_float32_matmul_precision('high')
+    if world > 1:
+        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
+    return rank, world, local, torch.device(kind, local) if kind == 'cuda' else torch.device(kind)
+
+def claim(checkpoint, o):
+    """Refuse to write over another run's checkpoint unasked."""
+    if checkpoint.exists() and not (o.resume or o.overwrite):
+        raise SystemExit(f'{checkpoint}: this folder holds a run already; go on with --resume, start anew with --overwrite, '
+                         'or choose another --out')
+
+def make_optimizer(model, lr, weight_decay):
+    """AdamW with decay on weight matrices and kernels; none on norms, biases and tokens, told apart by name
+    (stacked expert biases are two-dimensional)."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    decayed = {name for name in trained if name.endswith('.weight') and 'norm' not in name}
+    groups = [dict(params=[p for name, p in trained.items() if (name in decayed) == decay], weight_decay=weight_decay * decay)
+              for decay in (True, False)]
+    assert sum(len(group['params']) for group in groups) == len(trained)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
+
+def save(path, **content):
+    """Write a checkpoint beside the old one, then move it into place: at any moment there is a whole one."""
+    new = path.with_suffix('.new')
+    try:
+        torch.save(content, new)
+        os.replace(new, path)
+    except (OSError, RuntimeError) as error:
+        new.unlink(missing_ok=True)
+        raise SystemExit(f'{path}: could not be saved ({str(error).splitlines()[0]}); the checkpoint before it, if any, is '
+                         'untouched: make room and go on with --resume')
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation and pictures
+
+def mutual_information(counts):
+    """Mutual information in bits between row and column of a table of counts (D, R), and its maximum, the smaller of
+    the rows' entropy and log2 R. 0: experts ignore the modality; the maximum: they tell as much of it as they can."""
+    joint = counts.double() / counts.sum()
+    rows, columns = joint.sum(1, keepdim=True), joint.sum(0, keepdim=True)
+    bits = torch.xlogy(joint, joint / (rows * columns)).nan_to_num(0).sum() / math.log(2)
+    return bits.item(), min(-torch.xlogy(rows, rows).sum().item() / math.log(2), math.log2(counts.shape[1]))
+
+def mask_noise(shards, o):
+    """One fixed draw (images, N - 1) for the held-out images, so that each has the same mask at every validation."""
+    return torch.rand(len(shards.val), (o.size // o.patch) ** 2, generator=torch.Generator().manual_seed(o.seed))
+
+@torch.no_grad()
+def validate(model, shards, o, rank, world, device, autocast):
+    """L_self per modality (D,) on the whole held-out images, and the experts' use by D modalities, without gate noise:
+    first choices (L, D, R) as counts and activation weights (L, D, R) as means (both None without experts)."""
+    L, R, noise = model.config.depth, model.config.experts, mask_noise(shards, o)
+    total = torch.zeros(len(shards.modalities), 2 + 2 * L * R, device=device)      # images, L_self, first choices, weights
+    mine = np.arange(rank, len(shards.val), world)
+    pieces = np.array_split(mine, math.ceil(len(mine) / o.batch)) if len(mine) else []
+    for piece, groups in zip(pieces, data.prefetch(lambda piece: shards.gather(shards.val[piece]), pieces)):
+        images = data.center(data.to_device(groups, device), o.size)
+        with autocast:
+            losses, routing, _, _ = model(images, 0.0, noise[torch.from_numpy(piece)].to(device))
+        rows = [torch.ones_like(losses)[:, None], losses[:, None]]
+        if routing is not None:
+            first = torch.zeros_like(routing.weights).scatter(2, routing.weights.argmax(2, keepdim=True), 1)
+            rows += [use.unflatten(1, (len(images), -1)).mean(2).transpose(0, 1).flatten(1) for use in (first, routing.weights)]
+        total.index_add_(0, torch.from_numpy(shards.modality[shards.val[piece]]).long().to(device), torch.cat(rows, 1))
+    if world > 1:
+        dist.all_reduce(total)
+    total = total.cpu()
+    first, weights = total[:, 2:].unflatten(1, (2, L, R)).permute(1, 2, 0, 3) if R else (None, None)
+    return total[:, 1] / total[:, 0], first, weights / total[:, 0, None] if R else None
+
+@torch.no_grad()
+def draw_reconstructions(path, model, shards, o, device):
+    """recon.png: of one held-out image a modality the image, what the encoder sees, and the prediction in place of what it
+    does not see, with the per-patch normalization undone (so a patch's mean and contrast come from the truth)."""
+    modality = shards.modality[shards.val]
+    picks = np.array([np.flatnonzero(modality == d)[(modality == d).sum() // 2] for d in range(len(shards.modalities))])
+    images = data.center(data.to_device(shards.gather(shards.val[picks]), device), o.size)
+    _, _, prediction, mask = model(images, 0.0, mask_noise(shards, o)[torch.from_numpy(picks)].to(device))
+    _, mean, std = model.targets(images)
+    hidden = model.unpatchify(mask[:, :, None].expand_as(prediction))
+    seen = data.denormalize(images).clamp(0, 1)
+    guess = data.denormalize(model.unpatchify(prediction * std + mean)).clamp(0, 1)
+    rows = [seen, torch.where(hidden > 0, 0.5, seen), torch.where(hidden > 0, guess, seen)]
+    zoom = max(1, 128 // o.size)
+    pixels = torch.cat([torch.cat(list(row), 2) for row in rows], 1).mul(255).byte().permute(1, 2, 0).cpu().numpy()
+    pixels = np.pad(pixels.repeat(zoom, 0).repeat(zoom, 1), ((16, 0), (0, 0), (0, 0)), constant_values=255)
+    picture = Image.fromarray(pixels)
+    for d, name in enumerate(shards.modalities):
+        ImageDraw.Draw(picture).text((d * o.size * zoom + 4, 2), name, fill='black')
+    picture.save(path)
+
+def draw_experts(path, weights, modalities, bits):
+    """experts.png (Fig. 9): for each layer a table, modality by expert, of mean activation weights (L, D, R), blue = 1."""
+    (L, D, R), cell, left, top = weights.shape, 16, 80, 34
+    across = min(L, 4)
+    width, height = left + R * cell, top + D * cell
+    picture = Image.new('RGB', (width * across + 10, height * math.ceil(L / across) + 10), 'white')
+    draw = ImageDraw.Draw(picture)
+    for layer, table in enumerate(weights.tolist()):
+        x0, y0 = width * (layer % across) + left, height * (layer // across) + top
+        draw.text((x0, y0 - 30), f'layer {layer + 1}: {bits[layer]:.2f} bits', fill='black')
+        for d, row in enumerate(table):
+            draw.text((x0 - left + 8, y0 + d * cell + 2), modalities[d], fill='black')
+            for r, weight in enumerate(row):
+                x, y, light = x0 + r * cell, y0 + d * cell, int(235 * (1 - weight))
+                draw.text((x + 4, y0 - 14), str(r), fill='gray')
+                draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=(light + 20, light + 20, 255 - (255 - light) // 4), outline='lightgray')
+    picture.save(path)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+def main():
+    o = data.parse_options(Options())
+    if o.demo:
+        o = data.parse_options(dataclasses.replace(Options(), demo=True, **DEMO))
+    if o.model not in SIZES:
+        raise SystemExit(f"--model {o.model}: there is no such size; choose from {', '.join(SIZES)}")
+    rank, world, local, device = setup(o.device)
+    master, gpu = rank == 0, device.type == 'cuda'
+    say = print if master else lambda *_: None
+    autocast = torch.autocast('cuda', torch.bfloat16) if gpu and o.bf16 else nullcontext()
+    out = Path(o.out)
+    checkpoint = out / 'ckpt.pt'
+    claim(checkpoint, o)
+
+    # data
+    if o.demo and master and not list(Path(o.data).glob('*/meta.json')):
+        script = Path(__file__).with_name('prepare_medverse.py')
+        subprocess.run([sys.executable, script, '--phantoms', '200', '--out', o.data, '--size', str(o.size)], check=True)
+    if world > 1:
+        dist.barrier()
+    shards = data.Shards(o.data, o.val_share)
+    global_batch = o.batch * o.accumulate * world
+    steps_in_epoch = len(shards.train) // global_batch
+    if not steps_in_epoch:
+        raise SystemExit(f'{o.data}: its {len(shards.train)} training images are fewer than one step takes '
+                         f'({o.batch} x {o.accumulate} x {world} processes); lower --batch')
+    steps = o.steps or o.epochs * steps_in_epoch
+    warmup, lr = max(1, round(o.warmup * steps)), o.lr * global_batch / 512
+    val_every = o.val_every or max(1, steps // 10)
+
+    # model
+    shape = SIZES[o.model] | (dict(depth=o.depth) if o.depth else {})
+    try:
+        config = Config(size=o.size, patch=o.patch, experts=o.experts, top_k=o.top_k, routing=o.routing, mask_ratio=o.mask_ratio, **shape)
+    except ValueError as error:
+        raise SystemExit(f'{error}')
+    torch.manual_seed(o.seed)
+    model = MAE(config).to(device)
+    optimizer = make_optimizer(model, lr, o.weight_decay)
+    first = 0
+    if o.resume and checkpoint.exists():
+        state, old, file = read_checkpoint(checkpoint)
+        if old != config:
+            raise SystemExit(f'{checkpoint}: was trained as {old}, not as these options ask ({config})')
+        load_weights(model, state, checkpoint)
+        optimizer.load_state_dict(file['optimizer'])
+        first = file['step']
+        for name, value in file['options'].items():
+            if getattr(o, name) != value and name not in ('resume', 'overwrite', 'device'):
+                say(f'--{name} is {getattr(o, name)} now and was {value}')
+    elif o.init:
+        load_weights(model, read_checkpoint(o.init)[0], o.init)
+    net = torch.compile(model) if gpu and o.compile else model
+    if world > 1:
+        net = DistributedDataParallel(net, device_ids=[local] if gpu else None, broadcast_buffers=False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    still = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    say(f'{o.model}: {config.depth} blocks, {sum(p.numel() for p in trained) / 1e6:.1f} M parameters trained and {still / 1e6:.1f} M in '
+        f'directors; of {config.experts} experts, {config.top_k} are activated for an {config.routing}')
+    say(f'{o.data}: {len(shards.train)} training and {len(shards.val)} validation images of {len(shards.modalities)} modalities, stored '
+        f'at {shards.side} pixels and seen at {o.size}')
+    say(f'{steps} steps ({steps / steps_in_epoch:.1f} epochs) of {o.batch} x {o.accumulate} x {world} = {global_batch} images, '
+        f'learning rate up to {lr:.2e} after {warmup} steps, on {world} x {device.type} in {"bfloat16" if gpu and o.bf16 else "float32"}')
+
+    # files and signals; on a resume the log forgets what came after the checkpoint
+    if master:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / 'config.json').write_text(json.dumps(dict(options=asdict(o), model=asdict(config)), indent=1))
+        log = out / 'log.jsonl'
+        lines = log.read_text().splitlines() if first and log.exists() else []
+        log.write_text(''.join(line + '\n' for line in lines if json.loads(line)['step'] < first))
+    stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stop.append(number))
+
+    def record(entry):
+        if master:
+            with open(out / 'log.jsonl', 'a') as file:
+                file.write(json.dumps(entry) + '\n')
+
+    def look(step):
+        """Validate: a line on the screen and in the log, and new pictures."""
+        losses, first, weights = validate(model, shards, o, rank, world, device, autocast)
+        if not master:
+            return
+        entry = dict(step=step, val_mae=losses.mean().item(), val=dict(zip(shards.modalities, losses.tolist())))
+        text = f'step {step + 1}: validation L_self {entry["val_mae"]:.4f}'
+        if first is not None:
+            bits, most = zip(*map(mutual_information, first))
+            dead = [f'{layer + 1}.{expert}' for layer, expert in (weights.sum(1) == 0).nonzero().tolist()]
+            entry |= dict(bits=bits, bits_max=most[0], dead=dead)
+            text += f', modality in the first expert {" ".join(f"{b:.2f}" for b in bits)} of {most[0]:.2f} bits'
+            text += f', dead experts (layer.expert, for no validation image activated) {" ".join(dead)}' if dead else ''
+            draw_experts(out / 'experts.png', weights, shards.modalities, bits)
+        tqdm.write(text)
+        record(entry)
+        draw_reconstructions(out / 'recon.png', model, shards, o, device)
+
+    def load(number):
+        return shards.gather(shards.plan(o.seed, number, o.batch, rank, world, steps_in_epoch * o.accumulate))
+
+    batches = data.prefetch(load, range(first * o.accumulate, steps * o.accumulate), pin=gpu)
+    skipped = in_a_row = torch.zeros((), device=device)
+    if not first:
+        look(-1)
+    bar = tqdm(total=steps, initial=first, unit='step', disable=not master, dynamic_ncols=True)
+    saved = logged = time.perf_counter()
+    waited = images_seen = 0
+    for step in range(first, steps):
+        progress = step / steps
+        rate = lr * min((step + 1) / warmup, cosine(1, 0, max(0, step - warmup) / max(1, steps - warmup)))
+        sigma, balance, momentum = cosine(o.sigma, 0, progress), cosine(o.balance, 0, progress), cosine(o.momentum, 1, progress)
+        for group in optimizer.param_groups:
+            group['lr'] = rate
+
+        stats = 0       # means over the global batch: L_self, whether to stop; scores, load and usage, (L, R) each
+        for micro in range(o.accumulate):
+            before = time.perf_counter()
+            groups = next(batches)
+            waited += time.perf_counter() - before
+            seed_step(o.seed, step, rank * o.accumulate + micro)
+            images = data.augment(data.to_device(groups, device), o.size)
+            if world > 1:       # gradients travel with the last micro-batch only
+                net.require_backward_grad_sync = micro == o.accumulate - 1
+            with autocast:
+                losses, routing, _, _ = net(images, torch.full((), sigma, device=device))
+            loss = losses.mean()
+            part = [loss.detach()[None], torch.full((1,), float(len(stop)), device=device)]
+            part += [use.detach().mean(1).flatten() for use in (routing.scores, routing.chosen, routing.weights)] if routing else []
+            part = torch.cat(part)
+            if world > 1:       # the one small all-reduce of a step
+                dist.all_reduce(part)
+                part /= world
+            co = bal = 0
+            if routing:         # Eq. 8; the load of Eq. 18 is the global batch's, or with accumulation the micro-batch's
+                co, bal = layer_losses(routing, part[2:].unflatten(0, (3, config.depth, config.experts))[1])
+            ((loss + o.co * co + balance * bal) / o.accumulate).backward()
+            stats = stats + part / o.accumulate
+
+        norm = torch.nn.utils.clip_grad_norm_(trained, o.clip)
+        finite = torch.isfinite(norm) & torch.isfinite(stats).all()         # the same on every rank
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()     # fused AdamW skips by itself, unseen by the host
+        optimizer.step()
+        optimizer.zero_grad()
+        if routing:
+            model.update_directors(stats[2:].unflatten(0, (3, config.depth, config.experts))[2], momentum, finite)
+        skipped, in_a_row = skipped + ~finite, (in_a_row + 1) * ~finite
+        images_seen += global_batch
+        bar.update()
+
+        done = step + 1
+        if done % o.log_every == 0 or done == steps:        # the only place that waits for the device
+            seconds, mae, co, bal = time.perf_counter() - logged, stats[0].item(), float(co), float(bal)
+            entry = dict(step=step, loss=mae + o.co * co + balance * bal, mae=mae, co=co, bal=bal, lr=rate, momentum=momentum, sigma=sigma,
+                         grad_norm=norm.item(), skipped=int(skipped), images_per_second=images_seen / seconds, waiting=waited / seconds)
+            record(entry)
+            bar.set_postfix_str(f'loss {entry["loss"]:.4f}, {entry["images_per_second"]:.0f} images/s')
+            if in_a_row >= 10:
+                raise SystemExit(f'{out}: ten steps in a row, up to {step}, had a loss or gradient that is not finite; the last '
+                                 'checkpoint is untouched: lower --lr or look at the images')
+            logged, waited, images_seen = time.perf_counter(), 0, 0
+        if done % val_every == 0 or done == steps:
+            look(step)
+            logged, waited, images_seen = time.perf_counter(), 0, 0
+        # a signal reaches ranks at different steps: they act on the shared flag, and where reading it costs no extra wait
+        stopping = (not gpu or done % o.log_every == 0) and stats[1] > 0
+        if master and (stopping or done == steps or time.perf_counter() - saved > 60 * o.save_minutes):
+            save(checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), step=done, config=asdict(config), options=asdict(o))
+            saved = time.perf_counter()
+        if stopping:
+            say(f'\n{checkpoint}: saved after {done} of {steps} steps; go on with --resume')
+            sys.exit(128 + (stop or [signal.SIGTERM])[0])
+    bar.close()
+    if world > 1:
+        dist.destroy_process_group()
+
+if __name__ == '__main__':
+    main()

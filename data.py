@@ -11,7 +11,7 @@ import functools
 import inspect
 import json
 import math
-import os
+import mmap
 import re
 import sys
 from collections import deque
@@ -51,51 +51,46 @@ class Shards:
     Files are mapped into memory, never read whole, and only when first touched, so after a fork.
     """
     def __init__(self, folder, val_share=0.05, val_most=200):
-        folder = Path(folder)
-        metas = sorted(folder.glob('*/meta.json'))
+        metas = [path for path in sorted(Path(folder).glob('*/meta.json')) if path.parent.suffix != '.part']
         if not metas:
-            raise SystemExit(f'{folder}: no prepared images here; make some with: python prepare_medverse.py --raw RAW --out {folder}'
-                             ' (or try: python pretrain.py --demo)')
-        self.files, self.modalities, counts, modality, train, val = [], [], [], [], [], []
-        for meta_path in metas:
-            meta = json.loads(meta_path.read_text())
-            first = sum(counts)
-            for path in sorted(meta_path.parent.glob('*.npy')):
-                counts.append(self.read_header(path)[0])
-                self.files.append(path)
-            count = sum(counts) - first
+            raise SystemExit(f'{folder}: no prepared images here; make some with python prepare_medverse.py --raw RAW '
+                             f'--out {folder}, or try python pretrain.py --demo')
+        sources = [(path.parent, json.loads(path.read_text())) for path in metas]
+        self.modalities = sorted({meta['modality'] for _, meta in sources})
+        self.files, shapes, modality, train, val = [], [], [], [], []
+        for source, meta in sources:
+            files = sorted(source.glob('*.npy'))
+            first, here = sum(n for n, *_ in shapes), [self.shape(path) for path in files]
+            count = sum(n for n, *_ in here)
             if count != meta['count']:
-                raise SystemExit(f'{meta_path.parent}: its shards hold {count} images but meta.json says {meta["count"]}; '
-                                 'delete this folder and prepare the source again')
-            if meta['modality'] not in self.modalities:
-                self.modalities.append(meta['modality'])
-            modality.append(np.full(count, self.modalities.index(meta['modality']), np.int16))
+                raise SystemExit(f'{source}: its shards hold {count} images but meta.json says {meta["count"]}; delete this '
+                                 'folder and prepare the source again')
             held_out = min(val_most, max(int(count * val_share), 1)) if count > 1 else 0
             train.append(np.arange(first, first + count - held_out, dtype=np.int32))
             val.append(np.arange(first + count - held_out, first + count, dtype=np.int32))
-        sides = {self.read_header(path)[1] for path in self.files}
+            modality.append(np.full(count, self.modalities.index(meta['modality'])))
+            self.files += files
+            shapes += here
+        sides = {shape[1] for shape in shapes}
         if len(sides) != 1:
             raise SystemExit(f'{folder}: sources of different sizes, {sorted(sides)} pixels; prepare them with one --size')
         self.side = sides.pop()
-        self.starts = np.cumsum([0] + counts)           # shard s holds the images starts[s] ... starts[s + 1] - 1
-        self.modality = np.concatenate(modality)        # (images,) index into self.modalities
+        self.starts = np.cumsum([0] + [n for n, *_ in shapes])      # shard s holds the images starts[s] ... starts[s + 1] - 1
+        self.modality = np.concatenate(modality)                    # (images,) index into self.modalities
         self.train, self.val = np.concatenate(train), np.concatenate(val)
 
     @staticmethod
-    @functools.cache
-    def read_header(path):
-        """(n, S, c) of one shard, from its header and its length."""
+    def shape(path):
+        """(n, S, S, c) of one shard, whose file must be as long as that asks."""
         try:
-            n, height, width, channels = np.load(path, mmap_mode='r').shape
+            return np.load(path, mmap_mode='r').shape
         except (ValueError, OSError, EOFError) as error:
-            raise SystemExit(f'{path}: this shard is damaged or cut short ({error}); delete its folder and prepare the source again')
-        return n, height, channels
+            raise SystemExit(f'{path}: this shard is damaged or cut short ({error}); delete its folder and prepare the '
+                             'source again')
 
-    @functools.lru_cache(1024)      # open files
-    def open(self, shard):
-        """One shard's memory map, a descriptor of its file and the offset of its first image."""
-        array = np.load(self.files[shard], mmap_mode='r')
-        return array, os.open(self.files[shard], os.O_RDONLY), array.offset
+    @functools.lru_cache(256)       # each keeps a file open, and systems allow some 1,000
+    def map(self, shard):
+        return np.load(self.files[shard], mmap_mode='r')
 
     def gather(self, ids):
         """Images (numbers, sorted) -> [(positions in ids, uint8 tensor (n, S, S, c))], one pair for each c.
@@ -106,13 +101,13 @@ class Shards:
         shards = np.searchsorted(self.starts, ids, side='right') - 1
         rows = ids - self.starts[shards]
         for shard, row in zip(shards.tolist(), rows.tolist()):
-            if hasattr(os, 'posix_fadvise'):
-                array, file, offset = self.open(shard)
-                size = array.strides[0]
-                os.posix_fadvise(file, offset + row * size, size, os.POSIX_FADV_WILLNEED)
+            array = self.map(shard)
+            begin, size = array.offset + row * array.strides[0], array.strides[0]
+            page = begin % mmap.PAGESIZE        # ranges begin at a page
+            array.base.madvise(mmap.MADV_WILLNEED, begin - page, size + page)
         groups = {}
         for shard in np.unique(shards).tolist():
-            array, where = self.open(shard)[0], np.flatnonzero(shards == shard)
+            array, where = self.map(shard), np.flatnonzero(shards == shard)
             groups.setdefault(array.shape[3], []).append((where, array[rows[where]]))
         return [(torch.from_numpy(np.concatenate([where for where, _ in parts])),
                  torch.from_numpy(np.concatenate([images for _, images in parts]))) for parts in groups.values()]
@@ -188,7 +183,8 @@ def views(images, size, where):
         part = part.float() / 255
         while part.shape[-1] > 2 * size:        # bilinear sampling alone would skip pixels
             part = F.avg_pool2d(part, 2)
-        out.append(F.grid_sample(part, F.affine_grid(matrix, (len(part), 3, size, size), align_corners=False), align_corners=False))
+        grid = F.affine_grid(matrix, (len(part), 3, size, size), align_corners=False)
+        out.append(F.grid_sample(part, grid, align_corners=False))
     return torch.cat(out)
 
 @functools.cache        # made once for a device: making them anew would have the host wait for it
@@ -229,9 +225,11 @@ class Task:
             load = functools.partial(np.load, mmap_mode='r')
             self.segments, self.classes = self.meta['kind'] == 'segmentation', self.meta['classes']
             self.images = {split: load(folder / split / 'images.npy') for split in ('train', 'val', 'test')}
-            self.targets = {split: load(folder / split / ('masks.npy' if self.segments else 'labels.npy')) for split in self.images}
+            answers = 'masks.npy' if self.segments else 'labels.npy'
+            self.targets = {split: load(folder / split / answers) for split in self.images}
         except FileNotFoundError as error:
-            raise SystemExit(f'{error.filename}: there is no such file; prepare the task with: python prepare_medverse.py --task NAME --raw FOLDER')
+            raise SystemExit(f'{error.filename}: there is no such file; prepare the task with '
+                             'python prepare_medverse.py --task NAME --raw FOLDER')
         except (ValueError, KeyError, EOFError) as error:
             raise SystemExit(f'{folder}: this task is damaged or cut short ({error}); delete it and prepare it again')
         for split in ('train', 'test'):
@@ -241,11 +239,12 @@ class Task:
 
     def gather(self, split, ids):
         """[(positions, uint8 images (n, S, S, c)), masks (n, S, S) or labels (n,) as int64]."""
-        return [(torch.arange(len(ids)), torch.from_numpy(self.images[split][ids])), torch.from_numpy(self.targets[split][ids].astype(np.int64))]
+        images, targets = self.images[split][ids], self.targets[split][ids].astype(np.int64)
+        return [(torch.arange(len(ids)), torch.from_numpy(images)), torch.from_numpy(targets)]
 
 def augment_labelled(images, targets, size):
-    """Random flip, rotation of up to 15 degrees, zoom of up to 1.25, brightness and contrast within 20%: uint8 (B, 3, S, S)
-    and masks (B, S, S) or labels (B,) -> normalised (B, 3, size, size) and the same view of the masks, by nearest neighbour."""
+    """Random flip, rotation of up to 15 degrees, zoom of up to 1.25, brightness and contrast within 20%: uint8
+    (B, 3, S, S) and masks (B, S, S) or labels (B,) -> normalised (B, 3, size, size) and the same view of the masks."""
     u = torch.rand(7, len(images), device=images.device)
     zoom = 1 - 0.2 * u[4]
     where = matrices(u, zoom, zoom)

@@ -40,11 +40,13 @@ class Config:
 
     def __post_init__(self):
         if self.size % self.patch:
-            raise ValueError(f'images of {self.size} pixels do not divide into patches of {self.patch}')
+            raise SystemExit(f'images of {self.size} pixels do not divide into patches of {self.patch}')
         if self.experts and not 1 <= self.top_k <= self.experts:
-            raise ValueError(f'top_k {self.top_k} must lie between 1 and the {self.experts} experts')
+            raise SystemExit(f'top_k {self.top_k} must lie between 1 and the {self.experts} experts')
+        if not 0 < self.mask_ratio < 1:
+            raise SystemExit(f'mask_ratio {self.mask_ratio} must lie between 0 and 1')
         if self.routing not in ('image', 'token'):
-            raise ValueError(f"routing '{self.routing}' must be 'image' or 'token'")
+            raise SystemExit(f"routing '{self.routing}' must be 'image' or 'token'")
 
 class Attention(nn.Module):
     def __init__(self, width, heads):
@@ -67,7 +69,7 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 class StackedLinear(nn.Module):
-    """The weights (R, out, in) and biases (R, out) of R linear layers; every one is some rank's to train in every step."""
+    """The weights (R, out, in) and biases (R, out) of R linear layers."""
     def __init__(self, count, inputs, outputs):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(count, outputs, inputs))
@@ -94,7 +96,8 @@ class Experts(nn.Module):
         # unbind, not weight[r]: indexing would build a zero gradient of the whole stack for each expert
         layers = zip(*(p.unbind(0) for p in (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)))
         groups = x.tensor_split(ends[:-1].tolist())
-        return torch.cat([F.linear(F.gelu(F.linear(rows, w1, b1)), w2, b2) for rows, (w1, b1, w2, b2) in zip(groups, layers)])
+        return torch.cat([F.linear(F.gelu(F.linear(rows, w1, b1)), w2, b2)
+                          for rows, (w1, b1, w2, b2) in zip(groups, layers)])
 
 class Routing(NamedTuple):
     """What a DEX module decided; a network stacks its layers' along a first axis L."""
@@ -113,16 +116,11 @@ class DEX(nn.Module):
         self.director = MLP(width, 4 * width).requires_grad_(False)        # moved by GEMA alone
         self.register_buffer('usage', torch.full((experts,), 1 / experts))     # c of Eq. 20
 
-    def pairs(self):
-        """The director's parameters beside the experts' stacked ones."""
-        experts = dict(self.experts.named_parameters())
-        return [(parameter, experts[name]) for name, parameter in self.director.named_parameters()]
-
     @torch.no_grad()
     def copy_director(self):
         """Make every expert the director. Averaging parameters (Eq. 7) means something only because the experts start
         from one set of weights: MLPs initialised apart have no common order of hidden units."""
-        for director, experts in self.pairs():
+        for director, experts in zip(self.director.parameters(), self.experts.parameters()):
             experts.copy_(director.expand_as(experts))
 
     def forward(self, x, sigma=None):
@@ -153,7 +151,7 @@ class DEX(nn.Module):
         """Group exponential moving average. usage (R,) is the normalised sum of omega over the global batch, which is
         Omega of Eq. 6 and c-hat of Eq. 19 alike; where `finite` (bool tensor) is False, nothing changes."""
         usage = torch.where(finite, usage, self.usage)      # NaN times a weight of 0 would still be NaN
-        for director, experts in self.pairs():
+        for director, experts in zip(self.director.parameters(), self.experts.parameters()):
             average = (usage @ experts.flatten(1)).view_as(director)
             director.lerp_(average, (1 - momentum) * finite)            # Eq. 7
         self.usage.lerp_(usage, 0.01 * finite)                          # Eq. 20 with mu = 0.99
@@ -187,20 +185,12 @@ def sincos_positions(width, side):
     table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], 1)
     return torch.cat([torch.zeros(1, width), table.float()])[None]
 
-class PatchEmbed(nn.Module):
-    def __init__(self, patch, width):
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, patch, patch)
-
-    def forward(self, images):
-        return self.proj(images).flatten(2).mT      # (B, N-1, C)
-
 class ViT(nn.Module):
     """Vision transformer with a DEX module, or where config.experts is 0 an MLP, in every block."""
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.patch_embed = PatchEmbed(c.patch, c.width)
+        self.patch_embed = nn.ModuleDict({'proj': nn.Conv2d(3, c.width, c.patch, c.patch)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.width))
         self.register_buffer('pos_embed', sincos_positions(c.width, c.size // c.patch))
         self.blocks = nn.ModuleList(Block(c.width, c.heads, c.experts, c.top_k, c.routing) for _ in range(c.depth))
@@ -214,11 +204,15 @@ class ViT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))    # as the linear layer that it is
+        nn.init.xavier_uniform_(self.patch_embed['proj'].weight.flatten(1))    # as the linear layer that it is
         nn.init.normal_(self.cls_token, std=0.02)
         for block in self.blocks:
             if self.config.experts:
                 block.dex.copy_director()
+
+    def embed(self, images):
+        """images (B, 3, S, S) -> patch tokens with their positions (B, N-1, C)."""
+        return self.patch_embed['proj'](images).flatten(2).mT + self.pos_embed[:, 1:]
 
     def encode(self, x, sigma=None, taps=()):
         """Patch tokens x (B, N-1, C) -> tokens (B, N, C), stacked Routing or None, outputs of the blocks in `taps`,
@@ -235,7 +229,7 @@ class ViT(nn.Module):
 
     def forward(self, images, taps=()):
         """images (B, 3, size, size), normalised -> tokens (B, N, C) and the outputs of the blocks in `taps`."""
-        x, _, tapped = self.encode(self.patch_embed(images) + self.pos_embed[:, 1:], taps=taps)
+        x, _, tapped = self.encode(self.embed(images), taps=taps)
         return x, tapped
 
     def update_directors(self, usage, momentum, finite):
@@ -268,7 +262,7 @@ class MAE(ViT):
         return patches.unflatten(2, (P, P, 3)).unflatten(1, (side, side)).permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
     def targets(self, images):
-        """Patches with mean 0 and variance 1 each, their means and deviations. A constant patch (air) becomes zeros."""
+        """Patches brought to mean 0 and variance 1, their means and deviations. A constant patch (air) becomes zeros."""
         patches = self.patchify(images.float())
         var, mean = torch.var_mean(patches, -1, keepdim=True)
         std = (var + 1e-6).sqrt()
@@ -281,7 +275,7 @@ class MAE(ViT):
         lowest are kept. Returns L_self (the mean squared error of hidden patches, one number an image, (B,)), the
         stacked Routing or None, the prediction (B, N-1, P * P * 3) and the mask (B, N-1), 1 where hidden.
         """
-        x = self.patch_embed(images) + self.pos_embed[:, 1:]
+        x = self.embed(images)
         noise = torch.rand(x.shape[:2], device=x.device) if noise is None else noise
         order = noise.argsort(1)
         restore = order.argsort(1)
@@ -326,7 +320,7 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise SystemExit(f'{path}: there is no such checkpoint')
     except Exception as error:      # torch raises a dozen types for a damaged zip or a pickle with code in it
-        raise SystemExit(f'{path}: not a readable checkpoint of plain tensors ({str(error).splitlines()[0][:80]})')
+        raise SystemExit(f'{path}: not a readable checkpoint of plain tensors ({(str(error) or type(error).__name__).splitlines()[0][:80]})')
     state = next((file[key] for key in ('model', 'state_dict') if isinstance(file, dict) and key in file), file)
     if not isinstance(state, dict) or 'cls_token' not in state:
         raise SystemExit(f'{path}: holds no ViT in the names of MAE and timm (no cls_token)')
@@ -353,7 +347,7 @@ def load_weights(model, state, path):
         if '.mlp.' in name and name not in own:
             for part in ('director', 'experts'):
                 twin = name.replace('.mlp.', f'.dex.{part}.')
-                found[twin] = value.expand_as(own[twin]) if twin in own else value
+                found[twin] = value.expand(model.config.experts, *value.shape) if part == 'experts' else value
             continue
         if '.dex.director.' in name and name not in own:
             name = name.replace('.dex.director.', '.mlp.')
@@ -363,9 +357,10 @@ def load_weights(model, state, path):
             gain = (value.shape[2] / model.config.patch) ** 2
             value = gain * F.interpolate(value.float(), size=(model.config.patch,) * 2, mode='bicubic', antialias=True)
         found[name] = value
-    optional = ('decoder', 'mask_token', 'head', 'fc_norm')
-    unwanted = [name for name in found if name not in own and (name.startswith(optional) or '.dex.' in name)]
-    new = [name for name in own if name not in found and name.endswith(('.gate.weight', '.usage'))]
+    decoder = ('decoder', 'mask_token')
+    optional = ('.gate.weight', '.usage'), () if any(name.startswith(decoder) for name in found) else decoder
+    unwanted = [name for name in found if name not in own and (name.startswith((*decoder, 'head', 'fc_norm')) or '.dex.' in name)]
+    new = [name for name in own if name not in found and (name.endswith(optional[0]) or name.startswith(optional[1]))]
     troubles = (('it lacks', own.keys() - found.keys() - set(new)),
                 ('here is no place for', found.keys() - own.keys() - set(unwanted)),
                 ('of another shape is', [name for name in own if name in found and own[name].shape != found[name].shape]))
@@ -373,5 +368,5 @@ def load_weights(model, state, path):
         if names:
             raise SystemExit(f'{path}: does not fit this network: {what} {", ".join(sorted(names))}')
     model.load_state_dict({name: found.get(name, own[name]) for name in own})
-    parts = sorted({name.split('.')[3 if '.dex.' in name else 0] for name in unwanted})
-    print(f'{path}: loaded' + (f', without its {", ".join(parts)}' if parts else '') + (', with new gates' if new else ''))
+    parts = [sorted({name.split('.')[3 if '.dex.' in name else 0] for name in names}) for names in (unwanted, new)]
+    print(f'{path}: loaded' + ''.join(f', {what} {", ".join(names)}' for what, names in zip(('without its', 'with a new'), parts) if names))

@@ -308,8 +308,8 @@ def mr(rng, side, tissue):
     """Spin echo: protons (1 - exp(-TR / T1)) exp(-TE / T2), under a smooth coil bias, with Rician noise."""
     repetition, echo = rng.choice(((500, 12), (3000, 70))) * rng.uniform(0.7, 1.4, 2)  # T1- or T2-weighted, ms
     signal = 1000 * PROTONS * (1 - np.exp(-repetition / T1)) * np.exp(-echo / T2)
-    image = signal[tissue] * np.exp(0.25 * field(rng, side, 0.2))[..., None] + rng.normal(0, 15, (*tissue.shape, 2)) @ (1, 1j)
-    return (abs(image) * (tissue > 0)).astype(np.float32)
+    image = signal[tissue] * np.exp(0.25 * field(rng, side, 0.2))[..., None]
+    return (abs(image + rng.normal(0, 15, (*tissue.shape, 2)) @ (1, 1j)) * (tissue > 0)).astype(np.float32)
 
 def xray(rng, side, sick):
     """Beer-Lambert: photons fall as exp(-attenuation summed from front to back); the film shows their negative log."""
@@ -414,7 +414,7 @@ def main():
     if min(config.size, config.min_side, config.shard) < 1 or config.workers < 0:
         sys.exit('--size, --min_side and --shard must be 1 or more, --workers 0 or more')
     if not config.raw and not config.phantoms:
-        sys.exit('where are the images? give --raw RAW, a folder of <Modality>/<source>/**, or --phantoms N to simulate some')
+        sys.exit('where are the images? give --raw RAW, a folder of <Modality>/<source>/**, or --phantoms N to make some')
     raw = Path(config.raw or 'data/phantoms', 'raw') if config.phantoms else Path(config.raw)
     pool = ProcessPoolExecutor(config.workers or os.cpu_count(), initializer=follow_parent)
     try:

@@ -3,7 +3,7 @@
     python pretrain.py --demo                           phantoms and a small model, minutes on a laptop's CPU
     python pretrain.py --model tiny --size 128 --batch 32 --device cpu
     torchrun --nproc_per_node=2 pretrain.py             the paper's run, on two GPUs
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py     on each of two machines
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py   on each of two
 
 Writes to --out: config.json, log.jsonl (one object a line), ckpt.pt, recon.png, experts.png. Ctrl-C and SIGTERM save
 first; the same command with --resume goes on from there as if nothing had happened.
@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from model import MAE, SIZES, Config, layer_losses, load_weights, read_checkpoint
+from model import MAE, SIZES, Config, Routing, layer_losses, load_weights, read_checkpoint
 
 @dataclass
 class Options:
@@ -86,11 +86,11 @@ def seed_step(seed, step, rank):
 
 def setup(kind):
     """Join torchrun's processes if there are any: (rank, world size, rank on this machine, device). kind: '' is the best."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    rank, world, local = (int(os.environ.get(name, alone)) for name, alone in
+                          (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
     kind = kind or ('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
     if kind == 'cuda':
         torch.cuda.set_device(local)
-        torch.set_float32_matmul_precision('high')
     if world > 1:
         dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
     return rank, world, local, torch.device(kind, local) if kind == 'cuda' else torch.device(kind)
@@ -106,8 +106,8 @@ def make_optimizer(model, lr, weight_decay):
     (stacked expert biases are two-dimensional)."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     decayed = {name for name in trained if name.endswith('.weight') and 'norm' not in name}
-    groups = [dict(params=[p for name, p in trained.items() if (name in decayed) == decay], weight_decay=weight_decay * decay)
-              for decay in (True, False)]
+    groups = [dict(params=[p for name, p in trained.items() if (name in decayed) == decay],
+                   weight_decay=weight_decay * decay) for decay in (True, False)]
     assert sum(len(group['params']) for group in groups) == len(trained)
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
 
@@ -152,20 +152,22 @@ def validate(model, shards, o, rank, world, device, autocast):
         rows = [torch.ones_like(losses)[:, None], losses[:, None]]
         if routing is not None:
             first = torch.zeros_like(routing.weights).scatter(2, routing.weights.argmax(2, keepdim=True), 1)
-            rows += [use.unflatten(1, (len(images), -1)).mean(2).transpose(0, 1).flatten(1) for use in (first, routing.weights)]
+            rows += [use.unflatten(1, (len(images), -1)).mean(2).transpose(0, 1).flatten(1)     # (B, L * R)
+                     for use in (first, routing.weights)]
         total.index_add_(0, torch.from_numpy(shards.modality[shards.val[piece]]).long().to(device), torch.cat(rows, 1))
     if world > 1:
         dist.all_reduce(total)
     total = total.cpu()
     first, weights = total[:, 2:].unflatten(1, (2, L, R)).permute(1, 2, 0, 3) if R else (None, None)
-    return total[:, 1] / total[:, 0], first, weights / total[:, 0, None] if R else None
+    return total[:, 1] / total[:, 0], first, weights / total[:, :1].clamp(min=1) if R else None
 
 @torch.no_grad()
 def draw_reconstructions(path, model, shards, o, device):
     """recon.png: of one held-out image a modality the image, what the encoder sees, and the prediction in place of what it
     does not see, with the per-patch normalization undone (so a patch's mean and contrast come from the truth)."""
     modality = shards.modality[shards.val]
-    picks = np.array([np.flatnonzero(modality == d)[(modality == d).sum() // 2] for d in range(len(shards.modalities))])
+    shown = np.unique(modality)
+    picks = np.array([np.flatnonzero(modality == d)[(modality == d).sum() // 2] for d in shown])
     images = data.center(data.to_device(shards.gather(shards.val[picks]), device), o.size)
     _, _, prediction, mask = model(images, 0.0, mask_noise(shards, o)[torch.from_numpy(picks)].to(device))
     _, mean, std = model.targets(images)
@@ -177,26 +179,25 @@ def draw_reconstructions(path, model, shards, o, device):
     pixels = torch.cat([torch.cat(list(row), 2) for row in rows], 1).mul(255).byte().permute(1, 2, 0).cpu().numpy()
     pixels = np.pad(pixels.repeat(zoom, 0).repeat(zoom, 1), ((16, 0), (0, 0), (0, 0)), constant_values=255)
     picture = Image.fromarray(pixels)
-    for d, name in enumerate(shards.modalities):
-        ImageDraw.Draw(picture).text((d * o.size * zoom + 4, 2), name, fill='black')
+    for column, d in enumerate(shown):
+        ImageDraw.Draw(picture).text((column * o.size * zoom + 4, 2), shards.modalities[d], fill='black')
     picture.save(path)
 
-def draw_experts(path, weights, modalities, bits):
-    """experts.png (Fig. 9): for each layer a table, modality by expert, of mean activation weights (L, D, R), blue = 1."""
-    (L, D, R), cell, left, top = weights.shape, 16, 80, 34
-    across = min(L, 4)
-    width, height = left + R * cell, top + D * cell
+def draw_tables(path, tables, names, titles):
+    """Tables (L, D, R) of numbers from 0 (white) to 1 (blue) side by side, with the names of their rows and titles."""
+    (L, D, R), cell, left, top = tables.shape, 16, 80, 34
+    across, width, height = min(L, 4), left + R * cell, top + D * cell
     picture = Image.new('RGB', (width * across + 10, height * math.ceil(L / across) + 10), 'white')
     draw = ImageDraw.Draw(picture)
-    for layer, table in enumerate(weights.tolist()):
-        x0, y0 = width * (layer % across) + left, height * (layer // across) + top
-        draw.text((x0, y0 - 30), f'layer {layer + 1}: {bits[layer]:.2f} bits', fill='black')
+    for number, table in enumerate(tables.tolist()):
+        x0, y0 = width * (number % across) + left, height * (number // across) + top
+        draw.text((x0, y0 - 30), titles[number], fill='black')
         for d, row in enumerate(table):
-            draw.text((x0 - left + 8, y0 + d * cell + 2), modalities[d], fill='black')
-            for r, weight in enumerate(row):
-                x, y, light = x0 + r * cell, y0 + d * cell, int(235 * (1 - weight))
+            draw.text((x0 - left + 8, y0 + d * cell + 2), names[d][:12], fill='black')
+            for r, value in enumerate(row):
+                x, y, light = x0 + r * cell, y0 + d * cell, int(255 * (1 - value))
                 draw.text((x + 4, y0 - 14), str(r), fill='gray')
-                draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=(light + 20, light + 20, 255 - (255 - light) // 4), outline='lightgray')
+                draw.rectangle((x, y, x + cell - 2, y + cell - 2), (light, light, 191 + light // 4), 'lightgray')
     picture.save(path)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,6 +209,9 @@ def main():
         o = data.parse_options(dataclasses.replace(Options(), demo=True, **DEMO))
     if o.model not in SIZES:
         raise SystemExit(f"--model {o.model}: there is no such size; choose from {', '.join(SIZES)}")
+    for name in ('batch', 'accumulate', 'log_every'):
+        if getattr(o, name) < 1:
+            raise SystemExit(f'--{name} {getattr(o, name)}: must be 1 or more')
     rank, world, local, device = setup(o.device)
     master, gpu = rank == 0, device.type == 'cuda'
     say = print if master else lambda *_: None
@@ -229,26 +233,24 @@ def main():
         raise SystemExit(f'{o.data}: its {len(shards.train)} training images are fewer than one step takes '
                          f'({o.batch} x {o.accumulate} x {world} processes); lower --batch')
     steps = o.steps or o.epochs * steps_in_epoch
-    warmup, lr = max(1, round(o.warmup * steps)), o.lr * global_batch / 512
+    warmup, lr = max(1, round(o.warmup * steps)), o.lr * global_batch / 512      # linear scaling, C.2.1
     val_every = o.val_every or max(1, steps // 10)
 
     # model
     shape = SIZES[o.model] | (dict(depth=o.depth) if o.depth else {})
-    try:
-        config = Config(size=o.size, patch=o.patch, experts=o.experts, top_k=o.top_k, routing=o.routing, mask_ratio=o.mask_ratio, **shape)
-    except ValueError as error:
-        raise SystemExit(f'{error}')
+    config = Config(size=o.size, patch=o.patch, experts=o.experts, top_k=o.top_k, routing=o.routing,
+                    mask_ratio=o.mask_ratio, **shape)
     torch.manual_seed(o.seed)
     model = MAE(config).to(device)
     optimizer = make_optimizer(model, lr, o.weight_decay)
-    first = 0
+    first = skipped = 0
     if o.resume and checkpoint.exists():
         state, old, file = read_checkpoint(checkpoint)
         if old != config:
             raise SystemExit(f'{checkpoint}: was trained as {old}, not as these options ask ({config})')
         load_weights(model, state, checkpoint)
         optimizer.load_state_dict(file['optimizer'])
-        first = file['step']
+        first, skipped = file['step'], file['skipped']
         for name, value in file['options'].items():
             if getattr(o, name) != value and name not in ('resume', 'overwrite', 'device'):
                 say(f'--{name} is {getattr(o, name)} now and was {value}')
@@ -258,13 +260,15 @@ def main():
     if world > 1:
         net = DistributedDataParallel(net, device_ids=[local] if gpu else None, broadcast_buffers=False)
     trained = [p for p in model.parameters() if p.requires_grad]
-    still = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    say(f'{o.model}: {config.depth} blocks, {sum(p.numel() for p in trained) / 1e6:.1f} M parameters trained and {still / 1e6:.1f} M in '
-        f'directors; of {config.experts} experts, {config.top_k} are activated for an {config.routing}')
-    say(f'{o.data}: {len(shards.train)} training and {len(shards.val)} validation images of {len(shards.modalities)} modalities, stored '
-        f'at {shards.side} pixels and seen at {o.size}')
-    say(f'{steps} steps ({steps / steps_in_epoch:.1f} epochs) of {o.batch} x {o.accumulate} x {world} = {global_batch} images, '
-        f'learning rate up to {lr:.2e} after {warmup} steps, on {world} x {device.type} in {"bfloat16" if gpu and o.bf16 else "float32"}')
+    millions = sum(p.numel() for p in trained) / 1e6
+    say(f'{o.model}: {config.depth} blocks, {millions:.1f} M parameters trained and '
+        f'{sum(p.numel() for p in model.parameters()) / 1e6 - millions:.1f} M in directors; of {config.experts} experts, '
+        f'{config.top_k} are activated for each {config.routing}')
+    say(f'{o.data}: {len(shards.train)} training and {len(shards.val)} validation images of {len(shards.modalities)} '
+        f'modalities, stored at {shards.side} pixels and seen at {o.size}')
+    say(f'{steps} steps ({steps / steps_in_epoch:.1f} epochs) of {o.batch} x {o.accumulate} x {world} = {global_batch} '
+        f'images, learning rate up to {lr:.2e} after {warmup} steps, on {world} x {device.type} in '
+        f'{"bfloat16" if gpu and o.bf16 else "float32"}')
 
     # files and signals; on a resume the log forgets what came after the checkpoint
     if master:
@@ -272,52 +276,53 @@ def main():
         (out / 'config.json').write_text(json.dumps(dict(options=asdict(o), model=asdict(config)), indent=1))
         log = out / 'log.jsonl'
         lines = log.read_text().splitlines() if first and log.exists() else []
-        log.write_text(''.join(line + '\n' for line in lines if json.loads(line)['step'] < first))
+        lines = [line for line in lines if line.endswith('}') and json.loads(line)['step'] < first]
+        log.write_text(''.join(line + '\n' for line in lines))
+        if not first:
+            checkpoint.unlink(missing_ok=True)
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stop.append(number))
 
-    def record(entry):
-        if master:
-            with open(out / 'log.jsonl', 'a') as file:
-                file.write(json.dumps(entry) + '\n')
-
-    def look(step):
-        """Validate: a line on the screen and in the log, and new pictures."""
+    def look(done):
+        """Validate: a line on the screen, new pictures, and what log.jsonl is to hold of it."""
         losses, first, weights = validate(model, shards, o, rank, world, device, autocast)
         if not master:
-            return
-        entry = dict(step=step, val_mae=losses.mean().item(), val=dict(zip(shards.modalities, losses.tolist())))
-        text = f'step {step + 1}: validation L_self {entry["val_mae"]:.4f}'
+            return {}
+        entry = dict(val_mae=losses.nanmean().item(), val={name: loss for name, loss in zip(shards.modalities, losses.tolist())
+                                                           if math.isfinite(loss)})
+        text = f'step {done}: validation L_self {entry["val_mae"]:.4f}'
         if first is not None:
             bits, most = zip(*map(mutual_information, first))
             dead = [f'{layer + 1}.{expert}' for layer, expert in (weights.sum(1) == 0).nonzero().tolist()]
             entry |= dict(bits=bits, bits_max=most[0], dead=dead)
             text += f', modality in the first expert {" ".join(f"{b:.2f}" for b in bits)} of {most[0]:.2f} bits'
             text += f', dead experts (layer.expert, for no validation image activated) {" ".join(dead)}' if dead else ''
-            draw_experts(out / 'experts.png', weights, shards.modalities, bits)
+            titles = [f'layer {layer}: {b:.2f} bits' for layer, b in enumerate(bits, 1)]
+            draw_tables(out / 'experts.png', weights, shards.modalities, titles)      # Fig. 9
         tqdm.write(text)
-        record(entry)
         draw_reconstructions(out / 'recon.png', model, shards, o, device)
+        return entry
 
     def load(number):
         return shards.gather(shards.plan(o.seed, number, o.batch, rank, world, steps_in_epoch * o.accumulate))
 
     batches = data.prefetch(load, range(first * o.accumulate, steps * o.accumulate), pin=gpu)
-    skipped = in_a_row = torch.zeros((), device=device)
-    if not first:
-        look(-1)
+    L, R = config.depth, config.experts
+    in_a_row = torch.zeros((), device=device)
+    skipped = in_a_row + skipped
     bar = tqdm(total=steps, initial=first, unit='step', disable=not master, dynamic_ncols=True)
     saved = logged = time.perf_counter()
     waited = images_seen = 0
     for step in range(first, steps):
         progress = step / steps
         rate = lr * min((step + 1) / warmup, cosine(1, 0, max(0, step - warmup) / max(1, steps - warmup)))
-        sigma, balance, momentum = cosine(o.sigma, 0, progress), cosine(o.balance, 0, progress), cosine(o.momentum, 1, progress)
+        sigma, balance = cosine(o.sigma, 0, progress), cosine(o.balance, 0, progress)
+        momentum = cosine(o.momentum, 1, progress)
         for group in optimizer.param_groups:
             group['lr'] = rate
 
-        stats = 0       # means over the global batch: L_self, whether to stop; scores, load and usage, (L, R) each
+        stats = 0       # means over the global batch: L_self, whether to stop, L_co (L,); scores, load, usage (L, R) each
         for micro in range(o.accumulate):
             before = time.perf_counter()
             groups = next(batches)
@@ -329,47 +334,56 @@ def main():
             with autocast:
                 losses, routing, _, _ = net(images, torch.full((), sigma, device=device))
             loss = losses.mean()
-            part = [loss.detach()[None], torch.full((1,), float(len(stop)), device=device)]
-            part += [use.detach().mean(1).flatten() for use in (routing.scores, routing.chosen, routing.weights)] if routing else []
-            part = torch.cat(part)
+            part = [loss[None], torch.full((1,), float(len(stop)), device=device)]
+            if routing:
+                part += [routing.co, *(use.mean(1).flatten() for use in (routing.scores, routing.chosen, routing.weights))]
+            part = torch.cat(part).detach()
             if world > 1:       # the one small all-reduce of a step
                 dist.all_reduce(part)
                 part /= world
             co = bal = 0
             if routing:         # Eq. 8; the load of Eq. 18 is the global batch's, or with accumulation the micro-batch's
-                co, bal = layer_losses(routing, part[2:].unflatten(0, (3, config.depth, config.experts))[1])
+                co, bal = layer_losses(routing, part[2 + L:].view(3, L, R)[1])
             ((loss + o.co * co + balance * bal) / o.accumulate).backward()
             stats = stats + part / o.accumulate
 
         norm = torch.nn.utils.clip_grad_norm_(trained, o.clip)
         finite = torch.isfinite(norm) & torch.isfinite(stats).all()         # the same on every rank
-        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()     # fused AdamW skips by itself, unseen by the host
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()     # fused AdamW skips the step by itself
         optimizer.step()
         optimizer.zero_grad()
         if routing:
-            model.update_directors(stats[2:].unflatten(0, (3, config.depth, config.experts))[2], momentum, finite)
+            model.update_directors(stats[2 + L:].view(3, L, R)[2], momentum, finite)
         skipped, in_a_row = skipped + ~finite, (in_a_row + 1) * ~finite
         images_seen += global_batch
         bar.update()
 
         done = step + 1
-        if done % o.log_every == 0 or done == steps:        # the only place that waits for the device
-            seconds, mae, co, bal = time.perf_counter() - logged, stats[0].item(), float(co), float(bal)
-            entry = dict(step=step, loss=mae + o.co * co + balance * bal, mae=mae, co=co, bal=bal, lr=rate, momentum=momentum, sigma=sigma,
-                         grad_norm=norm.item(), skipped=int(skipped), images_per_second=images_seen / seconds, waiting=waited / seconds)
-            record(entry)
+        looking = done == 1 or done % val_every == 0 or done == steps
+        if looking or done % o.log_every == 0:      # the only place that waits for the device
+            seconds, mae = time.perf_counter() - logged, stats[0].item()
+            entry = dict(step=step, loss=mae, mae=mae, co=0.0, bal=0.0, lr=rate, momentum=momentum, sigma=sigma,
+                         grad_norm=norm.item(), skipped=int(skipped), images_per_second=images_seen / seconds,
+                         waiting=waited / seconds)
+            if routing:
+                scores, load_share, _ = stats[2 + L:].view(3, L, R)
+                co, bal = layer_losses(Routing(stats[2:2 + L], scores[:, None], None, None), load_share)
+                entry |= dict(loss=mae + o.co * co.item() + balance * bal.item(), co=co.item(), bal=bal.item())
             bar.set_postfix_str(f'loss {entry["loss"]:.4f}, {entry["images_per_second"]:.0f} images/s')
+            if looking:
+                entry |= look(done)
+            if master:
+                with open(log, 'a') as file:
+                    file.write(json.dumps(entry) + '\n')
             if in_a_row >= 10:
-                raise SystemExit(f'{out}: ten steps in a row, up to {step}, had a loss or gradient that is not finite; the last '
-                                 'checkpoint is untouched: lower --lr or look at the images')
-            logged, waited, images_seen = time.perf_counter(), 0, 0
-        if done % val_every == 0 or done == steps:
-            look(step)
+                raise SystemExit(f'{out}: ten steps in a row, up to {step}, had a loss or gradient that is not finite; the '
+                                 'last checkpoint is untouched: lower --lr or look at the images')
             logged, waited, images_seen = time.perf_counter(), 0, 0
         # a signal reaches ranks at different steps: they act on the shared flag, and where reading it costs no extra wait
         stopping = (not gpu or done % o.log_every == 0) and stats[1] > 0
         if master and (stopping or done == steps or time.perf_counter() - saved > 60 * o.save_minutes):
-            save(checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), step=done, config=asdict(config), options=asdict(o))
+            save(checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), step=done, skipped=int(skipped),
+                 config=asdict(config), options=asdict(o))
             saved = time.perf_counter()
         if stopping:
             say(f'\n{checkpoint}: saved after {done} of {steps} steps; go on with --resume')

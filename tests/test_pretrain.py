@@ -1,0 +1,365 @@
+"""pretrain.py: real runs on tiny sources, against each other and against a naive training loop."""
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, write_source
+from PIL import Image
+
+import data
+import pretrain
+from model import MAE, SIZES, Config, read_checkpoint
+
+TINY = dict(model='tiny', depth=2, experts=4, size=32, patch=8, batch=4, steps=6, warmup=0.34, lr=0.1, log_every=1,
+            device='cpu')
+MODEL = Config(size=32, patch=8, experts=4, **(SIZES['tiny'] | dict(depth=2)))
+FIELDS = {'step', 'loss', 'mae', 'co', 'bal', 'lr', 'momentum', 'sigma', 'images_per_second'}
+
+@pytest.fixture(autouse=True)
+def keep_signals():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+def arguments(folder, out, **options):
+    return [f'--{name}={value}' for name, value in dict(TINY, data=folder, out=out, **options).items()]
+
+def train(folder, out, **options):
+    """Run the script's main in this process; returns its final checkpoint."""
+    argv, sys.argv = sys.argv, ['pretrain.py', *arguments(folder, out, **options)]
+    try:
+        pretrain.main()
+    finally:
+        sys.argv = argv
+    return read_checkpoint(out / 'ckpt.pt')[2]
+
+def log(out, timed=False):
+    lines = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
+    return [{k: v for k, v in line.items() if timed or k not in ('images_per_second', 'waiting')} for line in lines]
+
+def same(a, b):
+    """Equal to the last bit, through dictionaries and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+def same_run(ours, theirs):
+    """Two runs' folders hold the same weights, optimizer state and log, but for the times in it."""
+    a, b = (read_checkpoint(out / 'ckpt.pt')[2] for out in (ours, theirs))
+    assert a['step'] == b['step'] and same(a['model'], b['model']) and same(a['optimizer'], b['optimizer'])
+    assert log(ours) == log(theirs)
+
+@pytest.fixture(scope='module')
+def finished(sources, tmp_path_factory):
+    """A run of six steps, never stopped, that looked at its validation images after every second."""
+    out = tmp_path_factory.mktemp('finished')
+    train(sources[0], out, val_every=2)
+    return out
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+
+def test_schedules_and_log_follow_their_closed_forms(finished):
+    lines = log(finished, timed=True)
+    assert [line['step'] for line in lines if 'val' in line] == [0, 1, 3, 5]
+    assert [line['step'] for line in lines] == list(range(6)) and all(FIELDS <= line.keys() for line in lines)
+    peak = 0.1 * 4 / 512
+    for s, line in enumerate(lines):
+        half = (1 + math.cos(math.pi * s / 6)) / 2
+        rate = peak * (s + 1) / 2 if s < 2 else peak * (1 + math.cos(math.pi * (s - 2) / 4)) / 2
+        assert line['lr'] == pytest.approx(rate) and line['lr'] > 0
+        assert line['sigma'] == pytest.approx(half) and line['momentum'] == pytest.approx(1 - 0.01 * half)
+        assert line['loss'] == pytest.approx(line['mae'] + 0.1 * line['co'] + 0.001 * half * line['bal'])
+    assert lines[5]['mae'] < lines[0]['mae']
+
+def test_the_checkpoint_is_plain_and_complete(finished, sources):
+    file = torch.load(finished / 'ckpt.pt', weights_only=True)
+    assert file['model'].keys() == MAE(MODEL).state_dict().keys() and Config(**file['config']) == MODEL
+    assert file['step'] == 6 and json.loads((finished / 'config.json').read_text())['options'] == file['options']
+    assert not list(finished.glob('*.new'))
+
+def test_validation_equals_one_image_at_a_time(finished, sources):
+    shards, model = data.Shards(sources[0]), MAE(MODEL)
+    model.load_state_dict(read_checkpoint(finished / 'ckpt.pt')[0])
+    noise, losses = torch.rand(len(shards.val), 16, generator=torch.Generator().manual_seed(0)), {}
+    counts = torch.zeros(2, 3, 4)
+    for k, image in enumerate(shards.val):
+        pixels = data.normalize(data.to_device(shards.gather(np.array([image])), 'cpu') / 255)
+        with torch.no_grad():
+            loss, routing, _, _ = model(pixels, 0.0, noise[k:k + 1])
+        losses.setdefault(shards.modalities[shards.modality[image]], []).append(loss.item())
+        for layer in range(2):
+            counts[layer, shards.modality[image], routing.scores[layer, 0].argmax()] += 1
+    entry = log(finished)[-1]
+    naive = {name: sum(values) / len(values) for name, values in losses.items()}
+    assert entry['val'] == pytest.approx(naive) and entry['val_mae'] == pytest.approx(sum(naive.values()) / 3)
+    assert entry['bits'] == pytest.approx([pretrain.mutual_information(table)[0] for table in counts])
+
+def test_pictures_show_what_is_seen_and_predicted(finished, sources):
+    picture = np.asarray(Image.open(finished / 'recon.png')).astype(int)
+    assert picture.shape == (16 + 3 * 128, 3 * 128, 3)      # 32 pixels drawn as 128 under a line of text
+    image, seen, shown = (picture[16 + row * 128:144 + row * 128:4, ::4] for row in range(3))
+    shards, model, guess = data.Shards(sources[0]), MAE(MODEL), shown.astype(float)
+    model.load_state_dict(read_checkpoint(finished / 'ckpt.pt')[0])
+    noise = torch.rand(4, 16, generator=torch.Generator().manual_seed(0))
+    for left, k, stored in ((32, 3, sources[1][3][-1]), (64, 1, sources[1][1][-1])):        # MR and Photo hold one out
+        pixels = data.center(data.to_device(shards.gather(shards.val[k:k + 1]), 'cpu'), 32)
+        prediction, (_, mean, std) = model(pixels, 0.0, noise[k:k + 1])[2].detach(), model.targets(pixels)
+        undone = data.denormalize(model.unpatchify(prediction * std + mean))[0].permute(1, 2, 0)
+        guess[:, left:left + 32] = undone.clamp(0, 1) * 255
+        assert abs(image[:, left:left + 32] - stored).max() <= 1
+    patches = [x.reshape(4, 8, 12, 8, 3).swapaxes(1, 2).reshape(48, -1) for x in (image, seen, shown, guess)]
+    image, seen, shown, guess = patches
+    hidden = (abs(seen - 127) <= 1).all(1)
+    assert hidden.sum() == 3 * 12 and abs(shown - guess)[hidden].max() < 1.1
+    assert (seen == image)[~hidden].all() and abs(shown - image)[~hidden].max() <= 1
+    assert Image.open(finished / 'experts.png').size == ((80 + 4 * 16) * 2 + 10, 34 + 3 * 16 + 10)
+
+def test_mutual_information_of_known_tables():
+    independent = torch.outer(torch.tensor([1.0, 2, 5]), torch.tensor([3.0, 1, 4, 2]))
+    entropy = -sum(p * math.log2(p) for p in (1 / 8, 2 / 8, 5 / 8))
+    assert pretrain.mutual_information(independent) == pytest.approx((0, entropy), abs=1e-9)
+    assert pretrain.mutual_information(torch.eye(4) * 7) == pytest.approx((2, 2))
+    assert pretrain.mutual_information(torch.eye(8).repeat_interleave(2, 1)) == pytest.approx((3, 3))
+    assert pretrain.mutual_information(torch.eye(2).repeat(4, 1)) == pytest.approx((1, 1))       # two columns
+
+def test_every_trained_parameter_is_in_one_optimizer_group():
+    model = MAE(MODEL)
+    optimizer = pretrain.make_optimizer(model, 1e-3, 0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = {group['weight_decay']: [names[id(p)] for p in group['params']] for group in optimizer.param_groups}
+    trained = [name for name in names.values() if '.director.' not in name]
+    assert sorted(groups[0.1] + groups[0.0]) == sorted(trained) and len(optimizer.param_groups) == 2
+    plain = {name for name in trained if 'norm' in name or 'bias' in name or 'token' in name}
+    assert set(groups[0.0]) == plain and 'blocks.0.dex.experts.fc1.bias' in plain and 'blocks.0.dex.gate.weight' not in plain
+
+@pytest.mark.parametrize('options', [dict(experts=0), dict(routing='token'), dict(top_k=1, accumulate=2), dict(top_k=4)])
+def test_variants_train(sources, tmp_path, options):
+    checkpoint = train(sources[0], tmp_path, steps=2, val_every=100, **options)
+    lines = log(tmp_path)
+    assert all(tensor.isfinite().all() for tensor in checkpoint['model'].values())
+    assert [line['step'] for line in lines] == [0, 1]
+    assert all(math.isfinite(line['loss']) and line['skipped'] == 0 for line in lines)
+    assert all((line['loss'] == line['mae']) == (options.get('experts') == 0) for line in lines)
+    assert lines[-1]['val'].keys() == {'CT', 'Photo', 'MR'}
+
+def test_a_source_of_a_single_image_only_trains(tmp_path):
+    write_source(tmp_path / 'data' / 'a', 'CT', 12)
+    write_source(tmp_path / 'data' / 'b', 'PET', 1)
+    train(tmp_path / 'data', tmp_path / 'out', steps=1)
+    assert math.isfinite(log(tmp_path / 'out')[-1]['val_mae'])
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The step: two ranks, two micro-batches, and one naive loop over both parts' images at once
+
+def naive_training(folder, parts, **options):
+    """Weights after three steps without gate noise: all parts' images in one batch; losses, clipping and GEMA by hand."""
+    o, shards = replace(pretrain.Options(), **dict(TINY, **options)), data.Shards(folder)
+    torch.manual_seed(o.seed)
+    model, norms = MAE(MODEL), []
+    trained = {name: p for name, p in model.named_parameters() if '.director.' not in name}
+    groups = [dict(params=[p], weight_decay=o.weight_decay if name.endswith('weight') and 'norm' not in name else 0)
+              for name, p in trained.items()]
+    optimizer = torch.optim.AdamW(groups, lr=1)
+    for step in range(3):
+        images, noise, half = [], [], (1 + math.cos(math.pi * step / 3)) / 2
+        for part in range(parts):
+            ids = shards.plan(o.seed, step, o.batch, part, parts, len(shards.train) // (o.batch * parts))
+            pretrain.seed_step(o.seed, step, part)
+            images.append(data.augment(data.to_device(shards.gather(ids), 'cpu'), o.size))
+            noise.append(torch.rand(o.batch, 16))
+        losses, routing, _, _ = model(torch.cat(images), 0.0, torch.cat(noise))
+        loss = losses.mean()
+        for layer in range(2):
+            loss = loss + o.co / 2 * routing.co[layer] / (2 - layer)
+            frequency = routing.chosen[layer].mean(0)
+            loss = loss + o.balance * half / 2 * 4 * (routing.scores[layer].mean(0) * frequency).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in trained.values()]).norm()
+        norms.append(norm.item())
+        for p in trained.values():
+            p.grad *= min(1, o.clip / norm)
+        for group in optimizer.param_groups:
+            group['lr'] = o.lr * o.batch * parts / 512 * (1 if step == 0 else (1 + math.cos(math.pi * (step - 1) / 2)) / 2)
+        optimizer.step()
+        momentum = 1 - (1 - o.momentum) * half
+        for block, weights in zip(model.blocks, routing.weights.detach()):
+            omega = weights.sum(0) / weights.sum()
+            block.dex.usage.mul_(0.99).add_(omega, alpha=0.01)
+            for name, director in block.dex.director.named_parameters():
+                average = sum(omega[r] * block.dex.experts.get_parameter(name)[r] for r in range(4))
+                director.data = momentum * director.data + (1 - momentum) * average
+    return model.state_dict(), norms
+
+STEP = dict(steps=3, sigma=0.0, momentum=0.5, weight_decay=10.0, clip=0.3)
+
+def close(out, naive, norms):
+    ours = read_checkpoint(out / 'ckpt.pt')[0]
+    assert ours.keys() == naive.keys()      # no 'module.' in names
+    assert [line['grad_norm'] for line in log(out)] == pytest.approx(norms, rel=1e-4)
+    for name, value in naive.items():
+        if name.endswith('attn.qkv.bias'):      # softmax ignores the keys' bias: its gradient is nothing but rounding
+            ours[name], value = (torch.cat(torch.tensor_split(t, 3)[::2]) for t in (ours[name], value))
+        assert torch.allclose(ours[name], value, atol=1e-5, rtol=1e-5), name
+
+@pytest.mark.parametrize('parts', [1, 2])
+def test_accumulated_micro_batches_equal_one_batch_in_a_naive_loop(sources, tmp_path, parts):
+    options = dict(STEP, balance=0.5 if parts == 1 else 0.0)      # balanced within a micro-batch
+    train(sources[0], tmp_path, accumulate=parts, **options)
+    close(tmp_path, *naive_training(sources[0], parts, **options))
+
+WRAPPER = '''
+import os, sys
+sys.path.insert(0, {root!r})
+import torch
+import pretrain
+models, MAE = [], pretrain.MAE
+pretrain.MAE = lambda config: models.append(MAE(config)) or models[0]
+pretrain.main()
+torch.save(models[0].state_dict(), os.path.join({out!r}, 'rank' + os.environ['RANK'] + '.pt'))
+'''
+
+@pytest.fixture(scope='module')
+def two_ranks(tmp_path_factory):
+    """Two processes under torchrun, on a source with one validation image, so that one of them has none."""
+    folder = tmp_path_factory.mktemp('two')
+    write_source(folder / 'data' / 'a', 'CT', 30)
+    (folder / 'script.py').write_text(WRAPPER.format(root=str(ROOT), out=str(folder)))
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', folder / 'script.py']
+    command += arguments(folder / 'data', folder / 'out', balance=0.5, **STEP)
+    group = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try:
+        output, _ = group.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(group.pid, signal.SIGKILL)
+        pytest.fail('two ranks wait for each other for ever')
+    assert group.returncode == 0, output
+    return folder
+
+def test_two_ranks_equal_one_process_with_both_batches(two_ranks):
+    close(two_ranks / 'out', *naive_training(two_ranks / 'data', 2, balance=0.5, **STEP))
+    assert [line['step'] for line in log(two_ranks / 'out')] == [0, 1, 2]
+
+def test_two_ranks_hold_the_same_network_to_the_last_bit(two_ranks):
+    ranks = [torch.load(two_ranks / f'rank{rank}.pt', weights_only=True) for rank in (0, 1)]
+    assert same(*ranks) and same(ranks[0], read_checkpoint(two_ranks / 'out' / 'ckpt.pt')[0])
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What may go wrong
+
+@pytest.fixture
+def at_batch(monkeypatch):
+    """at_batch(f) calls f(number, images) with every augmented batch of this process and trains on what it returns."""
+    def at_batch(change):
+        augment, numbers = data.augment, iter(range(10 ** 6))
+        monkeypatch.setattr(data, 'augment', lambda images, size: change(next(numbers), augment(images, size)))
+    return at_batch
+
+def test_killed_and_resumed_equals_never_stopped(sources, tmp_path):
+    options = dict(save_minutes=0, steps=30, val_every=10)
+    command = [sys.executable, ROOT / 'pretrain.py', *arguments(sources[0], tmp_path / 'killed', **options)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    while not (tmp_path / 'killed' / 'ckpt.pt').exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    step = read_checkpoint(tmp_path / 'killed' / 'ckpt.pt')[2]['step']
+    assert process.returncode == -signal.SIGKILL and 0 < step < 30
+    with open(tmp_path / 'killed' / 'log.jsonl', 'a') as file:
+        file.write('{"step": 29, "loss": 1}\n{"step": 3')       # logged after the checkpoint, and cut off
+    options['save_minutes'] = 15
+    train(sources[0], tmp_path / 'killed', resume=True, **options)
+    train(sources[0], tmp_path / 'whole', resume=True, **options)      # nothing to resume: starts fresh
+    same_run(tmp_path / 'killed', tmp_path / 'whole')
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_resumed_run_equals_one_never_stopped(sources, finished, tmp_path, at_batch, number):
+    at_batch(lambda step, images: (step == 2 and os.kill(os.getpid(), number)) or images)
+    with pytest.raises(SystemExit) as error:
+        train(sources[0], tmp_path, val_every=2)
+    assert error.value.code == 128 + number
+    assert read_checkpoint(tmp_path / 'ckpt.pt')[2]['step'] in (3, 4)
+    train(sources[0], tmp_path, val_every=2, resume=True)
+    same_run(tmp_path, finished)
+
+def test_a_step_that_is_not_finite_changes_nothing(sources, tmp_path, at_batch, monkeypatch):
+    at_batch(lambda step, images: images * math.nan if step in (0, 3) else images)
+    saved, save = [], pretrain.save
+
+    def keep(path, **content):
+        save(path, **content)
+        saved.append(read_checkpoint(path)[2])
+    monkeypatch.setattr(pretrain, 'save', keep)
+    train(sources[0], tmp_path, save_minutes=0)
+    assert [file['step'] for file in saved] == [1, 2, 3, 4, 5, 6]
+    torch.manual_seed(0)
+    assert same(saved[0]['model'], MAE(Config(**saved[0]['config'])).state_dict())
+    assert same(saved[3]['model'], saved[2]['model'])
+    assert same(saved[3]['optimizer']['state'], saved[2]['optimizer']['state'])
+    for before, after in ((0, 1), (1, 2), (3, 4)):
+        assert not same(saved[after]['model'], saved[before]['model'])
+    assert [line['skipped'] for line in log(tmp_path)] == [1, 1, 1, 2, 2, 2]
+    assert all(tensor.isfinite().all() for tensor in saved[5]['model'].values())
+
+def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(sources, tmp_path, at_batch):
+    at_batch(lambda step, images: images * math.inf if step > 3 else images)
+    with pytest.raises(SystemExit, match='ten steps in a row'):
+        train(sources[0], tmp_path, steps=40)
+    assert log(tmp_path)[-1]['step'] == 13 and log(tmp_path)[-1]['skipped'] == 10
+
+def test_a_run_is_not_overwritten_unasked(sources, finished, tmp_path):
+    before = (finished / 'ckpt.pt').read_bytes()
+    with pytest.raises(SystemExit, match='--resume.*--overwrite'):
+        train(sources[0], finished)
+    with pytest.raises(SystemExit, match='experts=4.*experts=2'):
+        train(sources[0], finished, resume=True, experts=2)
+    assert (finished / 'ckpt.pt').read_bytes() == before and len(log(finished)) == 6
+    for _ in range(2):
+        train(sources[0], tmp_path, steps=1, overwrite=True)
+    assert [line['step'] for line in log(tmp_path)] == [0]
+
+def test_a_new_run_over_an_old_one_leaves_nothing_of_it_to_resume(sources, tmp_path, at_batch):
+    train(sources[0], tmp_path, steps=2)
+    at_batch(lambda step, images: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(sources[0], tmp_path, steps=2, overwrite=True)
+    assert not (tmp_path / 'ckpt.pt').exists()
+
+def test_a_full_disk_leaves_the_checkpoint_before(sources, tmp_path):
+    train(sources[0], tmp_path, steps=2)
+    before = (tmp_path / 'ckpt.pt').read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(SystemExit, match='ckpt.pt: could not be saved'):
+            train(sources[0], tmp_path, steps=3, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before and not list(tmp_path.glob('*.new'))
+
+@pytest.mark.parametrize('options, sentence', [
+    (dict(batch=100), '64 training images are fewer'), (dict(model='giant'), 'giant.*tiny'), (dict(size=30), '30'),
+    (dict(init='missing.pt'), 'missing.pt')])
+def test_options_that_cannot_work_end_in_a_sentence(sources, tmp_path, options, sentence):
+    with pytest.raises(SystemExit, match=sentence):
+        train(sources[0], tmp_path, **options)
+
+def test_a_published_encoder_starts_a_run(sources, finished, tmp_path):
+    state = {name: value for name, value in read_checkpoint(finished / 'ckpt.pt')[0].items()
+             if not name.startswith(('decoder', 'mask_token'))}
+    torch.save(dict(model=state), tmp_path / 'encoder.pth')
+    ours = train(sources[0], tmp_path / 'out', init=tmp_path / 'encoder.pth', steps=1, lr=0)
+    assert same(ours['model']['blocks.1.attn.qkv.weight'], state['blocks.1.attn.qkv.weight'])

@@ -4,9 +4,11 @@
 
 The obvious one keeps a Python list of expert MLPs, gathers the images of each expert in a loop, adds their outputs
 with index_add_, lets AdamW loop over its many small parameters as it does by default, and stacks the experts'
-parameters for GEMA. Both start from the same weights, draw the same noise, and must agree in their losses.
+parameters for GEMA. Each has a process of its own; all start from the same weights and draw the same noise, so their
+losses must agree.
 """
 import copy
+import multiprocessing
 import statistics
 import sys
 import time
@@ -17,7 +19,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from model import MAE, Config, Routing, layer_losses  # noqa: E402
-from pretrain import make_optimizer  # noqa: E402
+from pretrain import make_optimizer, setup  # noqa: E402
 
 class ObviousDEX(nn.Module):
     def __init__(self, dex):
@@ -63,31 +65,46 @@ def step(model, optimizer, images, seed):
     end = time.perf_counter()
     return loss.item(), end - begin, end - before
 
-def main(steps=12, warmup=2, batch=8):
+def worker(name, pipe, batch):
+    """Build one of the implementations, then do a step for each seed that comes."""
     torch.manual_seed(0)
-    ours = MAE(Config(depth=3))
-    obvious = copy.deepcopy(ours)
-    for block in obvious.blocks:
-        block.dex = ObviousDEX(block.dex)
-    runs = {'ours': (ours, make_optimizer(ours, 1e-5, 1e-6)),
-            'obvious': (obvious, torch.optim.AdamW([p for p in obvious.parameters() if p.requires_grad], 1e-5, weight_decay=1e-6)),
-            'obvious, fused AdamW': (obvious, torch.optim.AdamW([p for p in obvious.parameters() if p.requires_grad], 1e-5, fused=True))}
-    images, seconds, gema = torch.randn(batch, 3, 256, 256), {name: [] for name in runs}, {name: [] for name in runs}
+    if name == 'ours':
+        setup('cpu')        # what pretrain.py does at its start
+    model = MAE(Config(depth=3))
+    if name != 'ours':
+        for block in model.blocks:
+            block.dex = ObviousDEX(block.dex)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    fused = torch.optim.AdamW(trained, 1e-5, weight_decay=1e-6, fused='fused' in name or None)
+    optimizer = make_optimizer(model, 1e-5, 1e-6) if name == 'ours' else fused
+    images = torch.randn(batch, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    while (seed := pipe.recv()) is not None:
+        pipe.send(step(model, optimizer, images, seed))
+
+def main(steps=12, warmup=1, batch=8):
+    names, pipes = ['ours', 'obvious', 'obvious, fused AdamW'], {}
+    context = multiprocessing.get_context('spawn')
+    for name in names:      # a process each, so that none lives on memory that another has made warm
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=worker, args=(name, theirs, batch), daemon=True).start()
+    seconds, gema = {name: [] for name in names}, {name: [] for name in names}
     for number in range(warmup + steps):
-        for name, (model, optimizer) in runs.items():
-            loss, whole, part = step(model, optimizer, images, number)
-            if number == 0 and name != 'obvious, fused AdamW':
-                print(f'{name}: loss {loss:.6f} at the first step')
+        for name in names:      # one at a time, in turn
+            pipes[name].send(number)
+            loss, whole, part = pipes[name].recv()
+            if number == 0:
+                print(f'{name}: loss {loss:.6f} at the first step', flush=True)
             if number >= warmup:
                 seconds[name].append(whole)
                 gema[name].append(part)
-    for name in runs:
+    for name in names:
+        pipes[name].send(None)
         q = statistics.quantiles(seconds[name], n=4)
-        print(f'{name:<22} step {q[1]:.3f} s (quartiles {q[0]:.3f} to {q[2]:.3f}), GEMA {100 * statistics.median(gema[name]) / q[1]:.1f}% of it')
-    for name in list(runs)[1:]:
-        ratios = [a / b for a, b in zip(seconds['ours'], seconds[name])]
-        q = statistics.quantiles(ratios, n=4)
-        print(f'ours / {name}: {q[1]:.2f} (quartiles {q[0]:.2f} to {q[2]:.2f}) over {steps} steps each, {torch.get_num_threads()} threads')
+        share = 100 * statistics.median(gema[name]) / q[1]
+        print(f'{name:<22} step {q[1]:.3f} s (quartiles {q[0]:.3f} to {q[2]:.3f}), GEMA {share:.1f}% of it')
+    for name in names[1:]:
+        q = statistics.quantiles([a / b for a, b in zip(seconds['ours'], seconds[name])], n=4)
+        print(f'ours / {name}: {q[1]:.2f} (quartiles {q[0]:.2f} to {q[2]:.2f}), {steps} steps each, {torch.get_num_threads()} threads')
 
 if __name__ == '__main__':
     main()

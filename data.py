@@ -75,7 +75,7 @@ class Shards:
         if len(sides) != 1:
             raise SystemExit(f'{folder}: sources of different sizes, {sorted(sides)} pixels; prepare them with one --size')
         self.side = sides.pop()
-        self.starts = np.cumsum([0] + [n for n, *_ in shapes])      # shard s holds the images starts[s] ... starts[s + 1] - 1
+        self.starts = np.cumsum([0] + [n for n, *_ in shapes])      # shard s holds starts[s] ... starts[s + 1] - 1
         self.modality = np.concatenate(modality)                    # (images,) index into self.modalities
         self.train, self.val = np.concatenate(train), np.concatenate(val)
 

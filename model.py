@@ -320,7 +320,8 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise SystemExit(f'{path}: there is no such checkpoint')
     except Exception as error:      # torch raises a dozen types for a damaged zip or a pickle with code in it
-        raise SystemExit(f'{path}: not a readable checkpoint of plain tensors ({(str(error) or type(error).__name__).splitlines()[0][:80]})')
+        why = (str(error) or type(error).__name__).splitlines()[0][:80]
+        raise SystemExit(f'{path}: not a readable checkpoint of plain tensors ({why})')
     state = next((file[key] for key in ('model', 'state_dict') if isinstance(file, dict) and key in file), file)
     if not isinstance(state, dict) or 'cls_token' not in state:
         raise SystemExit(f'{path}: holds no ViT in the names of MAE and timm (no cls_token)')
@@ -358,9 +359,11 @@ def load_weights(model, state, path):
             value = gain * F.interpolate(value.float(), size=(model.config.patch,) * 2, mode='bicubic', antialias=True)
         found[name] = value
     decoder = ('decoder', 'mask_token')
-    optional = ('.gate.weight', '.usage'), () if any(name.startswith(decoder) for name in found) else decoder
-    unwanted = [name for name in found if name not in own and (name.startswith((*decoder, 'head', 'fc_norm')) or '.dex.' in name)]
-    new = [name for name in own if name not in found and (name.endswith(optional[0]) or name.startswith(optional[1]))]
+    encoder_only = not any(name.startswith(decoder) for name in found)      # as MAE and timm publish them
+    unwanted = [name for name in found if name not in own
+                and ('.dex.' in name or name.startswith((*decoder, 'head', 'fc_norm')))]
+    new = [name for name in own if name not in found
+           and (name.endswith(('.gate.weight', '.usage')) or encoder_only and name.startswith(decoder))]
     troubles = (('it lacks', own.keys() - found.keys() - set(new)),
                 ('here is no place for', found.keys() - own.keys() - set(unwanted)),
                 ('of another shape is', [name for name in own if name in found and own[name].shape != found[name].shape]))
@@ -368,5 +371,6 @@ def load_weights(model, state, path):
         if names:
             raise SystemExit(f'{path}: does not fit this network: {what} {", ".join(sorted(names))}')
     model.load_state_dict({name: found.get(name, own[name]) for name in own})
-    parts = [sorted({name.split('.')[3 if '.dex.' in name else 0] for name in names}) for names in (unwanted, new)]
-    print(f'{path}: loaded' + ''.join(f', {what} {", ".join(names)}' for what, names in zip(('without its', 'with a new'), parts) if names))
+    left, added = (', '.join(sorted({name.split('.')[3 if '.dex.' in name else 0] for name in names})) or 'nothing'
+                   for names in (unwanted, new))
+    print(f'{path}: loaded; left out: {left}; not in it, so new: {added}')

@@ -297,8 +297,8 @@ def main():
         losses, first, weights = validate(model, shards, o, rank, world, device, autocast)
         if not master:
             return {}
-        entry = dict(val_mae=losses.nanmean().item(), val={name: loss for name, loss in zip(shards.modalities, losses.tolist())
-                                                           if math.isfinite(loss)})
+        known = {name: loss for name, loss in zip(shards.modalities, losses.tolist()) if math.isfinite(loss)}
+        entry = dict(val_mae=losses.nanmean().item(), val=known)
         text = f'step {done}: validation L_self {entry["val_mae"]:.4f}'
         if first is not None:
             bits, most = zip(*map(mutual_information, first))

@@ -104,7 +104,7 @@ def main(steps=12, warmup=1, batch=8):
         print(f'{name:<22} step {q[1]:.3f} s (quartiles {q[0]:.3f} to {q[2]:.3f}), GEMA {share:.1f}% of it')
     for name in names[1:]:
         q = statistics.quantiles([a / b for a, b in zip(seconds['ours'], seconds[name])], n=4)
-        print(f'ours / {name}: {q[1]:.2f} (quartiles {q[0]:.2f} to {q[2]:.2f}), {steps} steps each, {torch.get_num_threads()} threads')
+        print(f'ours / {name}: {q[1]:.2f} (quartiles {q[0]:.2f} to {q[2]:.2f}), {steps} steps each')
 
 if __name__ == '__main__':
     main()

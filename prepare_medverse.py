@@ -297,23 +297,23 @@ def torso(rng, shape, bottom, height, sick):
 
 def ct(rng, side, tissue):
     """Attenuation in Hounsfield units (air -1000, water 0), with the noise of the detector."""
-    return blur(HOUNSFIELD[tissue] + rng.normal(0, 40, tissue.shape) * (tissue > 0), 0.7).astype(np.int16)
+    return blur(HOUNSFIELD[tissue] + rng.normal(0, 40, tissue.shape) * (tissue > 0), 0.7).astype(np.int16), tissue
 
 def pet(rng, side, tissue):
     """Uptake of the tracer in SUV: decays are counted (Poisson) through a point spread of about 10 mm."""
     activity = blur((UPTAKE * rng.uniform(0.6, 1.6, len(UPTAKE)))[tissue], side / 90).clip(0)
-    return blur(rng.poisson(20 * activity) / 20, side / 160).clip(0).astype(np.float32)
+    return blur(rng.poisson(20 * activity) / 20, side / 160).clip(0).astype(np.float32), tissue
 
 def mr(rng, side, tissue):
     """Spin echo: protons (1 - exp(-TR / T1)) exp(-TE / T2), under a smooth coil bias, with Rician noise."""
     repetition, echo = rng.choice(((500, 12), (3000, 70))) * rng.uniform(0.7, 1.4, 2)  # T1- or T2-weighted, ms
     signal = 1000 * PROTONS * (1 - np.exp(-repetition / T1)) * np.exp(-echo / T2)
     image = signal[tissue] * np.exp(0.25 * field(rng, side, 0.2))[..., None]
-    return (abs(image + rng.normal(0, 15, (*tissue.shape, 2)) @ (1, 1j)) * (tissue > 0)).astype(np.float32)
+    return (abs(image + rng.normal(0, 15, (*tissue.shape, 2)) @ (1, 1j)) * (tissue > 0)).astype(np.float32), tissue
 
-def xray(rng, side, sick):
+def xray(rng, side, tissue):
     """Beer-Lambert: photons fall as exp(-attenuation summed from front to back); the film shows their negative log."""
-    tissue = torso(rng, (side // 2, 40, side // 2), -12, 36, sick).T[::-1, :, ::-1].repeat(2, 0).repeat(2, 2)
+    tissue = tissue.T[::-1, :, ::-1].repeat(2, 0).repeat(2, 2)
     path = blur((0.2 * (1 + HOUNSFIELD / 1000))[tissue].sum(1), 0.8)  # water absorbs 0.2 / cm, a voxel is 1 cm deep
     film = 1 - np.log(1 + rng.poisson(1e6 * np.exp(-path))) / np.log(1e6)
     heart, lungs = (tissue == 9).sum(1) > 4, (tissue == 4).sum(1) > 4
@@ -392,10 +392,14 @@ PHANTOMS = {'CT': ct, 'PET': pet, 'MR': mr, 'X-ray': xray, 'Ultrasound': ultraso
 
 def write_phantom(folder, modality, n, seed, side=160):
     """Subject n, every other one sick: an image, or of CT, PET and MR a volume of 8 slices, to folder/raw/<Modality>/
-    <source>/<class>; its mask to folder/labels/<Modality>/<class>."""
-    rng, sick, volume = np.random.default_rng((seed, MODALITIES.index(modality), n)), n % 2, modality in VOLUMES
-    mask = torso(rng, (side, side, 8), rng.uniform(-18, 2), 14, sick) if volume else None
-    image, mask = (PHANTOMS[modality](rng, side, mask), mask) if volume else PHANTOMS[modality](rng, side, sick)
+    <source>/<class>; its mask to folder/labels/<Modality>/<class>. CT, PET, MR and X-ray see the same body."""
+    rng, body = np.random.default_rng((seed, MODALITIES.index(modality), n)), np.random.default_rng((seed, n))
+    sick, volume, inside = n % 2, modality in VOLUMES, None
+    if volume:
+        inside = torso(body, (side, side, 8), rng.uniform(-18, 2), 14, sick)
+    elif modality == 'X-ray':
+        inside = torso(body, (side // 2, 40, side // 2), -12, 36, sick)
+    image, mask = PHANTOMS[modality](rng, side, sick if inside is None else inside)
     names = ('naevus', 'melanoma') if modality == 'Photo' else ('normal', 'lesion')
     source = 'phantom-' + modality.lower() + '-suv' * (modality == 'PET')
     for place, array in ((folder / 'raw' / modality / source, image), (folder / 'labels' / modality, mask)):

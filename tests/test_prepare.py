@@ -453,3 +453,51 @@ def test_real_images(tmp_path):
     # Upright: the spine, dark around a bright canal, lies low, so the darkest rows of the body's middle are not at the top;
     # radiological: the liver, large, is on the left of the picture and is darker than the fat on the right.
     assert abdomen[-1, 16:40, 4:28].mean() < abdomen[-1, 16:40, 36:60].mean()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Phantoms
+
+@pytest.fixture(scope='module')
+def phantoms(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('phantoms')
+    for modality in prep.MODALITIES:
+        for n in (0, 1):
+            prep.write_phantom(folder, modality, n, seed=3, side=96)
+    return folder
+
+def pixels_of(path):
+    return np.asarray(nib.load(path).dataobj) if path.suffix == '.gz' else np.asarray(Image.open(path))
+
+def test_phantoms_have_masks_of_their_size_and_a_class_in_their_path(phantoms):
+    images = sorted((phantoms / 'raw').rglob('000*'))
+    assert {path.parts[-4] for path in images} == set(prep.MODALITIES) and len(images) == 20
+    for path in images:
+        modality, _, kind, name = path.parts[-4:]
+        mask = pixels_of(phantoms / 'labels' / modality / kind / name)
+        assert mask.shape == pixels_of(path).shape[:mask.ndim] and pixels_of(path).std() > 0
+        assert kind in ('naevus', 'melanoma') if modality == 'Photo' else kind in ('normal', 'lesion')
+        assert (kind in ('lesion', 'melanoma')) == name.startswith('0001')
+        if modality in ('Endoscope', 'Ultrasound'):      # their masks are the lesions
+            assert (mask.max() > 0) == (kind == 'lesion')
+
+def test_phantoms_follow_their_physics(phantoms):
+    def pair(image, mask, name):
+        return pixels_of(phantoms / 'raw' / image / name), pixels_of(phantoms / 'labels' / mask / name)
+    ct, tissue = pair('CT/phantom-ct', 'CT', 'normal/0000.nii.gz')
+    assert np.median(ct[tissue == 0]) == -1000 and abs(ct[erode(tissue == 1)].mean() + 100) < 10      # air, fat
+    pet, tissue = pair('PET/phantom-pet-suv', 'PET', 'lesion/0001.nii.gz')
+    assert 5 * pet[tissue == 1].mean() < pet[tissue == 10].mean()      # lesions take up sugar, fat does not
+    film, shadow = pair('X-ray/phantom-x-ray', 'X-ray', 'normal/0000.png')
+    assert film[shadow == 4].mean() < film[shadow == 9].mean() - 40    # lungs let rays through, the heart does not
+
+def erode(mask):
+    """Voxels whose neighbours in the slice are all of the mask."""
+    return np.logical_and.reduce([np.roll(mask, step, axis) for step in (-1, 0, 1) for axis in (0, 1)])
+
+def test_a_phantom_follows_from_its_seed_and_number(phantoms, tmp_path):
+    for modality in ('MR', 'Fundus'):
+        prep.write_phantom(tmp_path, modality, 1, seed=3, side=96)
+        prep.write_phantom(tmp_path / 'other', modality, 1, seed=4, side=96)
+        again, other, first = (pixels_of(next((folder / 'raw' / modality).rglob('0001*')))
+                               for folder in (tmp_path, tmp_path / 'other', phantoms))
+        assert np.array_equal(again, first) and not np.array_equal(other, first)

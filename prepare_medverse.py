@@ -297,7 +297,8 @@ def torso(rng, shape, bottom, height, sick):
 
 def ct(rng, side, tissue):
     """Attenuation in Hounsfield units (air -1000, water 0), with the noise of the detector."""
-    return blur(HOUNSFIELD[tissue] + rng.normal(0, 40, tissue.shape) * (tissue > 0), 0.7).astype(np.int16), tissue
+    image = blur(HOUNSFIELD[tissue] + rng.normal(0, 40, tissue.shape) * (tissue > 0), 0.7)
+    return np.rint(image).astype(np.int16), tissue
 
 def pet(rng, side, tissue):
     """Uptake of the tracer in SUV: decays are counted (Poisson) through a point spread of about 10 mm."""

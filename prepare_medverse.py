@@ -69,6 +69,7 @@ def read(path, draft=0):
     return [array if array.dtype == np.uint8 else array.astype(np.float32)]
 
 def read_picture(path, draft):
+    """The frames of a picture, (1, H, W) or (1, H, W, 3) each: uint8, or float32 where they are measurements."""
     frames = []
     with Image.open(path) as image:
         image.draft(None, (draft, draft) if draft else None)  # a JPEG decodes fast at 1/2, 1/4 or 1/8
@@ -414,6 +415,7 @@ def write_phantom(folder, modality, n, seed, side=160):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def main():
+    """Simulate the phantoms if they are asked for, then prepare every source below RAW and print what became of it."""
     config = parse_options(Config())
     out = Path(config.out)
     if min(config.size, config.min_side, config.shard) < 1 or config.workers < 0:

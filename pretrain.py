@@ -212,6 +212,7 @@ def draw_tables(path, tables, names, titles):
 # Training
 
 def main():
+    """One run, from the options to the last checkpoint."""
     o = data.parse_options(Options())
     if o.demo:
         o = data.parse_options(dataclasses.replace(Options(), demo=True, **DEMO))

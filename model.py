@@ -320,8 +320,7 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise SystemExit(f'{path}: there is no such checkpoint')
     except Exception as error:      # torch raises a dozen types for a damaged zip or a pickle with code in it
-        why = (str(error) or type(error).__name__).splitlines()[0][:80]
-        raise SystemExit(f'{path}: not a readable checkpoint of plain tensors ({why})')
+        raise SystemExit(f'{path}: no checkpoint, damaged, or holding more than plain tensors ({type(error).__name__})')
     state = next((file[key] for key in ('model', 'state_dict') if isinstance(file, dict) and key in file), file)
     if not isinstance(state, dict) or 'cls_token' not in state:
         raise SystemExit(f'{path}: holds no ViT in the names of MAE and timm (no cls_token)')

@@ -40,7 +40,7 @@ def parse_options(defaults):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(cls):
         default = getattr(defaults, field.name)
-        kind = dict(type=boolean, nargs='?', const=True) if field.type is bool else dict(type=field.type)
+        kind = {bool: dict(type=boolean, nargs='?', const=True), tuple: dict(nargs='+')}.get(field.type, dict(type=field.type))
         text = f'{comments.get(field.name, "")} (default: {default})'.replace('%', '%%')
         parser.add_argument('--' + field.name, default=default, metavar=field.type.__name__.upper(), help=text, **kind)
     return cls(**vars(parser.parse_args()))
@@ -125,6 +125,36 @@ class Shards:
     @functools.lru_cache(2)
     def permutation(self, seed, epoch):
         return np.random.default_rng((seed, epoch)).permutation(self.train)
+
+class Task:
+    """A labelled task, as prepare_medverse.py --task writes it: images with masks or labels in three splits."""
+    def __init__(self, folder):
+        try:
+            self.meta = json.loads((folder / 'meta.json').read_text())
+            self.classes, self.segments = self.meta['classes'], self.meta['kind'] == 'segmentation'
+            self.images, self.answers = ({split: np.load(folder / split / f'{name}.npy', mmap_mode='r')
+                                          for split in ('train', 'val', 'test')}
+                                         for name in ('images', 'masks' if self.segments else 'labels'))
+        except FileNotFoundError as error:
+            raise SystemExit(f'{error.filename}: no such file; python prepare_medverse.py --task NAME --raw FOLDER makes a task')
+        except (ValueError, KeyError, EOFError) as error:
+            raise SystemExit(f'{folder}: this task is damaged or cut short ({error}); delete it and prepare it again')
+        seen = set(np.unique(self.answers['train']).tolist()) - {255}
+        for split, answers in self.answers.items():
+            found = set(np.unique(answers).tolist()) - {255}
+            if not len(answers) and split != 'val':
+                raise SystemExit(f'{folder}: its {split} split is empty; prepare the task with images for it')
+            if len(answers) != len(self.images[split]) or not found <= set(range(len(self.classes))):
+                raise SystemExit(f'{folder}: its {split} split has {len(self.images[split])} images and {len(answers)} answers '
+                                 f'of classes {sorted(found)}, and meta.json names {len(self.classes)} classes; prepare it again')
+            if found - seen and split == 'test':
+                unseen = ', '.join(self.classes[c] for c in sorted(found - seen))
+                raise SystemExit(f'{folder}: no training image shows {unseen}, which the test split has; split it otherwise')
+
+    def gather(self, split, ids):
+        """[(positions, uint8 images (n, S, S, c))] for to_device, and masks (n, S, S) or labels (n,) as int64."""
+        images, answers = self.images[split][ids], self.answers[split][ids].astype(np.int64)
+        return [(torch.arange(len(ids)), torch.from_numpy(images))], torch.from_numpy(answers)
 
 def prefetch(load, numbers, pin=False, threads=2, ahead=4):
     """Yield load(number) for each of `numbers` in order, while threads prepare the next `ahead` of them.
@@ -213,3 +243,16 @@ def augment(images, size):
 def center(images, size):
     """uint8 (B, 3, S, S) -> the whole images, normalised, (B, 3, size, size)."""
     return normalize(views(images, size, torch.eye(2, 3, device=images.device).expand(len(images), 2, 3)))
+
+def augment_labelled(images, answers, size):
+    """Random flip, rotation of up to 15 degrees, zoom of up to 1.25, contrast and brightness within 20%: uint8
+    (B, 3, S, S) and masks (B, S, S) or labels (B,) -> normalised (B, 3, size, size) and the masks seen alike (255 outside)."""
+    u = torch.rand(7, len(images), 1, 1, 1, device=images.device)
+    where = matrices(u[:4, :, 0, 0, 0], *2 * [1 - 0.2 * u[4, :, 0, 0, 0]])
+    images = views(images, size, where)
+    mean, contrast, brightness = images.mean((1, 2, 3), keepdim=True), 0.8 + 0.4 * u[5], 0.8 + 0.4 * u[6]
+    images = ((images - mean) * contrast + mean * brightness).clamp(0, 1)
+    if answers.dim() == 3:      # 255 - mask: what lies outside is sampled as 0; float32 holds class numbers exactly
+        grid = F.affine_grid(where, (len(images), 1, size, size), align_corners=False)
+        answers = 255 - F.grid_sample(255 - answers[:, None].float(), grid, 'nearest', align_corners=False)[:, 0].long()
+    return normalize(images), answers

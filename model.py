@@ -48,6 +48,12 @@ class Config:
         if self.routing not in ('image', 'token'):
             raise SystemExit(f"routing '{self.routing}' must be 'image' or 'token'")
 
+def named_config(model, depth=0, **others):
+    """The Config of a row of SIZES; with another depth where it is not 0."""
+    if model not in SIZES:
+        raise SystemExit(f"--model {model}: there is no such size; choose from {', '.join(SIZES)}")
+    return Config(**SIZES[model] | (dict(depth=depth) if depth else {}) | others)
+
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
@@ -310,10 +316,11 @@ def layer_losses(routing, load):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-def read_checkpoint(path):
-    """Read a checkpoint of ours, of MAE or in timm's names: (state dict, Config or None, everything in the file).
+def read_checkpoint(path, token='cls_token'):
+    """Read a checkpoint of ours, of MAE or in timm's names: (state dict, Config, everything in the file).
 
-    Exits with a sentence that names the file where it is missing, damaged, or no checkpoint.
+    Where the file names no Config (the published do not), it follows from the shapes. Exits with a sentence that names the
+    file where it is missing, damaged, or has no parameter `token`.
     """
     try:
         file = torch.load(path, map_location='cpu', weights_only=True)
@@ -322,9 +329,14 @@ def read_checkpoint(path):
     except Exception as error:      # torch raises a dozen types for a damaged zip or a pickle with code in it
         raise SystemExit(f'{path}: no checkpoint, damaged, or holding more than plain tensors ({type(error).__name__})')
     state = next((file[key] for key in ('model', 'state_dict') if isinstance(file, dict) and key in file), file)
-    if not isinstance(state, dict) or 'cls_token' not in state:
-        raise SystemExit(f'{path}: holds no ViT in the names of MAE and timm (no cls_token)')
-    return state, Config(**file['config']) if 'config' in file else None, file
+    if not isinstance(state, dict) or token not in state:
+        raise SystemExit(f'{path}: holds no ViT in the names of MAE and timm (no {token})')
+    if 'config' in file:
+        return state, Config(**file['config']), file
+    width, patch = state[token].shape[2], state['patch_embed.proj.weight'].shape[2]
+    return state, Config(width=width, patch=patch, size=patch * round((state['pos_embed'].shape[1] - 1) ** 0.5), experts=0,
+                         depth=sum(name.endswith('.norm1.weight') and name.startswith('blocks.') for name in state),
+                         heads=next((shape['heads'] for shape in SIZES.values() if shape['width'] == width), width // 64)), file
 
 def resize_positions(positions, height, width):
     """Positions (1, 1 + n, C) of a square grid -> (1, 1 + height * width, C); the class token's row is kept."""

@@ -1,27 +1,31 @@
-"""Prepare MedVerse for pretraining (paper, C.1.1): raw downloads in, uint8 shards out.
+"""Prepare images for pretraining (paper, C.1.1) and labelled tasks for fine-tuning: raw downloads in, uint8 arrays out.
 
     python prepare_medverse.py --raw RAW --out data/medverse
     python prepare_medverse.py --phantoms 200 --out data/phantoms-64 --size 64
+    python prepare_medverse.py --task fives --raw RAW/FIVES --images '(.*)Original/(.*)' --masks '(.*)Truth/(.*)' --values 0,255
 
 RAW/<Modality>/<source>/** holds files as published: PNG JPEG TIFF BMP GIF PGM PPM, NIfTI (.nii .nii.gz) and .npy. <Modality>
 is CT, PET, MR, X-ray, Ultrasound, Fundus, OCT, Pathology, Endoscope or Photo. OUT/<source>/ gets 00000.npy ... (uint8
 (n, S, S, c), c = 1 grey or 3 RGB), meta.json (counts, normalization) and dropped.csv (what was dropped and why). A source is
 written to OUT/<source>.part and renamed when whole, so the command can be stopped at any moment and started again.
 
+A task is a folder of images in pairs with masks (segmentation) or in folders named after their classes (classification).
+
 Letters: H, W sides as published, S side as stored, c channels, n slices of a volume or images of a shard.
 """
 import csv
+import dataclasses
 import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
 import threading
 from collections import deque
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -30,13 +34,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from data import parse_options
+from data import Task, parse_options
 
 Image.MAX_IMAGE_PIXELS = None  # slides and fundus photographs are large, not decompression bombs
 
 MODALITIES = ('CT', 'PET', 'MR', 'X-ray', 'Ultrasound', 'Fundus', 'OCT', 'Pathology', 'Endoscope', 'Photo')
 VOLUMES = ('CT', 'PET', 'MR')
 PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm')
+IMAGES = (*PICTURES, '.nii', '.nii.gz', '.npy')
 REASONS = ('corrupt', 'small', 'blank', 'duplicate', 'other')
 WINDOW = {'CT': (-200, 400), 'SUV': (0, 20)}  # HU; PET in standardized uptake values
 PERCENTILES = {'MR': (1, 99), 'PET': (1, 99)}  # of a volume; the z-score of raw PET cancels in the min-max after it
@@ -44,16 +49,26 @@ FOREGROUND = {'CT': 0.05, 'MR': 0.05, 'PET': 0.01, 'SUV': 0.01}  # least share o
 RULES = {'CT': 'HU clipped to [-200, 400]', 'MR': '1st..99th percentile',
          'PET': "1st..99th percentile, or SUV clipped to [0, 20] where the path says 'suv'"}
 
-@dataclass
+@dataclasses.dataclass
 class Config:
-    raw: str = ''  # folder of the raw downloads: RAW/<Modality>/<source>/**; with --phantoms where to write them
-    out: str = 'data/medverse'  # folder of the prepared sources
+    raw: str = ''  # folder of the raw downloads: RAW/<Modality>/<source>/**, or of one task; with --phantoms where to write them
+    out: str = ''  # folder of the prepared sources, by default data/medverse, or of the task, by default data/<task>
     size: int = 256  # side of the stored images, px
     min_side: int = 32  # images whose shorter side is below this are dropped, px
     shard: int = 256  # size of a shard file, MiB (one of grey and one of colour images are held in memory)
     workers: int = 0  # processes, 0 = one per core
     phantoms: int = 0  # simulate this many images a modality under RAW/raw, their masks under RAW/labels, and prepare them
-    seed: int = 0  # of the phantoms; preparing sources draws nothing
+    seed: int = 0  # of the phantoms and of a task's split; preparing sources draws nothing
+    # a labelled task
+    task: str = ''  # its name; 'phantom-vessels', 'phantom-organs' and 'phantom-lesion' need no other option
+    modality: str = ''  # sets the intensity window of its volumes
+    images: str = ''  # regular expression of the images' paths below RAW (default (.*)images/(.*)\. where masks are found)
+    masks: str = ''  # and of their masks' (default (.*)masks/(.*)\.); the groups of a pair are equal; no mask: classification
+    labels: str = ''  # CSV below RAW with file names and classes in its first two columns, instead of class folders
+    classes: str = 'background,foreground'  # of a segmentation
+    values: str = ''  # the value of each class in the masks (default 0,1,2 ...); 255, unless a class has it, is not scored
+    outline: bool = False  # masks show a closed convex outline: fill it
+    patient: str = ''  # regular expression: what it finds in a path is the patient, whom no split shares (default the path)
 
 def read(path, draft=0):
     """All arrays of a file, each (n, H, W) or (n, H, W, 3) with upright slices: float32 in the units of the file, or uint8
@@ -87,16 +102,20 @@ def read_picture(path, draft):
     return [np.rint(frame.clip(0) * np.float32(255 / white)).astype(np.uint8) for frame in frames]
 
 def read_nifti(path):
-    """One volume a time point, cut across the coarsest spacing (within 1% of it: axially); anterior or superior is up."""
+    """One volume (n, H, W) a time point."""
     image = nib.load(path)
-    volume = np.asarray(image.dataobj, dtype=np.float32)  # get_fdata() would scale in float64
-    volume = volume.reshape(*(*volume.shape, 1)[:3], -1)  # 2D to 5D -> (x, y, z, time)
-    image = nib.as_closest_canonical(nib.Nifti1Image(volume, image.affine))  # RAS: x right, y anterior, z superior
-    volume = np.asarray(image.dataobj)
-    spacing = np.where(np.array(volume.shape[:3]) == 1, np.inf, nib.affines.voxel_sizes(image.affine))
+    return list(cut(np.asarray(image.dataobj, dtype=np.float32), image.affine))  # get_fdata() would scale in float64
+
+def cut(volume, affine):
+    """Array (x, y[, z[, time ...]]) as a view (time, n, H, W): slices across the coarsest spacing (within 1% of it: axial),
+    anterior or superior up. What is written to the view is written to the array."""
+    volume = volume.reshape(*(*volume.shape, 1)[:3], -1)
+    turn = nib.io_orientation(affine)
+    volume = nib.apply_orientation(volume, turn)  # RAS: x right, y anterior, z superior
+    spacing = nib.affines.voxel_sizes(affine)[turn[:, 0].argsort()]
+    spacing[np.array(volume.shape[:3]) == 1] = np.inf
     axis = 2 if spacing[2] >= 0.99 * spacing.max() else spacing.argmax()
-    volume = np.moveaxis(volume, (3, axis), (0, 1))  # (time, n, the two other axes)
-    return list(volume.swapaxes(2, 3)[:, :, ::-1, ::-1])
+    return np.moveaxis(volume, (3, axis), (0, 1)).swapaxes(2, 3)[:, :, ::-1, ::-1]
 
 def normalize(volume, modality):
     """Map (n, H, W[, 3]) to uint8 by the rule of its modality (C.1.1), which may also be 'SUV'; uint8 stays as it is.
@@ -127,7 +146,7 @@ def slices(path, modality, size, min_side):
 
     Kept are those without a reason, as pixels uint8 (S, S, c); `picture` is false for the slices of a volume.
     """
-    if path.name.startswith('.') or not path.name.lower().endswith((*PICTURES, '.nii', '.nii.gz', '.npy')):
+    if path.name.startswith('.') or not path.name.lower().endswith(IMAGES):
         return [('other', 'no image by its name', None, False)]
     try:
         arrays = read(path, draft=max(2 * size, min_side))
@@ -164,21 +183,21 @@ def find_twin(pixels, name, seen):
                 return twin
     seen.setdefault(bits, []).append((name, grid))
 
-def prepare(modality, source, config, pool):
+def prepare(modality, source, out, config, pool):
     """Write the folder RAW/<Modality>/<source> to OUT/<source>, or OUT/<source>-<Modality> if another modality has the name.
 
     Returns its meta.json as a dict; a finished source is left alone. Results are taken in the order of the files, so the
     bytes do not depend on the number of workers. Raises OSError (disk full) and BrokenProcessPool (a worker was killed).
     """
     files = sorted(path for path in source.rglob('*') if path.is_file())
-    for folder in Path(config.out, source.name), Path(config.out, f'{source.name}-{modality}'):
+    for folder in out / source.name, out / f'{source.name}-{modality}':
         meta = json.loads((folder / 'meta.json').read_text()) if folder.exists() else {}
         if meta.get('modality', modality) == modality:
             break
     if meta:
-        print(f'{folder.name}: finished before, {meta["files"]} files at {meta["size"]} px')
-        if (meta['files'], meta['size']) != (len(files), config.size):
-            print(f'    now there are {len(files)} files, wanted at {config.size} px: delete {folder} to prepare it again')
+        same = (meta['files'], meta['size']) == (len(files), config.size)
+        print(f'{folder.name}: finished before, {meta["files"]} files at {meta["size"]} px' + ('' if same else
+              f'; now there are {len(files)} files, wanted at {config.size} px: delete {folder} to prepare it again'))
         return meta
     part = folder.with_name(folder.name + '.part')
     shutil.rmtree(part, ignore_errors=True)  # what a killed run left behind
@@ -224,19 +243,127 @@ def prepare(modality, source, config, pool):
     return meta
 
 def find_sources(raw):
-    """The pairs (modality, source folder) under RAW; warns of what it leaves out, ends the program if nothing remains."""
-    names, sources = {name.lower(): name for name in MODALITIES}, []
-    for folder in sorted(raw.iterdir()) if raw.is_dir() else []:
-        if folder.name.lower() not in names or not folder.is_dir():
-            print(f'warning: {folder} is left out: it is no folder of {", ".join(MODALITIES)}', file=sys.stderr)
-            continue
-        inside = sorted(folder.iterdir())
-        sources += [(names[folder.name.lower()], source) for source in inside if source.is_dir()]
-        if loose := sum(path.is_file() for path in inside):
-            print(f'warning: {loose} files in {folder} are left out: move them to {folder}/<source>/', file=sys.stderr)
+    """The pairs (modality, source folder) under RAW; names what else lies there, ends the program if it is all there is."""
+    names = {name.lower(): name for name in MODALITIES}
+    sources = [path for path in sorted(raw.glob('*/*')) if path.is_dir() and path.parent.name.lower() in names]
+    others = sorted({*raw.glob('*'), *raw.glob('*/*')} - {*sources, *(path.parent for path in sources)})
+    if others:
+        print(f'warning: {len(others)} files and folders are no RAW/<Modality>/<source>/, as {others[0]}', file=sys.stderr)
     if not sources:
         sys.exit(f'no images: --raw {raw} has no folder <Modality>/<source>/, with <Modality> of {", ".join(MODALITIES)}')
-    return sources
+    return [(names[path.parent.name.lower()], path) for path in sources]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labelled tasks
+
+PHANTOM_TASKS = {  # from what --phantoms writes
+    'phantom-vessels': dict(images='raw/Fundus/phantom-fundus/(.*)', masks='labels/Fundus/(.*)', classes='background,vessel'),
+    'phantom-organs': dict(images='raw/CT/phantom-ct/(.*)', masks='labels/CT/(.*)', modality='CT',
+                           classes='air,fat,muscle,gut,lung,liver,kidney,spleen,bone,blood,lesion'),
+    'phantom-lesion': dict(images='raw/Photo/phantom-photo/')}
+
+def find_labelled(raw, config):
+    """{path of an image below RAW: path of its mask or name of its class}, and whether it is masks."""
+    names = sorted(path.relative_to(raw).as_posix() for path in raw.rglob('[!.]*') if path.name.lower().endswith(IMAGES))
+    pattern = config.masks or r'(.*)masks/(.*)\.'
+    masks = {found.groups(): name for name in names if (found := re.match(pattern, name))}
+    if masks:
+        images = {found.groups(): name for name in names if name not in masks.values()
+                  and (found := re.match(config.images or r'(.*)images/(.*)\.', name))}
+        for lone in sorted(images.keys() ^ masks.keys())[:1]:
+            sys.exit(f'{raw / (images | masks)[lone]}: {"no mask" if lone in images else "no image"} goes with it; complete the '
+                     'pair, or pair the files by --images and --masks, regular expressions whose groups agree')
+        return {name: masks[key] for key, name in images.items()}, True
+    names = [name for name in names if re.match(config.images, name)]
+    if not names or config.masks:
+        sys.exit(f'{raw}: no path below it matches --{"masks" if config.masks else "images"} {config.masks or config.images}')
+    if not config.labels:
+        return {name: Path(name).parent.name for name in names}, False
+    with open(raw / config.labels, newline='') as file:
+        classes = {Path(row[0]).stem: row[1] for row in csv.reader(file) if len(row) > 1}
+    return {name: classes[Path(name).stem] for name in names if Path(name).stem in classes}, False
+
+def split(names, config):
+    """{'train', 'val', 'test': names}: as the first folder of each says, else 50 / 20 / 30 by patient, of whom there are n;
+    test = ceil(0.3 n) and val = floor(0.2 n), as the counts of Table 3 imply."""
+    splits, patients = {'train': [], 'val': [], 'test': []}, {}
+    if {name.split('/')[0] for name in names} <= splits.keys():
+        return {part: [name for name in names if name.split('/')[0] == part] for part in splits}
+    for name in names:
+        found = config.patient and re.search(config.patient, name)
+        patients.setdefault(found[0] if found else name, []).append(name)
+    n, groups = len(patients), list(patients.values())
+    order = np.random.default_rng(config.seed).permutation(n)
+    for part, chosen in zip(splits, np.split(order, np.cumsum([n + -3 * n // 10 - n // 5, n // 5]))):
+        splits[part] = sorted(name for index in chosen for name in groups[index])
+    return splits
+
+def labelled(raw, name, answer, classes, config):
+    """In a worker: all (pixels uint8 (S, S, c), mask uint8 (S, S)) of an image or volume; without `answer` a mask of None."""
+    volumes, truths = ([], [])
+    for path, into in ((name, volumes), (answer, truths)):
+        try:
+            into += read(raw / path) if path else [None] * len(volumes)
+        except Exception as error:  # decoders fail in every way there is
+            sys.exit(f'{raw / path}: cannot be read ({type(error).__name__}: {error}); mend it or remove the pair')
+    values, found = [int(value) for value in config.values.split(',')] if config.values else [*range(len(classes))], []
+    for volume, truth in zip(volumes, truths):
+        volume = normalize(volume, config.modality)
+        if truth is None:
+            found += [(resize(image, config.size), None) for image in volume]
+            continue
+        truth = truth[..., 0] if truth.ndim == 4 and (truth == truth[..., :1]).all() else truth  # grey stored as colour
+        if truth.shape != volume.shape[:3] or len(truths) != len(volumes):
+            sys.exit(f'{raw / answer}: the mask is {truth.shape}, but its image {raw / name} is {volume.shape[:3]} (slices, '
+                     'rows, columns)')
+        if strange := set(np.unique(truth).tolist()) - {*values, 255}:
+            sys.exit(f'{raw / answer}: holds the values {sorted(strange)[:9]}, but those of the classes are {values}; name '
+                     'them all by --classes and their --values')
+        for image, mask in zip(volume, truth):
+            if len(volume) == 1 or np.mean(image > 0.02 * 255) >= FOREGROUND.get(config.modality, 0):
+                mask = np.select([mask == value for value in values], range(len(values)), 255).astype(np.uint8)
+                mask = Image.fromarray(fill(mask > 0) if config.outline else mask)
+                mask = mask.resize((config.size, config.size), Image.Resampling.NEAREST)  # no new values arise
+                found.append((resize(image, config.size), np.asarray(mask, np.uint8)))
+    return found
+
+def fill(outline):
+    """bool (H, W) of a closed convex outline -> with its inside: all that has outline on both sides in its row or column."""
+    run = np.logical_or.accumulate
+    rows, columns = (run(outline, axis) & np.flip(run(np.flip(outline, axis), axis), axis) for axis in (0, 1))
+    return rows | columns
+
+def prepare_task(config, raw, folder, pool):
+    """Write the labelled images below RAW to `folder`: {train,val,test}/images.npy and masks.npy or labels.npy, meta.json,
+    and split.json with the files of each split."""
+    if folder.exists():
+        sys.exit(f'{folder}: this task is prepared; delete it to prepare it again, or choose another --out')
+    answers, segments = find_labelled(raw, config)
+    classes = config.classes.split(',') if segments else sorted(set(answers.values()))
+    splits, counts = split(answers, config), {}
+    part = folder.with_name(folder.name + '.part')
+    shutil.rmtree(part, ignore_errors=True)
+    for name, files in splits.items():
+        jobs = [pool.submit(labelled, raw, file, segments and answers[file], classes, config) for file in files]
+        images, targets = [], []
+        for file, job in zip(tqdm(files, desc=f'{folder.name} {name}', unit='file'), jobs):
+            for pixels, mask in job.result():
+                images.append(pixels)
+                targets.append(mask if segments else classes.index(answers[file]))
+        counts[name], c = len(images), max((pixels.shape[2] for pixels in images), default=1)
+        (part / name).mkdir(parents=True)
+        images = [np.broadcast_to(pixels, (*pixels.shape[:2], c)) for pixels in images]  # grey fills the channels of colour
+        shape = (config.size, config.size)
+        np.save(part / name / 'images.npy', np.array(images, np.uint8).reshape(-1, *shape, c))
+        np.save(part / name / ('masks.npy' if segments else 'labels.npy'),
+                np.array(targets, np.uint8).reshape(-1, *shape) if segments else np.array(targets, np.int64))
+    meta = {'kind': 'segmentation' if segments else 'classification', 'classes': classes, 'modality': config.modality,
+            'size': config.size, 'counts': counts}
+    (part / 'split.json').write_text(json.dumps(splits, indent=1))
+    (part / 'meta.json').write_text(json.dumps(meta, indent=1))
+    Task(part)  # would find_labelled's classes and splits do for training? ends the program if not
+    os.replace(part, folder)
+    print(f'{folder}: {meta["kind"]} into {", ".join(classes)}; images: {counts}')
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Phantoms: ten modalities simulated from their physics, with masks and classes
@@ -415,23 +542,27 @@ def write_phantom(folder, modality, n, seed, side=160):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def main():
-    """Simulate the phantoms if they are asked for, then prepare every source below RAW and print what became of it."""
+    """Simulate the phantoms if they are asked for, then prepare a task or every source below RAW."""
     config = parse_options(Config())
-    out = Path(config.out)
     if min(config.size, config.min_side, config.shard) < 1 or config.workers < 0:
         sys.exit('--size, --min_side and --shard must be 1 or more, --workers 0 or more')
-    if not config.raw and not config.phantoms:
-        sys.exit('where are the images? give --raw RAW, a folder of <Modality>/<source>/**, or --phantoms N to make some')
-    raw = Path(config.raw or 'data/phantoms', 'raw') if config.phantoms else Path(config.raw)
+    out, home = Path(config.out or f'data/{config.task or "medverse"}'), Path(config.raw or 'data/phantoms')
+    if config.task in PHANTOM_TASKS:
+        config = dataclasses.replace(config, **PHANTOM_TASKS[config.task])
+        config.phantoms = config.phantoms or 200 * (not home.exists())
+    elif not config.raw and not config.phantoms:
+        sys.exit('where are the images? give --raw RAW, a folder of <Modality>/<source>/** or of a task, or --phantoms N')
     pool = ProcessPoolExecutor(config.workers or os.cpu_count(), initializer=follow_parent)
     try:
-        jobs = [pool.submit(write_phantom, raw.parent, modality, n, config.seed) for modality in PHANTOMS
+        jobs = [pool.submit(write_phantom, home, modality, n, config.seed) for modality in PHANTOMS
                 for n in range(math.ceil(config.phantoms / (8 if modality in VOLUMES else 1)))]
         for job in tqdm(jobs, desc='phantoms', unit='file', disable=not jobs):
             job.result()
-        sources = find_sources(raw)
+        if config.task:
+            return prepare_task(config, home, out, pool)
+        sources = find_sources(home / 'raw' if config.phantoms else home)
         out.mkdir(parents=True, exist_ok=True)
-        metas = [prepare(modality, source, config, pool) for modality, source in sources]
+        metas = [prepare(modality, source, out, config, pool) for modality, source in sources]
     except BrokenProcessPool:
         sys.exit('a worker was killed, most likely for its memory: start again with fewer --workers; finished sources stay')
     except OSError as error:
@@ -441,8 +572,8 @@ def main():
         sys.exit(130)
     finally:
         pool.shutdown(cancel_futures=True)
-        for part in out.glob('*.part'):
-            shutil.rmtree(part)
+        for part in [*out.glob('*.part'), out.with_name(out.name + '.part')]:
+            shutil.rmtree(part, ignore_errors=True)
     rows = [(meta['modality'], meta['source'], meta['files'], meta['read'], meta['count'], *meta['dropped'].values())
             for meta in metas]
     rows.append(('all', f'{len(rows)} sources', *map(sum, list(zip(*rows))[2:])))

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from model import MAE, SIZES, Config, Routing, layer_losses, load_weights, read_checkpoint
+from model import MAE, Routing, layer_losses, load_weights, named_config, read_checkpoint
 
 @dataclass
 class Options:
@@ -81,6 +81,10 @@ def cosine(start, end, progress):
     """Half a cosine from `start` at progress 0 to `end` at 1."""
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
+def learning_rate(step, steps, warmup, peak):
+    """Linear from above 0 to the peak in `warmup` steps, then half a cosine towards 0."""
+    return peak * min((step + 1) / warmup, cosine(1, 0, max(0, step - warmup) / max(1, steps - warmup)))
+
 def seed_step(seed, step, rank):
     """Every draw of a step (augmentation, mask, gate noise) follows from these three numbers alone."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
@@ -127,6 +131,15 @@ def save(path, **content):
         new.unlink(missing_ok=True)
         raise SystemExit(f'{path}: could not be saved ({str(error).splitlines()[0]}); the checkpoint before it, if any, is '
                          'untouched: make room and go on with --resume')
+
+def reopen(out, first, config):
+    """Make the run's folder, with config.json and a log.jsonl that forgets what came after step `first`: its path."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / 'config.json').write_text(json.dumps(config, indent=1))
+    log = out / 'log.jsonl'
+    lines = log.read_text().splitlines() if first and log.exists() else []
+    log.write_text(''.join(line + '\n' for line in lines if line.endswith('}') and json.loads(line)['step'] < first))
+    return log
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Validation and pictures
@@ -216,8 +229,6 @@ def main():
     o = data.parse_options(Options())
     if o.demo:
         o = data.parse_options(dataclasses.replace(Options(), demo=True, **DEMO))
-    if o.model not in SIZES:
-        raise SystemExit(f"--model {o.model}: there is no such size; choose from {', '.join(SIZES)}")
     for name in ('batch', 'accumulate', 'log_every'):
         if getattr(o, name) < 1:
             raise SystemExit(f'--{name} {getattr(o, name)}: must be 1 or more')
@@ -246,9 +257,8 @@ def main():
     val_every = o.val_every or max(1, steps // 10)
 
     # model
-    shape = SIZES[o.model] | (dict(depth=o.depth) if o.depth else {})
-    config = Config(size=o.size, patch=o.patch, experts=o.experts, top_k=o.top_k, routing=o.routing,
-                    mask_ratio=o.mask_ratio, **shape)
+    config = named_config(o.model, o.depth, size=o.size, patch=o.patch, experts=o.experts, top_k=o.top_k,
+                          routing=o.routing, mask_ratio=o.mask_ratio)
     torch.manual_seed(o.seed)
     model = MAE(config).to(device)
     optimizer = make_optimizer(model, lr, o.weight_decay)
@@ -281,12 +291,7 @@ def main():
 
     # files and signals; on a resume the log forgets what came after the checkpoint
     if master:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / 'config.json').write_text(json.dumps(dict(options=asdict(o), model=asdict(config)), indent=1))
-        log = out / 'log.jsonl'
-        lines = log.read_text().splitlines() if first and log.exists() else []
-        lines = [line for line in lines if line.endswith('}') and json.loads(line)['step'] < first]
-        log.write_text(''.join(line + '\n' for line in lines))
+        log = reopen(out, first, dict(options=asdict(o), model=asdict(config)))
         if not first:
             checkpoint.unlink(missing_ok=True)
     stop = []
@@ -325,7 +330,7 @@ def main():
     waited = images_seen = 0
     for step in range(first, steps):
         progress = step / steps
-        rate = lr * min((step + 1) / warmup, cosine(1, 0, max(0, step - warmup) / max(1, steps - warmup)))
+        rate = learning_rate(step, steps, warmup, lr)
         sigma, balance = cosine(o.sigma, 0, progress), cosine(o.balance, 0, progress)
         momentum = cosine(o.momentum, 1, progress)
         for group in optimizer.param_groups:

@@ -320,7 +320,8 @@ def test_a_published_vit_becomes_the_director_and_every_expert(wrap, tmp_path):
     torch.save(wrap(published), tmp_path / 'vit.pth')
     state, config, _ = read_checkpoint(tmp_path / 'vit.pth')
     load_weights(dex, state, 'vit.pth')
-    assert config is None and torch.equal(dex.blocks[1].dex.gate.weight, gate)
+    assert all(getattr(config, name) == getattr(plain.config, name) for name in ('size', 'patch', 'width', 'depth', 'experts'))
+    assert torch.equal(dex.blocks[1].dex.gate.weight, gate)
     images = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(dex(images)[0], plain(images)[0])
     for block, old in zip(dex.blocks, plain.blocks):

@@ -430,7 +430,7 @@ def test_errors_are_sentences(tmp_path):
             (tmp_path / 'ok', tmp_path / 'file' / 'out', [], 1, 'file/out'),
             (tmp_path / 'ok', tmp_path / 'out', ['--size', '0'], 1, '--size'),
             (tmp_path / 'ok', tmp_path / 'out', ['--sise', '3'], 2, '--sise'),
-            (tmp_path / 'ok', tmp_path / 'out', [], 0, '1 files in')]:
+            (tmp_path / 'ok', tmp_path / 'out', [], 0, 'loose.png')]:
         found, printed = call(raw, out, *options)
         assert found == code and words in printed, printed
     result = run(tmp_path / 'none', tmp_path / 'out')

@@ -1,0 +1,401 @@
+"""Fine-tune a pretrained network for a labelled task, score it, and apply it to new images.
+
+    python finetune.py                                              phantom vessels, from what pretrain.py --demo left
+    python finetune.py --task fives --init out/pretrain/ckpt.pt     segmentation (UNETR) or classification, as the task is
+    python finetune.py --task fives --init scratch --model tiny     without pretraining
+    torchrun --nproc_per_node=2 finetune.py --task fives            on two GPUs
+    python finetune.py --report out/*                               one table of all runs: mean and deviation over seeds
+    python finetune.py --predict a.png b.nii.gz --out out/fives     masks or class probabilities of new images
+    python finetune.py --export vit.pt --adapt director             the pretrained director as a plain ViT in timm's names
+
+A task is a folder data/<task> that prepare_medverse.py --task wrote. Writes to --out: results.json, log.jsonl, best.pt,
+ckpt.pt (for --resume) and a picture, cases.png or confusion.png.
+
+Letters: B images, S side in pixels, C classes; in masks 0 is the background and 255 is left out of loss and scores.
+"""
+import csv
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import prepare_medverse
+from model import ViT, load_weights, named_config, read_checkpoint
+from pretrain import claim, draw_tables, learning_rate, make_optimizer, reopen, save, seed_step, setup
+from unetr import UNETR
+
+@dataclass
+class Options:
+    # files
+    task: str = 'phantom-vessels'   # folder below data that holds the prepared task
+    data: str = 'data'              # folder of the tasks
+    out: str = ''                   # folder of this run; empty: out/<task>-<method>-<seed>
+    init: str = ''                  # checkpoint, or 'scratch'; empty: out/pretrain/ckpt.pt, else out/demo/ckpt.pt
+    resume: bool = False            # continue from out's checkpoint; start fresh where there is none
+    overwrite: bool = False         # start anew although out holds a run
+    # instead of training
+    predict: tuple = ()             # files to apply a run to: that in --out, or where --init names its best.pt, that
+    report: tuple = ()              # folders of runs to tabulate
+    export: str = ''                # file to write the pretrained encoder to, as --adapt and --size say
+    # network
+    adapt: str = 'experts'          # experts (DEX-E) or director (DEX-D, a plain ViT)
+    top_k: int = 0                  # activated experts; 0: as pretrained
+    tune_blocks: int = -1           # train only the last N blocks and the head; -1: everything
+    pool: str = 'cls'               # what a classifier looks at: cls (class token) or mean (of the patches)
+    features: int = 16              # UNETR's features at full resolution
+    size: int = 0                   # side of the images in pixels; 0: as stored
+    model: str = 'tiny'             # from scratch only: tiny, small, base, large or huge
+    depth: int = 0                  # from scratch only: blocks; 0: as the model has
+    patch: int = 0                  # from scratch only: side of a patch in pixels; 0: 16
+    # training (Appendix C.2.2)
+    batch: int = 16                 # images per process
+    epochs: int = 100               # passes over the training images
+    steps: int = 0                  # optimizer steps; 0: as the epochs give
+    warmup_epochs: float = 10.0     # epochs in which the learning rate rises, at most half of all
+    lr: float = 1e-4                # peak learning rate
+    weight_decay: float = 0.01      # on weight matrices only
+    fraction: float = 1.0           # share of the training images used; the same ones for every method at one seed
+    positive: str = ''              # of two classes, that of f1_positive; empty: the second
+    # machine
+    device: str = ''                # cpu, cuda or mps; empty: the best there is
+    seed: int = 0                   # of the head, the order and the augmentation
+    bf16: bool = True               # bfloat16 autocast, on CUDA only
+
+class Classifier(nn.Module):
+    """A linear head on the class token or on the mean of the patches: images (B, 3, S, S) -> logits (B, C)."""
+    def __init__(self, vit, classes, pool):
+        super().__init__()
+        self.vit, self.pool, self.head = vit, pool, nn.Linear(vit.config.width, classes)
+
+    def forward(self, images):
+        tokens, _ = self.vit(images)
+        return self.head(tokens[:, 0] if self.pool == 'cls' else tokens[:, 1:].mean(1))
+
+def build(config, meta, pool, features):
+    """The network of a task: UNETR for segmentation, else a linear classifier, on a ViT of this config."""
+    vit, C = ViT(config), len(meta['classes'])
+    return UNETR(vit, C, features) if meta['kind'] == 'segmentation' else Classifier(vit, C, pool)
+
+def encoder(o, size):
+    """What --init, --adapt and --top_k ask for, at `size` pixels (0: as pretrained): Config, state dict or None, path."""
+    path = o.init or next((path for path in ('out/pretrain/ckpt.pt', 'out/demo/ckpt.pt') if os.path.exists(path)), '')
+    if not path:
+        raise SystemExit('nothing is pretrained yet: run python pretrain.py --demo, or give --init FILE or --init scratch')
+    if path == 'scratch':
+        state, config = None, named_config(o.model, o.depth, size=size or 256, patch=o.patch or 16)
+    else:
+        state, config, _ = read_checkpoint(path)
+        if o.patch not in (0, config.patch):
+            raise SystemExit(f'{path}: has patches of {config.patch} pixels, not {o.patch}; leave --patch out')
+    experts = 0 if o.adapt == 'director' else config.experts or 8
+    return replace(config, size=size or config.size, experts=experts, top_k=o.top_k or config.top_k), state, path
+
+def segmentation_loss(logits, masks):
+    """Dice, over the batch and averaged over the foreground classes, plus cross-entropy (C.2.2).
+
+    logits (B, C, S, S); masks (B, S, S) of classes, 255 left out of both."""
+    valid = masks != 255
+    ce = F.cross_entropy(logits, masks, ignore_index=255, reduction='sum') / valid.sum().clamp(min=1)
+    truth = F.one_hot(masks * valid, logits.shape[1]).movedim(3, 1) * valid[:, None]
+    chance = logits.softmax(1) * valid[:, None]
+    dice = (2 * (chance * truth).sum((0, 2, 3)) + 1) / (chance.sum((0, 2, 3)) + truth.sum((0, 2, 3)) + 1)
+    return ce + 1 - dice[1:].mean()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+def overlaps(predicted, masks, classes):
+    """(B, 3, C - 1) pixels of each foreground class in both, in the prediction, in the truth; 255 counts nowhere."""
+    foreground = torch.arange(1, classes, device=masks.device)[:, None, None]
+    p, t = ((values[:, None] == foreground) & (masks != 255)[:, None] for values in (predicted, masks))
+    return torch.stack([(p & t).sum((2, 3)), p.sum((2, 3)), t.sum((2, 3))], 1)
+
+def dice_of(counts):
+    """Dice, which is F1, of counts (..., 3, C) of both, predicted, true -> (..., C); NaN where a class is in neither."""
+    both, predicted, true = np.moveaxis(np.asarray(counts, float), -2, 0)
+    return np.divide(2 * both, predicted + true, out=np.full(both.shape, np.nan), where=predicted + true > 0)
+
+def summary(values):
+    """Scores per class, and their mean over the classes that have one; None stands for none (JSON knows no NaN)."""
+    values = [None if math.isnan(value) else float(value) for value in values]
+    known = [value for value in values if value is not None]
+    return dict(mean=sum(known) / len(known) if known else None, per_class=values)
+
+def dice_scores(counts):
+    """Three averages of the Dice of the foreground classes, from counts (n, 3, C - 1): 'dice' (the headline) over the images
+    where a class is in truth or prediction; 'dice_empty_is_one' over all images, 1 where it is in neither; 'dice_pooled' of
+    the pixels of all images together."""
+    dice = dice_of(counts)
+    known = (~np.isnan(dice)).sum(0)
+    per_image = np.divide(np.nan_to_num(dice).sum(0), known, out=np.full(known.shape, np.nan), where=known > 0)
+    return dict(dice=summary(per_image),
+                dice_empty_is_one=summary(np.nan_to_num(dice, nan=1).mean(0)), dice_pooled=summary(dice_of(counts.sum(0))))
+
+def class_scores(chances, labels, positive):
+    """Scores from chances (n, C) and labels (n,); of two classes, `positive` has the 'f1_positive'. Means are over the
+    classes that have a value: one in neither truth nor prediction has no F1, one never or always true no AUROC."""
+    C = chances.shape[1]
+    confusion = np.bincount(labels * C + chances.argmax(1), minlength=C * C).reshape(C, C)     # truth by prediction
+    f1, auroc = summary(dice_of([confusion.diagonal(), confusion.sum(0), confusion.sum(1)])), []
+    for c in range(C):      # the share of pairs, one of the class and one of the rest, in the right order; ties count half
+        true, rest = chances[labels == c, c, None], chances[labels != c, c]
+        auroc.append(((true > rest) + 0.5 * (true == rest)).mean() if true.size and rest.size else math.nan)
+    return dict(f1=f1, auroc=summary(auroc), accuracy=confusion.trace() / confusion.sum(), confusion=confusion.tolist(),
+                f1_positive=f1['per_class'][positive] if C == 2 else None)
+
+def headline(scores):
+    return scores['dice' if 'dice' in scores else 'f1']['mean'] or 0.0
+
+@torch.no_grad()
+def evaluate(net, task, split, o, rank, world, device, autocast):
+    """Scores of a split, each image counted once whatever the number of ranks, and the table (n, ...) they come from."""
+    answers, C = task.answers[split], len(task.classes)
+    table = torch.zeros((len(answers), 3, C - 1) if task.segments else (len(answers), C), device=device)
+    mine = np.arange(rank, len(answers), world)
+    pieces = np.array_split(mine, math.ceil(len(mine) / o.batch)) if len(mine) else []
+    net.eval()
+    for piece, (groups, truth) in zip(pieces, data.prefetch(lambda piece: task.gather(split, piece), pieces)):
+        with autocast:
+            logits = net(data.center(data.to_device(groups, device), net.vit.config.size)).float()
+        if task.segments:       # scored at the stored size
+            logits = F.interpolate(logits, size=truth.shape[1:], mode='bilinear')
+        table[piece] = overlaps(logits.argmax(1), truth.to(device), C).float() if task.segments else logits.softmax(1)
+    net.train()
+    if world > 1:
+        dist.all_reduce(table)
+    table = table.cpu().numpy()
+    positive = task.classes.index(o.positive) if o.positive else 1
+    return dice_scores(table) if task.segments else class_scores(table, np.asarray(answers), positive), table
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+def overlay(image, mask):
+    """uint8 image (H, W) or (H, W, 3) under the classes of mask (H, W) in colours; class 0 is clear, 255 grey."""
+    image = image if image.ndim == 3 else image[..., None].repeat(3, 2)
+    palette = np.array(((230, 60, 50), (60, 180, 75), (60, 110, 230), (250, 190, 40), (160, 70, 200), (70, 210, 220)))
+    colours = np.where((mask == 255)[..., None], 128, palette[(mask.astype(int) - 1) % len(palette)])
+    return np.where((mask > 0)[..., None], image * 0.45 + colours * 0.55, image).astype(np.uint8)
+
+@torch.no_grad()
+def draw_cases(path, net, task, table, device):
+    """Best, median and worst test image by mean Dice, one a row: image, truth, prediction."""
+    means = [summary(row)['mean'] for row in dice_of(table)]
+    order, rows = sorted((mean, i) for i, mean in enumerate(means) if mean is not None) or [(0, 0)], []
+    for _, index in (order[-1], order[len(order) // 2], order[0]):
+        groups, truth = task.gather('test', np.array([index]))
+        pixels = data.to_device(groups, device)
+        logits = F.interpolate(net(data.center(pixels, net.vit.config.size)), size=truth.shape[1:], mode='bilinear')
+        image = pixels[0].permute(1, 2, 0).cpu().numpy()
+        rows.append(np.hstack([image, overlay(image, truth[0].numpy()), overlay(image, logits.argmax(1)[0].cpu().numpy())]))
+    Image.fromarray(np.vstack(rows)).save(path)
+
+def train(o):
+    """Train on the training images, choose the epoch by validation (without any: the last), score the test images once."""
+    rank, world, local, device = setup(o.device)
+    master, gpu, folder = rank == 0, device.type == 'cuda', Path(o.data, o.task)
+    autocast = torch.autocast('cuda', torch.bfloat16) if gpu and o.bf16 else nullcontext()
+    if master and o.task in prepare_medverse.PHANTOM_TASKS and not folder.exists():
+        script = Path(__file__).with_name('prepare_medverse.py')
+        subprocess.run([sys.executable, script, '--task', o.task, '--out', folder, '--size', '64'], check=True)
+    if world > 1:
+        dist.barrier()
+    task = data.Task(folder)
+    if o.positive and o.positive not in task.classes:
+        raise SystemExit(f"--positive {o.positive}: the classes of {o.task} are {', '.join(task.classes)}")
+    config, state, path = encoder(o, o.size or task.meta['size'])
+    method = f'DEX-{"E" if config.experts else "D"}-{Path(path).parent.name or path}' + ''.join(
+        f'-{name}-{getattr(o, name)}' for name in ('fraction', 'tune_blocks', 'top_k', 'pool')
+        if getattr(o, name) != getattr(Options, name))
+    out = Path(o.out or f'out/{o.task}-{method}-{o.seed}')
+    checkpoint = out / 'ckpt.pt'
+    claim(checkpoint, o)
+
+    torch.manual_seed(o.seed)
+    model = build(config, task.meta, o.pool, o.features).to(device)
+    if state is not None:
+        load_weights(model.vit, state, path)
+    if o.tune_blocks >= 0:
+        model.vit.cls_token.requires_grad_(False)
+        for part in (model.vit.patch_embed, model.vit.norm, *model.vit.blocks[:max(0, config.depth - o.tune_blocks)]):
+            part.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(model, o.lr, o.weight_decay)
+    first, best, minutes = 0, -1.0, 0.0
+    if o.resume and checkpoint.exists():
+        file = torch.load(checkpoint, map_location=device, weights_only=True)
+        model.load_state_dict(file['net'])
+        optimizer.load_state_dict(file['optimizer'])
+        first, best, minutes = file['step'], file['best'], file['minutes']
+    net = DistributedDataParallel(model, [local] if gpu else None, broadcast_buffers=False) if world > 1 else model
+
+    counts = {split: len(answers) for split, answers in task.answers.items()}
+    images = np.random.default_rng(o.seed).permutation(counts['train'])[:max(1, round(o.fraction * counts['train']))]
+    counts['train'] = len(images)
+    epoch_steps = math.ceil(len(images) / (o.batch * world))
+    steps = o.steps or o.epochs * epoch_steps
+    warmup = max(1, min(round(o.warmup_epochs * epoch_steps), steps // 2))
+    if master:
+        log = reopen(out, first, dict(options=asdict(o), model=asdict(config)))
+        print(f'{o.task}: {task.meta["kind"]} into {", ".join(task.classes)}; images {counts}, seen at {config.size} pixels\n'
+              f'{method}: {sum(p.numel() for p in trained) / 1e6:.1f} M parameters trained; {steps} steps of {o.batch} x {world} '
+              f'images ({steps / epoch_steps:.0f} epochs), learning rate up to {o.lr:.1e}, on {world} x {device.type}')
+
+    def load(step):
+        epoch, slot = divmod(step, epoch_steps)
+        order = np.random.default_rng((o.seed, epoch)).permutation(images)
+        return task.gather('train', np.array_split(np.array_split(order, epoch_steps)[slot], world)[rank])
+
+    began = saved = time.perf_counter()
+    batches = data.prefetch(load, range(first, steps))
+    for step in tqdm(range(first, steps), initial=first, total=steps, unit='step', disable=not master):
+        groups, answers = next(batches)
+        seed_step(o.seed, step, rank)
+        inputs, answers = data.augment_labelled(data.to_device(groups, device), answers.to(device), config.size)
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate(step, steps, warmup, o.lr)
+        with autocast:
+            logits = net(inputs)
+        loss = (segmentation_loss if task.segments else F.cross_entropy)(logits.float(), answers)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % epoch_steps and step + 1 < steps:
+            continue
+        entry = dict(step=step, loss=loss.item())
+        if counts['val']:
+            entry['val'] = headline(evaluate(model, task, 'val', o, rank, world, device, autocast)[0])
+        if not master:
+            continue
+        with open(log, 'a') as file:
+            file.write(json.dumps(entry) + '\n')
+        if entry.get('val', math.inf) > best:       # without validation every epoch is the best so far
+            best = entry.get('val', best)
+            save(out / 'best.pt', model=model.state_dict(), config=asdict(config), meta=task.meta, pool=o.pool,
+                 features=o.features)
+        spent = (time.perf_counter() - began) / 60
+        if step + 1 == steps or time.perf_counter() - saved > 60:
+            save(checkpoint, net=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, best=best,
+                 minutes=minutes + spent)
+            saved = time.perf_counter()
+    if world > 1:
+        dist.destroy_process_group()
+    if not master:
+        return
+    model.load_state_dict(read_checkpoint(out / 'best.pt', 'vit.cls_token')[0])
+    scores, table = evaluate(model, task, 'test', o, 0, 1, device, autocast)
+    results = dict(task=o.task, method=method, seed=o.seed, scores=scores, validation=best, classes=task.classes,
+                   counts=counts, init=path, sha256=state and hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+                   minutes=minutes + (time.perf_counter() - began) / 60, config=asdict(config), options=asdict(o))
+    (out / 'results.json').write_text(json.dumps(results, indent=1))
+    if task.segments:
+        draw_cases(out / 'cases.png', model.eval(), task, table, device)
+    else:
+        share = torch.tensor(scores['confusion'], dtype=torch.float)
+        share /= share.sum(1, keepdim=True).clamp(min=1)
+        draw_tables(out / 'confusion.png', share[None], task.classes, ['truth (rows) by prediction'])
+    print(f'{out}: test {"Dice" if task.segments else "macro-F1"} {headline(scores):.4f}; all scores are in results.json')
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Using and comparing runs
+
+@torch.no_grad()
+def predict(o):
+    """Apply a run to new files: a mask in each image's own size (NIfTI keeps its affine and shape) with an overlay, or
+    classes.csv. A file that cannot be read is named and the others still get theirs; returns how many could not."""
+    run, folder = (o.init, Path(o.out)) if o.init else (Path(o.out, 'best.pt'), Path(o.out, 'predictions'))
+    state, config, file = read_checkpoint(run, 'vit.cls_token')
+    meta, device, rows, failed = file['meta'], setup(o.device)[3], [], 0
+    net = build(config, meta, file['pool'], file['features']).to(device).eval()
+    net.load_state_dict(state)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in map(Path, o.predict):
+        try:
+            images = [image for volume in prepare_medverse.read(path)
+                      for image in prepare_medverse.normalize(volume, meta['modality'])]     # (H, W) or (H, W, 3)
+        except Exception as error:      # decoders fail in every way there is
+            print(f'{path}: cannot be read ({type(error).__name__}: {error}); it gets no prediction', file=sys.stderr)
+            failed += 1
+            continue
+        masks = []
+        for number, image in enumerate(images):
+            pixels = torch.tensor(prepare_medverse.resize(image, meta['size'])).permute(2, 0, 1)[None].expand(1, 3, -1, -1)
+            logits = net(data.center(pixels.to(device), config.size))
+            if meta['kind'] == 'segmentation':
+                masks.append(F.interpolate(logits, size=image.shape[:2], mode='bilinear').argmax(1)[0].byte().cpu().numpy())
+            else:
+                chances = logits.softmax(1)[0].tolist()
+                rows.append([path, number, meta['classes'][np.argmax(chances)], *chances])
+        if masks:
+            write_masks(folder, path, images, masks)
+    if rows:
+        with open(folder / 'classes.csv', 'w', newline='') as table:
+            csv.writer(table).writerows([['file', 'image', 'class', *meta['classes']], *rows])
+    print(f'{folder}: predictions of {len(o.predict) - failed} files' + f'; {failed} could not be read' * (failed > 0))
+    return failed
+
+def write_masks(folder, path, images, masks):
+    """Masks of the file `path`: one NIfTI, or a PNG an image; and the overlay of the one with the most foreground."""
+    if path.name.endswith(('.nii', '.nii.gz')):
+        source = nib.load(path)
+        volume = np.zeros(source.shape, np.uint8)
+        view = prepare_medverse.cut(volume, source.affine)      # written in the order in which it was read
+        view[:] = np.reshape(masks, view.shape)
+        nib.save(nib.Nifti1Image(volume, source.affine), folder / path.name)
+    for number, mask in enumerate(masks if not path.name.endswith(('.nii', '.nii.gz')) else ()):
+        Image.fromarray(mask).save(folder / f'{path.stem}{f"-{number}" * (len(masks) > 1)}.png')
+    most = max(range(len(masks)), key=lambda i: (masks[i] > 0).sum())
+    Image.fromarray(overlay(images[most], masks[most])).save(folder / f'{path.stem}-overlay.png')
+
+def report(folders):
+    """Print one Markdown table of the runs' headline scores: tasks by methods, mean and deviation (number of seeds)."""
+    runs = [json.loads(path.read_text()) for path in sorted(Path(folder, 'results.json') for folder in folders) if path.exists()]
+    if not runs:
+        raise SystemExit(f'{" ".join(folders)}: no results.json in any of these folders')
+    methods, cells = list(dict.fromkeys(run['method'] for run in runs)), {}
+    for run in runs:
+        name = f'{run["task"]} ({"Dice" if "dice" in run["scores"] else "macro-F1"})'
+        cells.setdefault(name, {method: [] for method in methods})[run['method']].append(headline(run['scores']))
+    print(f'| task | {" | ".join(methods)} |\n|---{"|---" * len(methods)}|')
+    for name, row in cells.items():
+        print(f'| {name} |', *(f'{np.mean(v):.3f} ± {np.std(v, ddof=len(v) > 1):.3f} ({len(v)}) |' if v else '|' for v in row.values()))
+
+def main():
+    """Train, or what else the options ask for."""
+    o = data.parse_options(Options())
+    for name, allowed in (('adapt', ('experts', 'director')), ('pool', ('cls', 'mean'))):
+        if getattr(o, name) not in allowed:
+            raise SystemExit(f'--{name} {getattr(o, name)}: must be {" or ".join(allowed)}')
+    if o.report:
+        report(o.report)
+    elif o.predict:
+        sys.exit(predict(o) > 0)
+    elif o.export:
+        config, state, path = encoder(o, o.size)
+        vit = ViT(config)
+        load_weights(vit, state, path)
+        save(Path(o.export), **dict(model=vit.state_dict(), config=asdict(config)) if config.experts else vit.state_dict())
+        print(f'{o.export}: {"encoder with experts" if config.experts else "plain ViT"} at {config.size} pixels')
+    else:
+        train(o)
+
+if __name__ == '__main__':
+    main()

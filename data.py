@@ -59,9 +59,10 @@ class Shards:
         self.modalities = sorted({meta['modality'] for _, meta in sources})
         self.files, shapes, modality, train, val = [], [], [], [], []
         for source, meta in sources:
-            files = sorted(source.glob('*.npy'))
-            first, here = sum(n for n, *_ in shapes), [self.shape(path) for path in files]
-            count = sum(n for n, *_ in here)
+            files, first = sorted(source.glob('*.npy')), sum(n for n, *_ in shapes)
+            shapes += [self.shape(path) for path in files]
+            self.files += files
+            count = sum(n for n, *_ in shapes) - first
             if count != meta['count']:
                 raise SystemExit(f'{source}: its shards hold {count} images but meta.json says {meta["count"]}; delete this '
                                  'folder and prepare the source again')
@@ -69,12 +70,10 @@ class Shards:
             train.append(np.arange(first, first + count - held_out, dtype=np.int32))
             val.append(np.arange(first + count - held_out, first + count, dtype=np.int32))
             modality.append(np.full(count, self.modalities.index(meta['modality'])))
-            self.files += files
-            shapes += here
-        sides = {shape[1] for shape in shapes}
-        if len(sides) != 1:
-            raise SystemExit(f'{folder}: sources of different sizes, {sorted(sides)} pixels; prepare them with one --size')
-        self.side = sides.pop()
+        sides = sorted({shape[1] for shape in shapes})
+        if len(sides) > 1:
+            raise SystemExit(f'{folder}: sources of different sizes, {sides} pixels; prepare them with one --size')
+        self.side = sides[0]
         self.starts = np.cumsum([0] + [n for n, *_ in shapes])      # shard s holds starts[s] ... starts[s + 1] - 1
         self.modality = np.concatenate(modality)                    # (images,) index into self.modalities
         self.train, self.val = np.concatenate(train), np.concatenate(val)
@@ -139,17 +138,16 @@ class Task:
             raise SystemExit(f'{error.filename}: no such file; python prepare_medverse.py --task NAME --raw FOLDER makes a task')
         except (ValueError, KeyError, EOFError) as error:
             raise SystemExit(f'{folder}: this task is damaged or cut short ({error}); delete it and prepare it again')
-        seen = set(np.unique(self.answers['train']).tolist()) - {255}
+        seen = {split: set(np.unique(answers).tolist()) - {255} for split, answers in self.answers.items()}
         for split, answers in self.answers.items():
-            found = set(np.unique(answers).tolist()) - {255}
             if not len(answers) and split != 'val':
                 raise SystemExit(f'{folder}: its {split} split is empty; prepare the task with images for it')
-            if len(answers) != len(self.images[split]) or not found <= set(range(len(self.classes))):
-                raise SystemExit(f'{folder}: its {split} split has {len(self.images[split])} images and {len(answers)} answers '
-                                 f'of classes {sorted(found)}, and meta.json names {len(self.classes)} classes; prepare it again')
-            if found - seen and split == 'test':
-                unseen = ', '.join(self.classes[c] for c in sorted(found - seen))
-                raise SystemExit(f'{folder}: no training image shows {unseen}, which the test split has; split it otherwise')
+            if len(answers) != len(self.images[split]) or max(seen[split], default=0) >= len(self.classes):
+                raise SystemExit(f'{folder}: its {split} split has {len(answers)} answers, up to class {max(seen[split])}, for '
+                                 f'{len(self.images[split])} images of {len(self.classes)} classes; prepare it again')
+        if unseen := sorted(seen['test'] - seen['train']):
+            raise SystemExit(f'{folder}: no training image shows {", ".join(self.classes[c] for c in unseen)}, which the test '
+                             'split has; split it otherwise')
 
     def gather(self, split, ids):
         """[(positions, uint8 images (n, S, S, c))] for to_device, and masks (n, S, S) or labels (n,) as int64."""

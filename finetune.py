@@ -108,15 +108,13 @@ def encoder(o, size):
     return replace(config, size=size or config.size, experts=experts, top_k=o.top_k or config.top_k), state, path
 
 def segmentation_loss(logits, masks):
-    """Dice, over the batch and averaged over the foreground classes, plus cross-entropy (C.2.2).
-
-    logits (B, C, S, S); masks (B, S, S) of classes, 255 left out of both."""
-    valid = masks != 255
+    """Dice, over the batch and averaged over the foreground classes, plus cross-entropy (C.2.2): logits (B, C, S, S), masks
+    (B, S, S) of classes, 255 left out of both."""
+    valid = (masks != 255)[:, None]
     ce = F.cross_entropy(logits, masks, ignore_index=255, reduction='sum') / valid.sum().clamp(min=1)
-    truth = F.one_hot(masks * valid, logits.shape[1]).movedim(3, 1) * valid[:, None]
-    chance = logits.softmax(1) * valid[:, None]
-    dice = (2 * (chance * truth).sum((0, 2, 3)) + 1) / (chance.sum((0, 2, 3)) + truth.sum((0, 2, 3)) + 1)
-    return ce + 1 - dice[1:].mean()
+    chance, truth = logits.softmax(1) * valid, F.one_hot(masks * valid[:, 0], logits.shape[1]).movedim(3, 1) * valid
+    both, either = (chance * truth).sum((0, 2, 3)), (chance + truth).sum((0, 2, 3))
+    return ce + 1 - ((2 * both + 1) / (either + 1))[1:].mean()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
@@ -134,7 +132,7 @@ def dice_of(counts):
 
 def summary(values):
     """Scores per class, and their mean over the classes that have one; None stands for none (JSON knows no NaN)."""
-    values = [None if math.isnan(value) else float(value) for value in values]
+    values = [None if value is None or math.isnan(value) else float(value) for value in values]
     known = [value for value in values if value is not None]
     return dict(mean=sum(known) / len(known) if known else None, per_class=values)
 
@@ -143,10 +141,8 @@ def dice_scores(counts):
     where a class is in truth or prediction; 'dice_empty_is_one' over all images, 1 where it is in neither; 'dice_pooled' of
     the pixels of all images together."""
     dice = dice_of(counts)
-    known = (~np.isnan(dice)).sum(0)
-    per_image = np.divide(np.nan_to_num(dice).sum(0), known, out=np.full(known.shape, np.nan), where=known > 0)
-    return dict(dice=summary(per_image),
-                dice_empty_is_one=summary(np.nan_to_num(dice, nan=1).mean(0)), dice_pooled=summary(dice_of(counts.sum(0))))
+    return dict(dice=summary(summary(column)['mean'] for column in dice.T), dice_pooled=summary(dice_of(counts.sum(0))),
+                dice_empty_is_one=summary(np.nan_to_num(dice, nan=1).mean(0)))
 
 def class_scores(chances, labels, positive):
     """Scores from chances (n, C) and labels (n,); of two classes, `positive` has the 'f1_positive'. Means are over the
@@ -163,6 +159,11 @@ def class_scores(chances, labels, positive):
 def headline(scores):
     return scores['dice' if 'dice' in scores else 'f1']['mean'] or 0.0
 
+def infer(net, images, shape=None):
+    """uint8 (B, 3, S, S) -> logits (B, C), or of a segmentation (B, C, *shape), whatever size the network sees."""
+    logits = net(data.center(images, net.vit.config.size)).float()
+    return F.interpolate(logits, size=shape, mode='bilinear') if logits.dim() == 4 else logits
+
 @torch.no_grad()
 def evaluate(net, task, split, o, rank, world, device, autocast):
     """Scores of a split, each image counted once whatever the number of ranks, and the table (n, ...) they come from."""
@@ -173,16 +174,15 @@ def evaluate(net, task, split, o, rank, world, device, autocast):
     net.eval()
     for piece, (groups, truth) in zip(pieces, data.prefetch(lambda piece: task.gather(split, piece), pieces)):
         with autocast:
-            logits = net(data.center(data.to_device(groups, device), net.vit.config.size)).float()
-        if task.segments:       # scored at the stored size
-            logits = F.interpolate(logits, size=truth.shape[1:], mode='bilinear')
+            logits = infer(net, data.to_device(groups, device), truth.shape[1:])
         table[piece] = overlaps(logits.argmax(1), truth.to(device), C).float() if task.segments else logits.softmax(1)
     net.train()
     if world > 1:
         dist.all_reduce(table)
     table = table.cpu().numpy()
-    positive = task.classes.index(o.positive) if o.positive else 1
-    return dice_scores(table) if task.segments else class_scores(table, np.asarray(answers), positive), table
+    if task.segments:
+        return dice_scores(table), table
+    return class_scores(table, np.asarray(answers), task.classes.index(o.positive) if o.positive else 1), table
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
@@ -202,9 +202,9 @@ def draw_cases(path, net, task, table, device):
     for _, index in (order[-1], order[len(order) // 2], order[0]):
         groups, truth = task.gather('test', np.array([index]))
         pixels = data.to_device(groups, device)
-        logits = F.interpolate(net(data.center(pixels, net.vit.config.size)), size=truth.shape[1:], mode='bilinear')
+        mask = infer(net, pixels, truth.shape[1:]).argmax(1)[0].cpu().numpy()
         image = pixels[0].permute(1, 2, 0).cpu().numpy()
-        rows.append(np.hstack([image, overlay(image, truth[0].numpy()), overlay(image, logits.argmax(1)[0].cpu().numpy())]))
+        rows.append(np.hstack([image, overlay(image, truth[0].numpy()), overlay(image, mask)]))
     Image.fromarray(np.vstack(rows)).save(path)
 
 def train(o):
@@ -338,9 +338,9 @@ def predict(o):
         masks = []
         for number, image in enumerate(images):
             pixels = torch.tensor(prepare_medverse.resize(image, meta['size'])).permute(2, 0, 1)[None].expand(1, 3, -1, -1)
-            logits = net(data.center(pixels.to(device), config.size))
+            logits = infer(net, pixels.to(device), image.shape[:2])
             if meta['kind'] == 'segmentation':
-                masks.append(F.interpolate(logits, size=image.shape[:2], mode='bilinear').argmax(1)[0].byte().cpu().numpy())
+                masks.append(logits.argmax(1)[0].byte().cpu().numpy())
             else:
                 chances = logits.softmax(1)[0].tolist()
                 rows.append([path, number, meta['classes'][np.argmax(chances)], *chances])
@@ -395,7 +395,11 @@ def main():
         save(Path(o.export), **dict(model=vit.state_dict(), config=asdict(config)) if config.experts else vit.state_dict())
         print(f'{o.export}: {"encoder with experts" if config.experts else "plain ViT"} at {config.size} pixels')
     else:
-        train(o)
+        try:
+            train(o)
+        except KeyboardInterrupt:
+            print('stopped; the same command with --resume goes on, from a minute ago at most', file=sys.stderr)
+            sys.exit(130)
 
 if __name__ == '__main__':
     main()

@@ -501,3 +501,9 @@ def test_a_phantom_follows_from_its_seed_and_number(phantoms, tmp_path):
         again, other, first = (pixels_of(next((folder / 'raw' / modality).rglob('0001*')))
                                for folder in (tmp_path, tmp_path / 'other', phantoms))
         assert np.array_equal(again, first) and not np.array_equal(other, first)
+
+def test_four_modalities_see_the_same_body(tmp_path):
+    with mock.patch.object(prep, 'torso', side_effect=prep.torso) as torso:
+        for modality in prep.MODALITIES[:4]:
+            prep.write_phantom(tmp_path, modality, 0, seed=3, side=64)      # no lesions are drawn for a healthy body
+    assert len({call.args[0].random() for call in torso.call_args_list}) == 1   # all have drawn the same numbers

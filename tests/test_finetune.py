@@ -1,0 +1,479 @@
+"""finetune.py and unetr.py: scores against naive loops, networks against others, and real runs on tiny tasks."""
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from torch import nn
+
+import data
+import finetune
+from model import MAE, SIZES, Config, ViT, load_weights, read_checkpoint
+from unetr import UNETR
+
+SIDE = 32
+ENCODER = Config(size=SIDE, patch=8, experts=3, **(SIZES['tiny'] | dict(depth=4)))
+TINY = dict(device='cpu', batch=4, epochs=3, lr=1e-3)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+def naive_dice(predicted, truth, c):
+    both = sum(1 for p, t in zip(predicted, truth) if p == c and t == c)
+    either = sum(1 for p, t in zip(predicted, truth) if p == c and t != 255) + sum(1 for t in truth if t == c)
+    return 2 * both / either if either else None
+
+def average(values):
+    values = [value for value in values if value is not None]
+    return sum(values) / len(values) if values else None
+
+def close(value):
+    return None if value is None else pytest.approx(value)
+
+@pytest.mark.parametrize('seed', range(4))
+def test_dice_is_the_naive_one(seed):
+    rng, n, C = np.random.default_rng(seed), 6, 4
+    truth = rng.choice([0, 0, 1, 2, 255], (n, 5, 5))            # class 3 is never true
+    predicted = rng.choice([0, 0, 1, 2, 3] if seed % 2 else [0, 0, 1, 2], (n, 5, 5))
+    truth[0], predicted[0] = 0, 0                               # empty and empty
+    truth[1], predicted[2] = 0, 0                               # in the prediction alone, in the truth alone
+    predicted[3][truth[3] == 255] = 1
+    found = finetune.dice_scores(finetune.overlaps(torch.tensor(predicted), torch.tensor(truth), C).numpy())
+    table = [[naive_dice(p.flatten(), t.flatten(), c) for c in range(1, C)] for p, t in zip(predicted, truth)]
+    pooled = [naive_dice(predicted.flatten(), truth.flatten(), c) for c in range(1, C)]
+    columns = list(zip(*table))
+    for name, classes in (('dice', [average(column) for column in columns]), ('dice_pooled', pooled),
+                          ('dice_empty_is_one', [average([1 if v is None else v for v in column]) for column in columns])):
+        assert found[name]['per_class'] == [close(value) for value in classes], name
+        assert found[name]['mean'] == close(average(classes))
+    assert (found['dice']['per_class'][2] is None) == (seed % 2 == 0)
+    json.dumps(found, allow_nan=False)
+
+def test_dice_of_nothing_at_all():
+    nothing = finetune.dice_scores(np.zeros((3, 3, 2)))
+    assert nothing['dice'] == dict(mean=None, per_class=[None, None]) and nothing['dice_empty_is_one']['mean'] == 1
+    assert finetune.headline(nothing) == 0
+
+@pytest.mark.parametrize('C', [2, 4])
+def test_class_scores_are_the_naive_ones(C):
+    rng = np.random.default_rng(C)
+    chances, labels = rng.integers(1, 5, (40, C)) / 4, rng.integers(0, min(C, 3), 40)       # ties; of 4, class 3 is never true
+    chances[:, -1] *= 0.1 if C == 4 else 1
+    found, guess = finetune.class_scores(chances, labels, 1), chances.argmax(1)
+    f1, auroc = [], []
+    for c in range(C):
+        hits = sum(1 for g, t in zip(guess, labels) if g == c and t == c)
+        total = sum(guess == c) + sum(labels == c)
+        f1.append(2 * hits / total if total else None)
+        pairs = [(p, q) for p, t in zip(chances[:, c], labels) if t == c for q, u in zip(chances[:, c], labels) if u != c]
+        auroc.append(sum((p > q) + (p == q) / 2 for p, q in pairs) / len(pairs) if pairs else None)
+    assert found['f1']['per_class'] == [close(v) for v in f1] and found['f1']['mean'] == close(average(f1))
+    assert found['auroc']['per_class'] == [close(v) for v in auroc] and found['auroc']['mean'] == close(average(auroc))
+    assert found['accuracy'] == sum(guess == labels) / 40 and found['f1_positive'] == (close(f1[1]) if C == 2 else None)
+    for t in range(C):
+        for g in range(C):
+            assert found['confusion'][t][g] == sum((labels == t) & (guess == g))
+    json.dumps(found, allow_nan=False)
+
+def test_segmentation_loss():
+    """Against its definition, pixel by pixel; ignored pixels change neither loss nor gradient."""
+    logits, masks = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randint(0, 3, (2, 4, 4))
+    masks[0, :2] = 255
+    loss = finetune.segmentation_loss(logits, masks)
+    chance, valid = logits.softmax(1), [(b, y, x) for b in range(2) for y in range(4) for x in range(4) if masks[b, y, x] != 255]
+    ce = -sum(chance[b, masks[b, y, x], y, x].log() for b, y, x in valid) / len(valid)
+    dice = []
+    for c in (1, 2):
+        both = sum(chance[b, c, y, x] for b, y, x in valid if masks[b, y, x] == c)
+        dice.append((2 * both + 1) / (sum(chance[b, c, y, x] for b, y, x in valid) + sum(masks[v] == c for v in valid) + 1))
+    assert loss.item() == pytest.approx((ce + 1 - sum(dice) / 2).item(), rel=1e-5)
+    loss.backward()
+    assert logits.grad[0, :, :2].abs().max() == 0 and logits.grad.abs().max() > 0
+
+def test_masks_are_augmented_with_their_images():
+    """An image that shows its own mask still does after augmentation; outside the image nothing is learnt."""
+    masks = torch.zeros(8, 64, 64, dtype=torch.long)
+    masks[:, 8:40, 20:30], masks[:, 40:50, 10:60] = 1, 2
+    images = (60 + 60 * masks).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
+    torch.manual_seed(0)
+    views, seen = data.augment_labelled(images, masks, 48)
+    assert views.shape == (8, 3, 48, 48) and seen.shape == (8, 48, 48) and set(seen.unique().tolist()) == {0, 1, 2, 255}
+    grey = data.denormalize(views)[:, 0]
+    for view, mask in zip(grey, seen):
+        levels = [view[mask == c].median() for c in (0, 1, 2)]
+        assert levels[0] < levels[1] < levels[2]
+        nearest = torch.stack([(view - level).abs() for level in levels]).argmin(0)
+        assert (nearest == mask)[mask != 255].float().mean() > 0.93         # only edges differ
+    assert len({tuple(mask.flatten().tolist()) for mask in seen}) == 8
+    again, labels = data.augment_labelled(images, torch.arange(8), 48)
+    assert labels.tolist() == list(range(8))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+def test_unetr_has_the_public_size():
+    """ViT-B, 256 pixels, 2 classes; and the count from the widths, layer by layer."""
+    vit = ViT(Config(experts=0))
+    unetr, f, C = UNETR(vit, 2), 16, 768
+    block = lambda i, o: 9 * i * o + 9 * o * o + (i * o if i != o else 0)      # noqa: E731
+    up = lambda i, o: 4 * i * o                                                 # noqa: E731
+    skips = block(3, f) + up(C, 2 * f) + 2 * (up(2 * f, 2 * f) + block(2 * f, 2 * f)) + up(C, 4 * f) + up(4 * f, 4 * f) \
+        + block(4 * f, 4 * f) + up(C, 8 * f)
+    ladder = sum(up(i, o) + block(2 * o, o) for i, o in ((C, 8 * f), (8 * f, 4 * f), (4 * f, 2 * f), (2 * f, f)))
+    assert parameters(unetr) - parameters(vit) == skips + ladder + 2 * f + 2 == 1_893_378
+
+@pytest.mark.parametrize('patch, size', [(8, 32), (8, 40), (16, 48), (32, 64)])
+@pytest.mark.parametrize('depth', [4, 6])
+def test_unetr_sees_the_quarters(patch, size, depth):
+    torch.manual_seed(0)
+    net = UNETR(ViT(Config(size=size, patch=patch, experts=0, **(SIZES['tiny'] | dict(depth=depth)))), 5, features=4)
+    outputs, inputs = {}, {}
+    for number, block in enumerate(net.vit.blocks, 1):
+        block.register_forward_hook(lambda _, __, out, number=number: outputs.update({number: out[0][:, 1:]}))
+    for name, skip in zip(('3rd', '2nd', '1st'), net.skips):
+        skip.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].flatten(2).mT}))
+    assert net(torch.randn(2, 3, size, size)).shape == (2, 5, size, size)
+    for name, number in zip(('1st', '2nd', '3rd'), {4: (1, 2, 3), 6: (1, 3, 4)}[depth]):
+        assert torch.equal(inputs[name], outputs[number])
+    assert UNETR(ViT(Config(experts=0)), 2).taps == [3, 6, 9]
+
+class TimmBlock(nn.Module):
+    """A block in timm's names, written with torch's own attention."""
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(width, 3 * width), proj=nn.Linear(width, width)))
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(width, 4 * width), fc2=nn.Linear(4 * width, width)))
+        self.heads = heads
+
+    def forward(self, x):
+        y = self.norm1(x)
+        y, _ = nn.functional.multi_head_attention_forward(
+            *[y.transpose(0, 1)] * 3, y.shape[2], self.heads, self.attn['qkv'].weight, self.attn['qkv'].bias, None, None, False, 0,
+            self.attn['proj'].weight, self.attn['proj'].bias)
+        x = x + y.transpose(0, 1)
+        return x + self.mlp['fc2'](nn.functional.gelu(self.mlp['fc1'](self.norm2(x))))
+
+class TimmViT(nn.Module):
+    """vit_*_patch*_* minus its head, as timm names and shapes it, with learnt positions."""
+    def __init__(self, width, depth, heads, patch, size):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.randn(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + (size // patch) ** 2, width))
+        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, width, patch, patch)))
+        self.blocks = nn.Sequential(*(TimmBlock(width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, images):
+        x = self.patch_embed['proj'](images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        return self.norm(self.blocks(x))
+
+@pytest.fixture(scope='module')
+def published(tmp_path_factory):
+    """A published-style checkpoint, at 48 pixels with patches of 16, and its network."""
+    torch.manual_seed(3)
+    timm = TimmViT(192, 4, 3, 16, 48)
+    path = tmp_path_factory.mktemp('published') / 'vit.pth'
+    torch.save(timm.state_dict() | {'head.weight': torch.zeros(10, 192), 'head.bias': torch.zeros(10)}, path)
+    return path, timm
+
+def options(**changes):
+    return finetune.Options(**changes)
+
+@pytest.mark.parametrize('adapt', ['director', 'experts'])
+def test_a_published_checkpoint_has_the_same_features(published, adapt):
+    """Also with experts, which start as its MLP: director and experts agree."""
+    path, timm = published
+    config, state, _ = finetune.encoder(options(init=str(path), adapt=adapt), 0)
+    vit, images = ViT(config), torch.randn(2, 3, 48, 48)
+    load_weights(vit, state, path)
+    assert config.experts == (0 if adapt == 'director' else 8) and (config.size, config.patch, config.heads) == (48, 16, 3)
+    torch.testing.assert_close(vit(images)[0], timm(images), atol=1e-4, rtol=1e-4)
+
+@pytest.fixture(scope='module')
+def pretrained(tmp_path_factory):
+    """A checkpoint as pretrain.py leaves it, with experts that have moved apart."""
+    torch.manual_seed(5)
+    model, path = MAE(ENCODER), tmp_path_factory.mktemp('pretrained') / 'ckpt.pt'
+    for name, p in model.named_parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    torch.save(dict(model=model.state_dict(), config=vars(ENCODER), step=1), path)
+    return path
+
+def script(*words, **more):
+    """Run finetune.main in this process; returns its exit status, 0 or a sentence."""
+    argv, sys.argv = sys.argv, ['finetune.py', *map(str, words), *(f'--{k}={v}' for k, v in more.items())]
+    try:
+        finetune.main()
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = argv
+    return 0
+
+@pytest.mark.parametrize('adapt', ['director', 'experts'])
+def test_export_and_load_again_is_the_identity(pretrained, tmp_path, adapt):
+    images = torch.randn(2, 3, SIDE, SIDE)
+    assert script(export=tmp_path / 'vit.pt', init=pretrained, adapt=adapt) == 0
+    config, state, _ = finetune.encoder(options(init=str(pretrained), adapt=adapt), 0)
+    ours, again = ViT(config), ViT(finetune.encoder(options(init=str(tmp_path / 'vit.pt'), adapt=adapt), 0)[0])
+    load_weights(ours, state, 'first')
+    load_weights(again, read_checkpoint(tmp_path / 'vit.pt')[0], 'second')
+    assert torch.equal(ours(images)[0], again(images)[0])
+    if adapt == 'director':
+        timm = TimmViT(192, 4, 3, 8, SIDE)
+        timm.load_state_dict(torch.load(tmp_path / 'vit.pt', weights_only=True))       # strictly
+        torch.testing.assert_close(timm(images), ours(images)[0], atol=1e-4, rtol=1e-4)
+    assert script(export=tmp_path / 'vit.pt', init=pretrained, adapt='director', size=64) == 0
+    assert torch.load(tmp_path / 'vit.pt', weights_only=True)['pos_embed'].shape == (1, 65, 192)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+def write_task(folder, segments, counts=dict(train=12, val=4, test=5)):
+    """Bright squares on a dark ground, to be found or to be told from dark ones on a bright ground."""
+    rng = np.random.default_rng(0)
+    for split, n in counts.items():
+        (folder / split).mkdir(parents=True)
+        masks, labels = np.zeros((n, SIDE, SIDE), np.uint8), np.arange(n) % 2
+        for mask in masks:
+            y, x = rng.integers(2, 14, 2)
+            mask[y:y + 14, x:x + 14] = 1
+        shown = masks if segments else np.where(labels[:, None, None], masks, 1 - masks)
+        np.save(folder / split / 'images.npy', np.uint8(shown * 150 + rng.integers(0, 60, shown.shape))[..., None])
+        np.save(folder / split / ('masks.npy' if segments else 'labels.npy'), masks if segments else labels)
+    classes = ['ground', 'square'] if segments else ['dark', 'bright']
+    (folder / 'meta.json').write_text(json.dumps(dict(kind='segmentation' if segments else 'classification', classes=classes,
+                                                      modality='Photo', size=SIDE, counts=counts)))
+
+@pytest.fixture(scope='module')
+def tasks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('tasks')
+    write_task(folder / 'find', True)
+    write_task(folder / 'tell', False)
+    write_task(folder / 'unchecked', False, dict(train=6, val=0, test=4))
+    return folder
+
+@pytest.fixture(scope='module')
+def runs(tasks, pretrained, tmp_path_factory):
+    """One run a task, with experts."""
+    out = tmp_path_factory.mktemp('runs')
+    for name, epochs in (('find', 12), ('tell', 6)):
+        assert script(task=name, data=tasks, out=out / name, init=pretrained, **dict(TINY, epochs=epochs)) == 0
+    return out
+
+def results(out):
+    return json.loads((out / 'results.json').read_text())
+
+def test_results_say_what_was_done(runs, pretrained):
+    import hashlib
+    for name, score, picture in (('find', 'dice', 'cases.png'), ('tell', 'f1', 'confusion.png')):
+        found = results(runs / name)
+        assert found['scores'][score]['mean'] > 0.6 and (runs / name / picture).stat().st_size > 300
+        assert found['counts'] == dict(train=12, val=4, test=5) and found['seed'] == 0 and found['minutes'] > 0
+        assert found['init'] == str(pretrained) and found['sha256'] == hashlib.sha256(pretrained.read_bytes()).hexdigest()
+        lines = [json.loads(line) for line in (runs / name / 'log.jsonl').read_text().splitlines()]
+        assert found['validation'] == max(line['val'] for line in lines) and [line['step'] for line in lines] == list(
+            range(2, 3 * len(lines), 3))
+        assert found['config']['experts'] == 3 and found['options']['batch'] == 4
+    assert sum(map(sum, results(runs / 'tell')['scores']['confusion'])) == 5
+    assert set(results(runs / 'find')['scores']) == {'dice', 'dice_empty_is_one', 'dice_pooled'}
+
+def test_the_best_epoch_is_scored(tasks, runs, pretrained):
+    """best.pt, applied by hand to the test images, has the scores of results.json."""
+    state, config, file = read_checkpoint(runs / 'find' / 'best.pt', 'vit.cls_token')
+    net = finetune.build(config, file['meta'], file['pool'], file['features'])
+    net.load_state_dict(state)
+    task, dice = data.Task(tasks / 'find'), []
+    for image, mask in zip(task.images['test'], task.answers['test']):
+        x = data.normalize(torch.tensor(image).permute(2, 0, 1)[None].expand(-1, 3, -1, -1) / 255)
+        with torch.no_grad():
+            dice.append(naive_dice(net.eval()(x).argmax(1).flatten().tolist(), mask.flatten().tolist(), 1))
+    assert results(runs / 'find')['scores']['dice']['mean'] == close(average(dice))
+
+def weights(out, name='ckpt.pt', key='net'):
+    return torch.load(out / name, weights_only=True)[key]
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+def test_director_experts_and_blocks_train_as_asked(tasks, pretrained, tmp_path):
+    vit = {name: value for name, value in read_checkpoint(pretrained)[0].items() if not name.startswith(('decoder', 'mask'))}
+    run = dict(TINY, task='tell', data=tasks, init=pretrained, epochs=1)
+    assert script(out=tmp_path / 'e', **run) == 0
+    tuned = weights(tmp_path / 'e')
+    assert all(torch.equal(tuned['vit.' + name], value) for name, value in vit.items() if 'director' in name)
+    assert not torch.equal(tuned['vit.blocks.0.attn.qkv.weight'], vit['blocks.0.attn.qkv.weight'])
+    assert script(out=tmp_path / 'd', adapt='director', tune_blocks=1, top_k=1, pool='mean', **run) == 0
+    tuned = weights(tmp_path / 'd')
+    for name, value in vit.items():
+        if '.director.' in name or '.dex.' not in name:
+            name = 'vit.' + name.replace('.dex.director.', '.mlp.')
+            assert torch.equal(tuned[name], value) == (not name.startswith('vit.blocks.3.')), name
+    assert results(tmp_path / 'd')['method'] == f'DEX-D-{pretrained.parent.name}-tune_blocks-1-top_k-1-pool-mean'
+
+def test_without_validation_the_last_epoch_counts(tasks, pretrained, tmp_path):
+    assert script(task='unchecked', data=tasks, out=tmp_path, init='scratch', depth=4, patch=8, **TINY) == 0
+    assert equal(weights(tmp_path), weights(tmp_path, 'best.pt', 'model')) and results(tmp_path)['sha256'] is None
+
+def test_a_fraction_is_the_same_for_every_method(tasks, pretrained, tmp_path):
+    seen = {}
+    for adapt in ('experts', 'director'):
+        ids, gather = [], data.Task.gather
+        def spy(task, split, chosen, ids=ids):
+            ids.extend(chosen.tolist() if split == 'train' else [])
+            return gather(task, split, chosen)
+        data.Task.gather = spy
+        try:
+            assert script(task='tell', data=tasks, out=tmp_path / adapt, init=pretrained, adapt=adapt, fraction=0.4, **TINY) == 0
+        finally:
+            data.Task.gather = gather
+        seen[adapt] = ids
+    assert sorted(seen['experts']) == sorted(seen['director']) == sorted(3 * list(set(seen['experts'])))
+    assert len(seen['experts']) == 15
+    assert results(tmp_path / 'experts')['counts']['train'] == 5
+
+def command(*words, **more):
+    return [*map(str, words), *(f'--{k}={v}' for k, v in more.items())]
+
+def test_killed_and_resumed_equals_never_stopped(tasks, pretrained, tmp_path, monkeypatch):
+    run = dict(TINY, task='find', data=tasks, init=pretrained, epochs=4)
+    assert script(out=tmp_path / 'whole', **run) == 0
+    saved = finetune.save
+    def save(path, **content):      # as if killed right after the checkpoint of the second epoch
+        saved(path, **content)
+        if path.name == 'ckpt.pt' and content['step'] == 6:
+            raise KeyboardInterrupt
+    ticks = iter(range(0, 10 ** 6, 100))        # more than a minute between checkpoints
+    monkeypatch.setattr(finetune.time, 'perf_counter', lambda: next(ticks))
+    monkeypatch.setattr(finetune, 'save', save)
+    assert script(out=tmp_path / 'cut', **run) == 130
+    monkeypatch.undo()
+    assert weights(tmp_path / 'cut', key='step') == 6
+    assert 'already' in script(out=tmp_path / 'cut', **run)
+    assert script('--resume', out=tmp_path / 'cut', **run) == 0
+    assert equal(weights(tmp_path / 'whole'), weights(tmp_path / 'cut'))
+    assert equal(weights(tmp_path / 'whole', 'best.pt', 'model'), weights(tmp_path / 'cut', 'best.pt', 'model'))
+    assert results(tmp_path / 'whole')['scores'] == results(tmp_path / 'cut')['scores']
+    logs = [[json.loads(line) for line in (tmp_path / out / 'log.jsonl').read_text().splitlines()] for out in ('whole', 'cut')]
+    assert logs[0] == logs[1]
+
+def test_two_ranks_train_alike_and_count_each_image_once(tasks, pretrained, tmp_path):
+    """Two processes with batches of 2 see the images that one process with 4 sees; their weights end the same."""
+    run = dict(TINY, task='find', data=tasks, init=pretrained, batch=2)
+    done = subprocess.run(command(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'finetune.py',
+                                  out=tmp_path / 'two', **run), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = results(tmp_path / 'two')
+    assert two['counts'] == dict(train=12, val=4, test=5) and done.stdout.count('test Dice') == 1
+    state, config, file = read_checkpoint(tmp_path / 'two' / 'best.pt', 'vit.cls_token')
+    net = finetune.build(config, file['meta'], file['pool'], file['features'])
+    net.load_state_dict(state)
+    alone, _ = finetune.evaluate(net, data.Task(tasks / 'find'), 'val', options(batch=3), 0, 1, torch.device('cpu'),
+                                 torch.autocast('cpu', enabled=False))
+    assert two['validation'] == pytest.approx(finetune.headline(alone))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prediction and report
+
+def test_masks_of_new_pictures_and_volumes(runs, tmp_path, capsys):
+    rng, new = np.random.default_rng(1), tmp_path / 'new'
+    new.mkdir()
+    picture = np.uint8(rng.integers(0, 60, (50, 70, 3)))
+    picture[10:40, 20:50] += 150
+    Image.fromarray(picture).save(new / 'picture.png')
+    Image.fromarray(picture).save(new / 'photo.jpg', quality=95)
+    volume = np.float32(rng.integers(0, 60, (40, 4, 44)))
+    volume[8:28, :, 10:30] += 150
+    affine = np.array([[0, 3.0, 0, 5], [-1, 0, 0, 6], [0, 0, 1, 7], [0, 0, 0, 1]])
+    nib.save(nib.Nifti1Image(volume, affine), new / 'scan.nii.gz')
+    (new / 'broken.png').write_bytes(b'no picture')
+    files = [new / name for name in ('broken.png', 'picture.png', 'photo.jpg', 'scan.nii.gz')]
+    assert script('--predict', *files, out=runs / 'find', device='cpu') == 1
+    assert 'broken.png' in capsys.readouterr().err
+    folder = runs / 'find' / 'predictions'
+    mask = np.asarray(Image.open(folder / 'picture.png'))
+    truth = np.zeros((50, 70), bool)
+    truth[10:40, 20:50] = True
+    assert mask.shape == truth.shape and naive_dice(mask.flatten(), truth.flatten(), 1) > 0.6
+    assert np.mean(np.asarray(Image.open(folder / 'photo.png')) == mask) > 0.95
+    scan = nib.load(folder / 'scan.nii.gz')
+    assert scan.shape == volume.shape and np.array_equal(scan.affine, affine) and scan.get_data_dtype() == np.uint8
+    truth = np.zeros(volume.shape, bool)
+    truth[8:28, :, 10:30] = True
+    assert naive_dice(np.asarray(scan.dataobj).flatten(), truth.flatten(), 1) > 0.6
+    overlays = {path.name for path in folder.glob('*overlay*')}
+    assert len(overlays) == 3 and Image.open(folder / 'picture-overlay.png').size == (70, 50)
+
+def test_classes_of_new_pictures(runs, tmp_path, tasks):
+    task = data.Task(tasks / 'tell')
+    for i, image in enumerate(task.images['test']):
+        Image.fromarray(image[..., 0]).save(tmp_path / f'{i}.png')
+    assert script('--predict', *(tmp_path / f'{i}.png' for i in range(5)), init=runs / 'tell' / 'best.pt', out=tmp_path / 'out') == 0
+    rows = list(csv.DictReader(open(tmp_path / 'out' / 'classes.csv')))
+    assert [row['file'] for row in rows] == [str(tmp_path / f'{i}.png') for i in range(5)]
+    assert all(float(row['dark']) + float(row['bright']) == pytest.approx(1) for row in rows)
+    right = sum(row['class'] == task.classes[label] for row, label in zip(rows, task.answers['test']))
+    assert right / 5 == results(runs / 'tell')['scores']['accuracy']
+
+def test_report(tmp_path, capsys):
+    for seed, dice in enumerate((0.8, 0.9)):
+        for task, method, value in (('a', 'DEX-E', dice), ('a', 'DEX-D', 0.5), ('b', 'DEX-E', None)):
+            (tmp_path / f'{task}{method}{seed}').mkdir()
+            (tmp_path / f'{task}{method}{seed}' / 'results.json').write_text(json.dumps(
+                dict(task=task, method=method, seed=seed, scores={'dice' if task == 'a' else 'f1': dict(mean=value)})))
+    (tmp_path / 'other').mkdir()
+    assert script('--report', *sorted(tmp_path.iterdir())) == 0
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ['task', 'DEX-D', 'DEX-E'] and rows[2] == ['a (Dice)', '0.500 ± 0.000 (2)', '0.850 ± 0.071 (2)']
+    assert rows[3] == ['b (macro-F1)', '', '0.000 ± 0.000 (2)'] and 'results.json' in script('--report', tmp_path / 'other')
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wrong use
+
+def test_errors_are_sentences(tasks, runs, pretrained, published, tmp_path):
+    run = dict(TINY, data=tasks, out=tmp_path / 'out', init=pretrained)
+    odd = tmp_path / 'odd.pth'
+    torch.save(TimmViT(192, 4, 3, 14, 28).state_dict(), odd)
+    (tmp_path / 'text.pt').write_text('no checkpoint')
+    for words, changes in [(['none', 'prepare_medverse.py --task'], dict(task='none')),
+                           (['ckpt.pt', '8 pixels', '--patch'], dict(task='tell', patch=16)),
+                           (['patches of 8, 16', '14'], dict(task='find', init=odd, size=28)),
+                           (['do not divide'], dict(task='tell', init=published[0], size=40)),
+                           (['huge'], dict(task='tell', init='scratch', model='enormous')),
+                           (['text.pt'], dict(task='tell', init=tmp_path / 'text.pt')),
+                           (['best.pt', 'cls_token'], dict(task='tell', init=runs / 'tell' / 'best.pt')),
+                           (['--adapt', 'experts or director'], dict(task='tell', adapt='directors')),
+                           (['--pool'], dict(task='tell', pool='max')),
+                           (['--positive', 'dark, bright'], dict(task='tell', positive='light')),
+                           (['top_k'], dict(task='tell', top_k=9)),
+                           (['already', '--resume'], dict(task='tell', out=runs / 'tell'))]:
+        sentence = script(**dict(run, **changes))
+        assert isinstance(sentence, str) and all(word in sentence for word in words), sentence
+    assert 'best.pt' in script('--predict', 'a.png', out=tmp_path / 'out') and not (tmp_path / 'out').exists()
+
+@pytest.mark.parametrize('spoil, word', [
+    (lambda task: (task / 'test' / 'labels.npy').write_bytes(b'cut'), 'damaged'),
+    (lambda task: np.save(task / 'test' / 'labels.npy', np.zeros(0, int)), 'test split is empty'),
+    (lambda task: np.save(task / 'train' / 'labels.npy', np.zeros(3, int)), 'train split has 3 answers'),
+    (lambda task: np.save(task / 'val' / 'labels.npy', np.arange(4)), 'up to class 3'),
+    (lambda task: np.save(task / 'train' / 'labels.npy', np.zeros(12, int)), 'no training image shows bright')])
+def test_a_spoilt_task_ends_in_a_sentence(tmp_path, spoil, word):
+    write_task(tmp_path / 'task', False)
+    spoil(tmp_path / 'task')
+    with pytest.raises(SystemExit, match=word):
+        data.Task(tmp_path / 'task')

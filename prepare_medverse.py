@@ -2,7 +2,7 @@
 
     python prepare_medverse.py --raw RAW --out data/medverse
     python prepare_medverse.py --phantoms 200 --out data/phantoms-64 --size 64
-    python prepare_medverse.py --task fives --raw FIVES --images '(.*)Original/(.*)' --masks '(.*)Truth/(.*)' --values 0,255
+    python prepare_medverse.py --task fives --raw FIVES --images '*Original/*' --masks '*Ground truth/*' --values 0 255
 
 RAW/<Modality>/<source>/** holds files as published: PNG JPEG TIFF BMP GIF PGM PPM, NIfTI (.nii .nii.gz) and .npy. <Modality>
 is CT, PET, MR, X-ray, Ultrasound, Fundus, OCT, Pathology, Endoscope or Photo. OUT/<source>/ gets 00000.npy ... (uint8
@@ -13,6 +13,7 @@ it is OUT/<source>.part, so the command can be stopped at any moment and started
 Letters: H, W sides as published, S side as stored, c channels, n slices of a volume or images of a shard.
 """
 import csv
+import functools
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ import threading
 from collections import deque
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import nibabel as nib
@@ -56,13 +58,16 @@ class Config:
     # a labelled task
     task: str = ''  # its name; 'phantom-vessels', 'phantom-organs' and 'phantom-lesion' need no other option
     modality: str = ''  # sets the intensity window of its volumes
-    images: str = ''  # regular expression of the images' paths below RAW (default (.*)images/(.*)\. where masks are found)
-    masks: str = ''  # and of their masks' (default (.*)masks/(.*)\.); a pair has equal groups; no mask: classification
-    labels: str = ''  # CSV below RAW with file names and classes in its first two columns, instead of class folders
-    classes: str = 'background,foreground'  # of a segmentation
-    values: str = ''  # the value of each class in the masks (default 0,1,2 ...); 255, unless a class has it, is not scored
+    images: str = ''  # glob of the images below RAW (default *images/*.** where masks are found, else all)
+    masks: tuple = ()  # glob of the masks (default *masks/*.**), which are pairs where the *'s agree, or a glob for each class
+    skip: str = ''  # glob of what is neither
+    labels: tuple = ()  # CSV below RAW, and of its columns those of file, class and patient (default the first two)
+    classes: tuple = ()  # names of the classes (default background foreground, or the folders' names)
+    values: tuple = ()  # of each class in the masks (default 0 1 2 ...), as 0 205 420+421 *; 255 is not scored
     outline: bool = False  # masks show a closed convex outline: fill it
+    frames: bool = False  # images with one mask in common are frames: take the darkest of each pixel
     patient: str = ''  # regular expression: what it finds in a path is the patient, whom no split shares (default the path)
+    split: tuple = ()  # for train, val and test each a share (default 50 20 30), a glob or a .txt of names
 
 def read(path, draft=0):
     """All arrays of a file, each (n, H, W) or (n, H, W, 3) with upright slices: float32 in the units of the file, or uint8
@@ -224,64 +229,145 @@ def find_sources(raw):
 # --- labelled tasks -------------------------------------------------------------------------------------------------------
 
 PHANTOM_TASKS = {  # from what --phantoms writes
-    'phantom-vessels': dict(images='raw/Fundus/.*?/(.*)', masks='labels/Fundus/(.*)', classes='background,vessel'),
-    'phantom-organs': dict(images='raw/CT/.*?/(.*)', masks='labels/CT/(.*)', modality='CT',
-                           classes='air,fat,muscle,gut,lung,liver,kidney,spleen,bone,blood,lesion'),
-    'phantom-lesion': dict(images='raw/Photo/')}
+    'phantom-vessels': dict(images='raw/Fundus/phantom-fundus/*', masks=('labels/Fundus/*',), classes=('background', 'vessel')),
+    'phantom-organs': dict(images='raw/CT/phantom-ct/*', masks=('labels/CT/*',), modality='CT', classes=(
+        'air', 'fat', 'muscle', 'gut', 'lung', 'liver', 'kidney', 'spleen', 'bone', 'blood', 'lesion')),
+    'phantom-lesion': dict(images='raw/Photo/**')}
+
+@functools.cache
+def pattern(glob):
+    """Regular expression of a glob on whole paths: * stands for any text, and an image and its mask are a pair where theirs
+    stand for the same; ** for any text, ? for one character and {a,b} for a or b, none of which are compared."""
+    rule = ''
+    for part in re.split(r'(\*\*|\*|\?|\{.*?\})', glob):
+        choices = '|'.join(map(re.escape, part[1:-1].split(',')))
+        rule += {'*': '(.*?)', '**': '.*', '?': '.'}.get(part) or (f'(?:{choices})' if part[:1] == '{' else re.escape(part))
+    return re.compile(rule, re.I)
+
+def matches(names, glob):
+    """{what the stars stand for: the names} of those that match the glob; without stars a name stands for itself."""
+    found, rule = {}, pattern(glob)
+    for name in names:
+        if match := rule.fullmatch(name):
+            found.setdefault(match.groups() or name, []).append(name)
+    return found
 
 def find_labelled(raw, config):
-    """{path of an image below RAW: path of its mask or name of its class}, and whether it is masks."""
-    names = sorted(path.relative_to(raw).as_posix() for path in raw.rglob('[!.]*') if path.name.lower().endswith(IMAGES))
-    masks = {found.groups(): name for name in names if (found := re.match(config.masks or r'(.*)masks/(.*)\.', name))}
-    pattern = config.images or (r'(.*)images/(.*)\.' if masks else '')
-    names = sorted({*names} - {*masks.values()})
-    images = {found.groups() if masks else name: name for name in names if (found := re.match(pattern, name))}
-    if not images or config.masks and not masks:
-        sys.exit(f'{raw}: no image below it matches --images {pattern}, or none --masks {config.masks}')
-    if masks:
-        for lone in sorted(images.keys() ^ masks.keys())[:1]:
-            which = 'mask' if lone in images else 'image'
-            sys.exit(f'{raw / (images | masks)[lone]}: no {which} goes with it; complete the pair or mend --images, --masks')
-        return {name: masks[key] for key, name in images.items()}, True
-    if not config.labels:
-        return {name: Path(name).parent.name for name in images}, False
-    rows = csv.reader((raw / config.labels).read_text().splitlines())
-    classes = {Path(row[0]).stem: row[1] for row in rows if len(row) > 1}
-    return {name: classes[Path(name).stem] for name in images if Path(name).stem in classes}, False
+    """{path of an image below RAW: (its frames, its answer, its patient)}. The answer is a class, or the paths of the masks,
+    None for an absent one."""
+    def fail(name, trouble):
+        sys.exit(f'{raw / name}: {trouble}; complete the pairs or mend --images, --masks')
 
-def split(names, config):
-    """{'train', 'val', 'test': names}: as the first folder of each says, else 50 / 20 / 30 by patient (n of them), with
-    test = ceil(0.3 n) and val = floor(0.2 n), as the counts of Table 3 imply."""
-    groups, key = {part: {part} for part in ('train', 'val', 'test')}, {name: name.split('/')[0] for name in names}
-    if not {*key.values()} <= groups.keys():
-        key = {name: (re.search(config.patient or '.*', name) or [name])[0] for name in names}
-        patients = np.random.default_rng(config.seed).permutation(list(dict.fromkeys(key.values())))
-        n = len(patients)
-        groups = dict(zip(groups, map(set, np.split(patients, np.cumsum([n + -3 * n // 10 - n // 5, n // 5])))))
-    return {part: [name for name in names if key[name] in group] for part, group in groups.items()}
+    names = [path.relative_to(raw).as_posix() for path in sorted(raw.rglob('[!._]*')) if path.is_file()]
+    names = [name for name in names if not pattern(config.skip).fullmatch(name)]
+    layers = [matches(names, glob) for glob in config.masks or ('*masks/*.**',)]
+    taken = {name for layer in layers for found in layer.values() for name in found}
+    images = matches([name for name in names if name not in taken and name.lower().endswith(IMAGES)],
+                     config.images or ('*images/*.**' if taken else '**'))
+    if not images or config.masks and not taken:
+        sys.exit(f'{raw}: no image below it matches --images {config.images}, or no mask --masks {" ".join(config.masks)}')
+    if taken:
+        answers = {found[0]: (found, tuple(layer.get(key, (None,))[0] for layer in layers)) for key, found in images.items()}
+        for layer in layers:
+            for key, found in layer.items():
+                if key not in images:
+                    fail(found[0], 'no image goes with it')
+                if len(found) > 1:
+                    fail(found[1], f'is of the same image as {found[0]}')
+        for name, (frames, masks) in answers.items():
+            if not any(masks):
+                fail(name, 'no mask goes with it')
+            if len(frames) > 1 and not config.frames:
+                fail(frames[1], f'has the same mask as {name}')
+        rows = {}
+    else:
+        names, rows = [name for found in images.values() for name in found], {}
+        if config.labels:
+            header, *table = csv.reader((raw / config.labels[0]).read_text().splitlines())
+            columns = [header.index(column) for column in config.labels[1:]] or [0, 1]
+            rows = {Path(row[columns[0]]).stem: [row[column] for column in columns[1:]] for row in table}
+            names = [name for name in names if Path(name).stem in rows]
+        answers = {name: ([name], rows[Path(name).stem][0] if rows else Path(name).parent.name) for name in names}
 
-def labelled(raw, name, answer, classes, segments, config):
-    """In a worker: all (pixels uint8 (S, S, c), mask uint8 (S, S) or number of the class) of an image or volume."""
+    def patient(name):
+        listed = rows.get(Path(name).stem, ())[1:]
+        found = re.search(config.patient or '.*', name)
+        return listed[0] if listed and not config.patient else found[0] if found else name
+
+    return {name: (*answer, patient(name)) for name, answer in answers.items()}
+
+def split(files, raw, config):
+    """{'train', 'val', 'test': names} by the three rules of --split. A glob takes the images it matches or whose masks it
+    matches, a list (.txt below RAW) those whose stems it holds; numbers share out the other patients, n of each class: to test
+    ceil of its share and to val floor, as the counts of Table 3 imply."""
+    given = {name.split('/')[0] for name in files} <= {'train', 'val', 'test'}
+    rules = config.split or (('train/**', 'val/**', 'test/**') if given else ('50', '20', '30'))
+    rules, splits, patients, classes = dict(zip(('train', 'val', 'test'), rules)), {}, {}, {}
+    lists = {part: {*next(raw.rglob(rule)).read_text().split()} for part, rule in rules.items() if rule.endswith('.txt')}
+    for name, (_, answer, patient) in files.items():
+        paths = [name] if isinstance(answer, str) else [name, *filter(None, answer)]
+        part = next((part for part, rule in rules.items() if Path(name).stem in lists.get(part, ())
+                     or any(map(pattern(rule).fullmatch, paths))), patient)
+        (splits if part in rules else patients).setdefault(part, []).append(name)
+    for patient, names in patients.items():
+        answer = files[names[0]][1]
+        classes.setdefault(answer if isinstance(answer, str) else '', []).append(patient)
+    rng, shares = np.random.default_rng(config.seed), {part: int(rule) for part, rule in rules.items() if rule.isdigit()}
+    for _, group in sorted(classes.items()):
+        n, whole = len(group), sum(shares.values())
+        test, val = -(-n * shares.get('test', 0) // whole), n * shares.get('val', 0) // whole
+        for place, patient in enumerate(rng.permutation(group)):
+            part = 'test' if place < test else 'val' if place < test + val else 'train'
+            splits.setdefault(part, []).extend(patients[patient])
+    return {part: sorted(splits.get(part, [])) for part in rules}
+
+def class_table(config):
+    """{value in a mask: class} of --values, where a class may have several values (420+421) or all others (*); what stands
+    after the last class is not scored, nor is 255, unless it is given a class."""
+    table = {}
+    for number, entry in enumerate(config.values or map(str, range(len(config.classes)))):
+        table |= {value if value == '*' else int(value): number if number < len(config.classes) else 255
+                  for value in entry.split('+') if value}
+    return table if '*' in table else {255: 255} | table
+
+def read_masks(path):
+    """All masks (H, W) of a file; of one in colour, which may have one colour and black, the largest of its three values."""
+    masks = [mask for volume in read(path) for mask in volume]
+    for mask in masks:
+        if mask.ndim == 3 and np.ptp(mask, 2).any() and len(np.unique(mask.reshape(-1, 3), axis=0)) > 2:
+            raise ValueError('the mask has several colours, where each pixel should hold the number of its class')
+    return [mask.max(2) if mask.ndim == 3 else mask for mask in masks]
+
+def labelled(raw, frames, answer, config):
+    """In a worker: all (pixels uint8 (S, S, c), mask uint8 (S, S) or number of the class) of an image or a volume."""
     try:
-        images, found = [image for volume in read(raw / name) for image in normalize(volume, config.modality)], []
-        if not segments:
-            return [(resize(image, config.size), classes.index(answer)) for image in images]
-        masks = [mask for volume in read(raw / answer) for mask in volume]
-        masks = [mask[..., 0] if mask.ndim == 3 and not np.ptp(mask, 2).any() else mask for mask in masks]  # grey as colour
-        if [mask.shape for mask in masks] != [image.shape[:2] for image in images]:
-            raise ValueError(f'{len(masks)} masks of {masks[0].shape} for {len(images)} images of {images[0].shape}')
-        values = [int(value) for value in config.values.split(',')] if config.values else [*range(len(classes))]
-        if strange := {value for mask in masks for value in np.unique(mask).tolist()} - {*values, 255}:
-            raise ValueError(f'values {sorted(strange)[:9]}, while --classes and --values say {values}')
-        for image, mask in zip(images, masks):
-            if len(images) == 1 or np.mean(image > 0.02 * 255) >= FOREGROUND.get(config.modality, 0):
-                mask = np.select([mask == value for value in values], range(len(values)), 255)
-                mask = Image.fromarray(np.uint8(fill(mask > 0) if config.outline else mask))
-                mask = mask.resize((config.size, config.size), Image.Resampling.NEAREST)  # no new values arise
-                found.append((resize(image, config.size), np.asarray(mask)))
-        return found
+        images = [[image for volume in read(raw / frame) for image in normalize(volume, config.modality)] for frame in frames]
+        images = [np.minimum.reduce(same) for same in zip(*images)]  # of several frames, the darkest of each pixel
+        if isinstance(answer, str):
+            return [(resize(image, config.size), config.classes.index(answer)) for image in images]
+        layers = [path and read_masks(raw / path) for path in answer]
+        if len(layers) == 1:
+            masks, table = layers[0], class_table(config)
+            if [mask.shape for mask in masks] != [image.shape[:2] for image in images]:
+                raise ValueError(f'{len(masks)} masks of {masks[0].shape} for {len(images)} images of {images[0].shape}')
+            for i, mask in enumerate(masks):
+                values, place = np.unique(mask, return_inverse=True)
+                found = [table.get(value, table.get('*')) for value in values.tolist()]
+                if None in found:
+                    strange = [value for value, number in zip(values.tolist(), found) if number is None]
+                    raise ValueError(f'values {strange[:9]}, while --classes and --values know {[*table]}')
+                masks[i] = np.uint8(found)[place].reshape(mask.shape)
+                masks[i] = np.uint8(fill(masks[i] > 0)) if config.outline else masks[i]
+        else:  # a file for each class, painted in their order; an absent one has nothing to paint
+            masks = [np.zeros_like(layer, np.uint8) for layer in next(filter(None, layers))]
+            for number, layer in enumerate(layers, 1):
+                for mask, part in zip(masks, layer or ()):
+                    mask[part > 0] = number
+        square = (config.size, config.size)
+        return [(resize(image, config.size), np.asarray(Image.fromarray(mask).resize(square, Image.Resampling.NEAREST)))
+                for image, mask in zip(images, masks)]
     except Exception as error:  # decoders fail in every way there is
-        sys.exit(f'{raw / name}: cannot be read with {answer} ({type(error).__name__}: {error}); mend or remove the pair')
+        sys.exit(f'{raw / frames[0]}: cannot be read with {answer} ({type(error).__name__}: {error}); mend or remove the pair')
 
 def fill(outline):
     """bool (H, W) of a closed convex outline -> with its inside: all that has outline on both sides in its row or column."""
@@ -294,27 +380,44 @@ def prepare_task(config, raw, folder, pool):
     and split.json with the files of each split."""
     if folder.exists():
         sys.exit(f'{folder}: this task is prepared; delete it to prepare it again, or choose another --out')
-    answers, segments = find_labelled(raw, config)
-    classes = config.classes.split(',') if segments else sorted(set(answers.values()))
-    splits, counts, square = split(answers, config), {}, (config.size, config.size)
-    part = folder.with_name(folder.name + '.part')
+    files = find_labelled(raw, config)
+    kinds = {answer for _, answer, _ in files.values() if isinstance(answer, str)}
+    config.classes = config.classes or (tuple(sorted(kinds)) if kinds else ('background', 'foreground'))
+    splits, counts, part = split(files, raw, config), {}, folder.with_name(folder.name + '.part')
     shutil.rmtree(part, ignore_errors=True)
-    for name, files in splits.items():
-        calls = [(raw, file, answers[file], classes, segments, config) for file in files]
-        pairs = [pair for found in in_order(pool, config.workers, labelled, calls, name) for pair in found]
-        counts[name], c = len(pairs), max((pixels.shape[2] for pixels, _ in pairs), default=1)
-        images = [np.broadcast_to(pixels, (*square, c)) for pixels, _ in pairs]  # grey fills the channels of colour
-        targets = np.array([target for _, target in pairs], np.uint8 if segments else np.int64)
-        (part / name).mkdir(parents=True)
-        np.save(part / name / 'images.npy', np.array(images, np.uint8).reshape(-1, *square, c))
-        np.save(part / name / ('masks.npy' if segments else 'labels.npy'), targets.reshape(-1, *square * segments))
-    meta = {'kind': 'segmentation' if segments else 'classification', 'classes': classes, 'modality': config.modality,
+    for name, chosen in splits.items():
+        calls = [(raw, *files[file][:2], config) for file in chosen]
+        pairs = (pair for found in in_order(pool, config.workers, labelled, calls, name) for pair in found)
+        counts[name] = write_split(part / name, pairs, config.size, kinds)
+    meta = {'kind': 'classification' if kinds else 'segmentation', 'classes': config.classes, 'modality': config.modality,
             'size': config.size, 'counts': counts}
     (part / 'split.json').write_text(json.dumps(splits, indent=1))
     (part / 'meta.json').write_text(json.dumps(meta, indent=1))
     Task(part)  # ends the program if the classes and splits would not do for training
     os.replace(part, folder)
-    print(f'{folder}: {meta["kind"]} into {", ".join(classes)}; images: {counts}')
+    print(f'{folder}: {meta["kind"]} into {", ".join(config.classes)}; images: {counts}')
+
+def write_split(folder, pairs, size, classify):
+    """Write images.npy and masks.npy or labels.npy of the pairs; returns their number. Because neither that nor whether all
+    are grey is known before the end, batches of 256 wait in files of their own."""
+    folder.mkdir(parents=True)
+    batches, count, channels = [], 0, 1
+    while batch := [*islice(pairs, 256)]:
+        c = max(pixels.shape[2] for pixels, _ in batch)
+        batches.append(folder / f'{count}.npz')
+        np.savez(batches[-1], images=[np.broadcast_to(pixels, (size, size, c)) for pixels, _ in batch],
+                 answers=[answer for _, answer in batch])
+        count, channels = count + len(batch), max(channels, c)
+    for key, name, shape, kind in (('images', 'images', (size, size, channels), np.uint8),
+                                   ('answers', *(('labels', (), np.int64) if classify else ('masks', (size, size), np.uint8)))):
+        with open(folder / f'{name}.npy', 'wb') as file:
+            np.lib.format.write_array_header_1_0(file, dict(descr=np.dtype(kind).str, fortran_order=False, shape=(count, *shape)))
+            for batch in batches:  # grey fills the channels of colour
+                array = np.load(batch)[key]
+                file.write(np.broadcast_to(array, (len(array), *shape)).astype(kind).tobytes())
+    for batch in batches:
+        batch.unlink()
+    return count
 
 # --- phantoms: ten modalities simulated from their physics, with masks and classes ---------------------------------------
 # Tissues = mask classes: air 0, fat 1, muscle 2, gut 3, lung 4, liver 5, kidney 6, spleen 7, bone 8, blood 9, lesion 10

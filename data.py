@@ -28,8 +28,8 @@ def boolean(text):
     """'true', 'yes', '1' or 'false', 'no', '0' -> bool; anything else is a ValueError."""
     return bool(('false', 'no', '0', 'true', 'yes', '1').index(text.lower()) // 3)
 
-def parse_options(defaults):
-    """Set the fields of the dataclass instance `defaults` from the command line: --name value, --name=value, --flag.
+def parse_options(defaults, words=None):
+    """Set the fields of the dataclass instance `defaults` from the command line or `words`: --name value, --name=value, --flag.
 
     The help of an option is the comment beside its field. Unknown names and values of the wrong type end the program
     with one sentence and exit code 2. Returns a new instance.
@@ -43,7 +43,7 @@ def parse_options(defaults):
         kind = {bool: dict(type=boolean, nargs='?', const=True), tuple: dict(nargs='+')}.get(field.type, dict(type=field.type))
         text = f'{comments.get(field.name, "")} (default: {default})'.replace('%', '%%')
         parser.add_argument('--' + field.name, default=default, metavar=field.type.__name__.upper(), help=text, **kind)
-    return cls(**vars(parser.parse_args()))
+    return cls(**vars(parser.parse_args(words)))
 
 class Shards:
     """The images of all prepared sources below a folder, numbered through; the tail of each source is for validation.

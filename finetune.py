@@ -212,7 +212,7 @@ def train(o):
     rank, world, local, device = setup(o.device)
     master, gpu, folder = rank == 0, device.type == 'cuda', Path(o.data, o.task)
     autocast = torch.autocast('cuda', torch.bfloat16) if gpu and o.bf16 else nullcontext()
-    if master and o.task in prepare_medverse.PHANTOM_TASKS and not folder.exists():
+    if master and o.task.startswith('phantom-') and not folder.exists():
         script = Path(__file__).with_name('prepare_medverse.py')
         subprocess.run([sys.executable, script, '--task', o.task, '--out', folder, '--size', '64'], check=True)
     if world > 1:

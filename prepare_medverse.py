@@ -1,32 +1,40 @@
 """Prepare images for pretraining (paper, C.1.1) and labelled tasks for fine-tuning: raw downloads in, uint8 arrays out.
 
+    python prepare_medverse.py --list --raw RAW         the data sets of Tables 2 and 3, and which of them lie below RAW
     python prepare_medverse.py --raw RAW --out data/medverse
     python prepare_medverse.py --phantoms 200 --out data/phantoms-64 --size 64
-    python prepare_medverse.py --task fives --raw FIVES --images '*Original/*' --masks '*Ground truth/*' --values 0 255
+    python prepare_medverse.py --task fives --raw RAW/FIVES
+    python prepare_medverse.py --task mine --raw MINE --images '*scans/*.png' --masks '*masks/*.png' --values 0 255
 
-RAW/<Modality>/<source>/** holds files as published: PNG JPEG TIFF BMP GIF PGM PPM, NIfTI (.nii .nii.gz) and .npy. <Modality>
-is CT, PET, MR, X-ray, Ultrasound, Fundus, OCT, Pathology, Endoscope or Photo. OUT/<source>/ gets 00000.npy ... (uint8
-(n, S, S, c), c = 1 grey or 3 RGB), meta.json (counts, normalization) and dropped.csv (what was dropped and why). Until whole
-it is OUT/<source>.part, so the command can be stopped at any moment and started again. A task is images in pairs with masks
-(segmentation) or in folders named after their classes (classification).
+RAW/<name>/** holds a data set of Table 2 as it was unpacked, RAW/<Modality>/<source>/** any others: PNG JPEG TIFF BMP GIF PGM
+PPM, NIfTI, MetaImage (.mhd), DICOM series, .npy, AVI and MP4. <Modality> is CT, PET, MR, X-ray, Ultrasound, Fundus, OCT,
+Pathology, Endoscope or Photo. OUT/<source>/ gets 00000.npy ... (uint8 (n, S, S, c), c = 1 grey or 3 RGB), meta.json (counts,
+normalization) and dropped.csv (what was dropped and why). Until whole it is OUT/<source>.part, so the command can be stopped
+at any moment and started again. A task is images in pairs with masks (segmentation) or in folders named after their classes.
 
 Letters: H, W sides as published, S side as stored, c channels, n slices of a volume or images of a shard.
 """
 import csv
 import functools
 import json
+import math
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
+import xml.etree.ElementTree
 from collections import deque
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -39,7 +47,9 @@ Image.MAX_IMAGE_PIXELS = None  # slides and fundus photographs are large, not de
 MODALITIES = ('CT', 'PET', 'MR', 'X-ray', 'Ultrasound', 'Fundus', 'OCT', 'Pathology', 'Endoscope', 'Photo')
 VOLUMES = ('CT', 'PET', 'MR')  # without a window, clipped to percentiles: the z-score of raw PET cancels in the min-max
 PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm')
-IMAGES = (*PICTURES, '.nii', '.nii.gz', '.npy')
+VIDEOS = ('.avi', '.mp4')
+IMAGES = (*PICTURES, *VIDEOS, '.nii', '.nii.gz', '.npy', '.mhd', '.img', '.dcm')
+PROGRAMS = {'.avi': 'ffmpeg', '.mp4': 'ffmpeg', '.dcm': 'dcm2niix'}  # which read them; Debian has both
 REASONS = ('corrupt', 'small', 'blank', 'duplicate', 'other')
 WINDOW = {'CT': (-200, 400), 'SUV': (0, 20)}  # HU; PET in standardized uptake values
 FOREGROUND = {'CT': 0.05, 'MR': 0.05, 'PET': 0.01, 'SUV': 0.01}  # least share of a slice that is above 0.02 of the range
@@ -49,19 +59,21 @@ RULES = {'CT': 'HU clipped to [-200, 400]', 'MR': '1st..99th percentile', 'PET':
 class Config:
     raw: str = ''  # folder of the downloads: RAW/<Modality>/<source>/**, or of one task; with --phantoms where to write them
     out: str = ''  # folder of the prepared sources, by default data/medverse, or of the task, by default data/<task>
+    list: bool = False  # print the tables of data sets instead
+    source: str = ''  # prepare only this source; --images and --skip then replace those of its row
     size: int = 256  # side of the stored images, px
     min_side: int = 32  # images whose shorter side is below this are dropped, px
     shard: int = 256  # size of a shard file, MiB (one of grey and one of colour images are held in memory)
     workers: int = 0  # processes, 0 = one per core
     phantoms: int = 0  # simulate this many images a modality under RAW/raw, their masks under RAW/labels, and prepare them
     seed: int = 0  # of the phantoms and of a task's split; preparing sources draws nothing
-    # a labelled task
-    task: str = ''  # its name; 'phantom-vessels', 'phantom-organs' and 'phantom-lesion' need no other option
+    # a labelled task: those of Table 3 and the phantom tasks bring their own rules, which these options replace
+    task: str = ''  # its name
     modality: str = ''  # sets the intensity window of its volumes
     images: str = ''  # glob of the images below RAW (default *images/*.** where masks are found, else all)
     masks: tuple = ()  # glob of the masks (default *masks/*.**), which are pairs where the *'s agree, or a glob for each class
     skip: str = ''  # glob of what is neither
-    labels: tuple = ()  # CSV below RAW, and of its columns those of file, class and patient (default the first two)
+    labels: tuple = ()  # CSV below RAW and its columns of file, class and patient (default the first two); or a glob as masks
     classes: tuple = ()  # names of the classes (default background foreground, or the folders' names)
     values: tuple = ()  # of each class in the masks (default 0 1 2 ...), as 0 205 420+421 *; 255 is not scored
     outline: bool = False  # masks show a closed convex outline: fill it
@@ -69,18 +81,201 @@ class Config:
     patient: str = ''  # regular expression: what it finds in a path is the patient, whom no split shares (default the path)
     split: tuple = ()  # for train, val and test each a share (default 50 20 30), a glob or a .txt of names
 
+class Source(NamedTuple):
+    """A folder of images for pretraining: a row of Table 2, below RAW/<name>/, or any RAW/<Modality>/<name>/."""
+    name: str
+    modality: str
+    anatomy: str = ''
+    count: str = ''  # kept images, by the paper
+    access: str = ''  # open, account or form (an application); with ? where the layout could not be confirmed
+    link: str = ''
+    images: str = '**'  # glob of the files, see `pattern`
+    skip: str = ''  # glob of those among them to leave: masks, crops, copies
+
+SOURCES = [Source(*line.split(' | ')) for line in '''\
+AutoPET-CT | CT | whole body | 558473 | form | autopet.grand-challenge.org/Dataset | **/CT.nii.gz
+ImageCAS | CT | heart | 257496 | account | kaggle.com/datasets/xiaoweixumedicalai/imagecas | **img.nii.gz
+TopBrain-CT | CT | brain | 5647 | open | zenodo.org/records/16623496 | **imagesTr*_ct/*.nii.gz
+AutoPET-PET | PET | whole body | 354826 | form | autopet.grand-challenge.org/Dataset | **/PET.nii.gz
+AutoPET-SUV | PET | whole body | 351900 | form | autopet.grand-challenge.org/Dataset | **/SUV.nii.gz
+TotalSegmentator-MR | MR | whole body | 16059 | open | zenodo.org/records/14710732 | **/mri.nii.gz
+ACDC | MR | heart | 1902 | open | creatis.insa-lyon.fr/Challenge/acdc | **training/**_frame??.nii.gz
+MRNet | MR | knee | 116624 | account | aimi.stanford.edu | **.npy
+Duke-Breast-Cancer-MRI | MR | breast | 515747 | open | cancerimagingarchive.net/collection/duke-breast-cancer-mri | **
+Prostate-MRI-US-Biopsy | MR | prostate | 97180 | open | cancerimagingarchive.net/collection/prostate-mri-us-biopsy | **
+TopBrain-MR | MR | brain | 4604 | open | zenodo.org/records/16623496 | **imagesTr*_mr/*.nii.gz
+BraTS-GLI | MR | brain | 802341 | account | synapse.org syn53708249 | **-{t1n,t1c,t2w,t2f}.nii.gz
+LLD-MMRI | MR | abdomen | 198918 | form | github.com/LMMMEng/LLD-MMRI-Dataset | **images/**.nii.gz | **classification**
+ChestX-ray8 | X-ray | chest | 112120 | open | nihcc.app.box.com | **images/*.png
+CheXpert | X-ray | chest | 223648 | account | stanfordmlgroup.github.io/competitions/chexpert | **.jpg
+Mammo-Bench | X-ray | breast | 71844 | account? | india-data.org | **Original_Dataset/**
+MURA | X-ray | bone | 40005 | form | stanfordmlgroup.github.io/competitions/mura | **.png
+vzrad2 | X-ray | tooth | 8188 | account | kaggle.com/henriquerezermosqur | **.jpg | **_mask/**
+ADSD | X-ray | coronary artery | 8325 | open | data.mendeley.com/datasets/ydrm75xywg | **.bmp
+ARCADE | X-ray | coronary artery | 3000 | open | zenodo.org/records/10390295 | **images/*.png
+XCAD | X-ray | coronary artery | 1621 | open? | github.com/AISIGSJTU/SSVS | **train/** | **trainC/**
+Thyroid-Cine-clip | Ultrasound | thyroid | 1737 | account | aimi.stanford.edu | **.npy
+EchoNet-Dynamic | Ultrasound | heart | 63867 | form | echonet.github.io/dynamic | **Videos/*.avi
+HC18 | Ultrasound | fetal head | 1334 | open | zenodo.org/records/1327317 | **HC.png
+BUSI | Ultrasound | breast | 780 | open | scholar.cu.edu.eg | **.png | **_mask**
+UBPD | Ultrasound | brachial plexus | 955 | form? | ubpd.worldwidetracing.com:9443 | ** | **mask**
+MESSIDOR | Fundus | eye | 1200 | form? | adcis.net | **.tif
+Refuge2 | Fundus | eye | 1200 | account | kaggle.com/datasets/victorlemosml/refuge2 | **images/*.jpg
+APTOS2019 | Fundus | eye | 5590 | account? | ahmadelsallab.github.io/APTOS | **{train,test}_images/*.png
+Eyepacs | Fundus | eye | 88702 | open | huggingface.co/datasets/bumbledeep/eyepacs | **.{jpeg,jpg}
+ROSE | OCT | eye | 229 | form | imed.nimte.ac.cn | **{img,original}/*
+OCTA500-OCTA | OCT | eye | 600 | account | ieee-dataport.org/open-access/octa-500 | **OCTA_3**/Projection Maps/OCTA(*)/*.bmp
+OCTA500-OCT | OCT | eye | 600 | account | ieee-dataport.org/open-access/octa-500 | **OCTA_3**/Projection Maps/OCT(*)/*.bmp
+ZhangLabData-OCT | OCT | eye | 109309 | open | data.mendeley.com/datasets/rscbjbr9sj | **OCT/**.jpeg
+BBBC041v1 | Pathology | blood smears | 1328 | open | bbbc.broadinstitute.org/BBBC041 | **images/*
+Lacuna-Malaria-Challenge | Pathology | blood smears | 3925 | account | zindi.africa | **images/*.jpg
+Lacuna-Malaria-Datasets | Pathology | blood smears | 5059 | open? | doi.org/10.7910/DVN/VEADSE | **.{jpg,jpeg,png}
+SegPath | Pathology | 8 kinds of cells | 158687 | open | dakomura.github.io/SegPath | **_HE.png
+HyperKvasir | Endoscope | stomach, intestines | 110079 | open | datasets.simula.no/hyper-kvasir | **labeled-images/**.jpg
+Cataract-101 | Endoscope | eye | 42157 | open | ftp.itec.aau.at/datasets/ovid/cat-101 | **videos/*.mp4
+PitVis2023 | Endoscope | pituitary | 96272 | open | rdr.ucl.ac.uk 26531686 | **video_*.mp4
+Endoscapes-CVS | Endoscope | gall bladder | 55783 | open | github.com/CAMMA-public/Endoscapes | **{train,val,test}/*.jpg | **{_seg,12_5,25}/**
+PSI-AVA | Endoscope | prostate | 72160 | open | github.com/BCV-Uniandes/TAPIR | **keyframes/**.jpg
+ISIC-2024 | Photo | skin | 401059 | open | challenge2024.isic-archive.com | **.jpg'''.splitlines()]
+
+class TaskRow(NamedTuple):
+    """A row of Table 3."""
+    name: str
+    modality: str
+    target: str
+    count: str  # images of train, val and test, by the paper
+    access: str  # as a Source's
+    link: str
+    rules: str  # options of this script (in a shell, put the globs in quotes)
+
+TASKS = {row.split(' | ')[0]: TaskRow(*re.split(r' ?\| ?|\n', row, maxsplit=6)) for row in re.split(r'\n(?=\S)', r'''
+whs-ct | CT | heart structures | 5176 0 4096 | form | zmiclab.github.io/zxh/0/mmwhs
+    --images **ct_**/*_image.nii.gz --masks **ct_**/*_label.nii.gz
+    --classes background myocardium left-atrium left-ventricle right-atrium right-ventricle aorta pulmonary-artery
+    --values 0 205 420+421 500 550 600 820 850
+kipa22 | CT | kidney cancer structures | 13846 5864 5959 | account | kipa22.grand-challenge.org
+    --images *image/* --masks *label/* --classes background renal-vein kidney renal-artery tumour
+sisvse | Endoscope | surgical scene | 2718 336 1456 | form | sisvse.github.io
+    --images **images/real/*.jpg --masks **semantic_masks/real_{train,val}_1/*.png
+    --classes 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31
+    --patient [^/_]+(?=_[^/]*$) --split 2718 336 **/real_val_1/**
+cholecseg8k | Endoscope | cholecystectomy | 4320 1120 2640 | account | kaggle.com/datasets/newslab/cholecseg8k
+    --images *_endo.png --masks *_endo_watershed_mask.png --classes background abdominal-wall liver gastrointestinal-tract
+    fat grasper connective-tissue blood cystic-duct hook gallbladder hepatic-vein liver-ligament
+    --values 0+50+255 11 21 13 12 31 23 24 25 32 22 33 5 --patient video[0-9]+
+idrid | Fundus | lesions, optic disc | 54 0 27 | account | idrid.grand-challenge.org
+    --images '**Original Images/**/*.jpg' --masks **/*_OD.tif **/*_MA.tif **/*_HE.tif **/*_EX.tif **/*_SE.tif
+    --classes background optic-disc microaneurysms haemorrhages hard-exudates soft-exudates
+    --split '**Training Set/**' '' '**Testing Set/**'
+fives | Fundus | vessels | 200 100 500 | open | figshare.com/articles/19688169
+    --images *Original/* --masks '*{Ground,Groud} truth/*' --values 0 * --split 200 100 500
+feta21 | MR | fetal brain | 5120 5120 10240 | account | feta.grand-challenge.org/feta-2021
+    --images **/*_T2w.nii.gz --masks **/*_dseg.nii.gz
+    --classes background external-fluid grey-matter white-matter ventricles cerebellum deep-grey-matter brainstem
+    --split 20 20 40
+candi | MR | brain tissues | 5120 2560 5504 | account | nitrc.org/projects/candi_share
+    --images **/*_procimg.nii.gz --masks **/*_seg.nii.gz
+    --values * 2 3 4 7 8 10 11 12 13 14 15 16 17 18 24 28 41 42 43 46 47 49 50 51 52 53 54 60 --split 40 20 43
+octdl | OCT | 7 diseases | 1030 411 623 | open | data.mendeley.com/datasets/sncdhf53xc
+    --images **.jpg --labels OCTDL_labels.csv file_name disease patient_id
+icf | OCT | cystoid fluid | 730 292 438 | account | kaggle.com/datasets/zeeshanahmed13/intraretinal-cystoid-fluid
+    --images */images/** --masks */masks/** --skip **815DME_F/masks/MASK-DME511.png --values 0 *
+tnbc | Pathology | nuclei | 20 10 20 | open | zenodo.org/records/1175282
+    --images **Slide_*/*.png --masks **GT_*/*.png --values 0 * --patient Slide_[0-9]+
+lsc | Pathology | lymphomas | 188 73 113 | open | andrewjanowczyk.com use case 7
+    --images **{CLL,FL,MCL}/*.tif --patient .*(?=_)
+bcss | Pathology | tissues | 75 30 46 | open | github.com/PathologyDataScience/BCSS
+    --images **{images,rgbs_colorNormalized}/*.png --masks **masks/*.png
+    --classes background tumour stroma inflammatory necrosis other --values '' 1+19+20 2 3+10+11 4 * 0
+    --patient TCGA-[^-]+-[^-]+
+monusac | Pathology | nuclei | 167 42 101 | open | huggingface.co/datasets/RationAI/MoNuSAC
+    --images *images/*.png --masks *masks/*.png --classes background epithelial lymphocyte macrophage neutrophil
+    --split 167 42 **test/**
+scr | X-ray | chest structures | 25 47 175 | form | jsrt.or.jp and isi.uu.nl/Research/Databases/SCR
+    --images **All247images/*.IMG --masks '**masks/left lung/*.gif' '**masks/right lung/*.gif' **masks/heart/*.gif
+    '**masks/left clavicle/*.gif' '**masks/right clavicle/*.gif'
+    --classes background left-lung right-lung heart left-clavicle right-clavicle --split 25 47 175
+pdcxr | X-ray | pneumonia | 3659 1573 624 | open | data.mendeley.com/datasets/rscbjbr9sj
+    --images **chest_xray/**.jpeg --patient person[0-9]+ --split 3659 1573 **chest_xray/test/**
+dca1 | X-ray | coronary arteries | 25 25 84 | account? | kaggle.com/datasets/bard2024/database-x-ray-coronary-angiograms-dca1
+    --images **/*.pgm --masks **/*_gt.pgm --values 0 * --split 25 25 84
+dias | X-ray | brain arteries | 30 10 20 | open? | zenodo.org/records/11637181
+    --images *images/image_s*_i**.png --masks *labels/label_s*.png --values 0 * --frames
+    --split **training/** **validation/** **test/**
+dsca | X-ray | brain arteries | 112 44 68 | open? | zenodo.org/records/11255024
+    --images **images/*/** --masks **labels/*.** --values 0 * --frames
+sts-tooth-2d | X-ray | teeth | 100 100 700 | open? | toothfairychallenges.github.io/miccai2023
+    --images */Labeled/Image/*.png --masks */Labeled/Mask/*.png --values 0 * --split 100 100 700
+uns | Ultrasound | nerve | 2758 1078 1799 | account | kaggle.com/c/ultrasound-nerve-segmentation
+    --images **/*.tif --masks **/*_mask.tif --values 0 * --patient [0-9]+(?=_[0-9]+.tif)
+tn5000 | Ultrasound | thyroid nodule | 3500 500 1000 | open | figshare.com/articles/28455641
+    --images **JPEGImages/*.jpg --labels **Annotations/*.xml --classes malignant benign --values 1 0
+    --split Main/train.txt Main/val.txt Main/test.txt
+fhu | Ultrasound | fetal head | 499 200 300 | account | kaggle.com/datasets/ankit8467/fetal-head-ultrasound-dataset-for-image-segment
+    --images *HC.png --masks *HC_Annotation.png --values 0 * --outline --patient [0-9]+(?=_[^/]*HC) --split 499 200 300
+autopet-org | PET | organs | 18076 6386 10465 | form | github.com/YichiZhang98/SegAnyPET
+    --images **PETCT_*/*/SUV.nii.gz --masks **PETCT_*_*_.nii.gz --classes background liver left-kidney right-kidney heart
+    spleen aorta left-lower-lobe right-lower-lobe left-upper-lobe right-upper-lobe right-middle-lobe
+    --values 0 1 2 3 4 5 6 7 8 9 10 11+12 --patient PETCT_[^/_]+ --modality SUV
+slsc-s | Photo | skin lesion | 6675 1911 964 | open | huggingface.co/datasets/makhresearch/skin-lesion-segmentation-classification
+    --images *images/*.jpg --masks *labels/*.txt --split **train/** **valid/** **test/**
+slsc-c | Photo | 7 skin diseases | 6675 1911 964 | open | huggingface.co/datasets/makhresearch/skin-lesion-segmentation-classification
+    --images *images/*.jpg --labels *labels/*.txt --classes BKL NV DF MEL VASC BCC AKIEC
+    --split **train/** **valid/** **test/**
+phantom-vessels | Fundus | vessels | | | this script
+    --images raw/Fundus/phantom-fundus/* --masks labels/Fundus/*
+phantom-organs | CT | organs | | | this script
+    --images raw/CT/phantom-ct/* --masks labels/CT/* --classes air fat muscle gut lung liver kidney spleen bone blood lesion
+phantom-lesion | Photo | naevus or melanoma | | | this script
+    --images raw/Photo/**'''[1:])}
+HINTS = {  # what to do with copies in formats that are not read here
+    'Thyroid-Cine-clip': 'python -c "import h5py, numpy as np; f = h5py.File(\'dataset.hdf5\'); clip = f[\'annot_id\'][:]; '
+    '[np.save(c.decode() + \'.npy\', f[\'image\'][:][clip == c][::10]) for c in np.unique(clip)]"',
+    'Eyepacs': 'take the original (train/*.jpeg, test/*.jpeg) from the Kaggle competition: this copy is a part of it',
+    'monusac': 'TODO'}
+
+@functools.cache
+def pattern(glob):
+    """Regular expression of a glob on whole paths: * stands for any text, and an image and its mask are a pair where theirs
+    stand for the same; ** for any text, ? for one character and {a,b} for a or b, none of which are compared."""
+    rule = ''
+    for part in re.split(r'(\*\*|\*|\?|\{.*?\})', glob):
+        choices = '|'.join(map(re.escape, part[1:-1].split(',')))
+        rule += {'*': '(.*?)', '**': '.*', '?': '.'}.get(part) or (f'(?:{choices})' if part[:1] == '{' else re.escape(part))
+    return re.compile(rule, re.I)
+
+def matches(names, glob):
+    """{what the stars stand for: the names} of those that match the glob; without stars a name stands for itself."""
+    found, rule = {}, pattern(glob)
+    for name in names:
+        if match := rule.fullmatch(name):
+            found.setdefault(match.groups() or name, []).append(name)
+    return found
+
 def read(path, draft=0):
-    """All arrays of a file, each (n, H, W) or (n, H, W, 3) with upright slices: float32 in the units of the file, or uint8
-    grey levels. A uint8 array with n = 1 is a picture. draft: the side (px) that is enough of a JPEG, 0 for all of it."""
-    if path.name.lower().endswith('.npy'):
+    """All arrays of a file, each (n, H, W) or (n, H, W, 3) with upright slices: numbers in the units of the file, or uint8 grey
+    levels. A uint8 array with n = 1 is a picture. draft: the side (px) that is enough of a JPEG, 0 for all of it. A DICOM
+    series is its folder."""
+    name = path.name.lower()
+    if path.is_dir():
+        return read_series(path)
+    if name.endswith('.npy'):
         array = np.load(path)
         array = array[None] if array.shape[2:] in ((), (3,)) else array
         if array.ndim != 3 and array.shape[3:] != (3,):
             raise ValueError(f'shape {array.shape} is none of (H, W), (H, W, 3), (n, H, W), (n, H, W, 3)')
         return [array if array.dtype == np.uint8 else array.astype(np.float32)]
-    if not path.name.lower().endswith(PICTURES):
-        image = nib.load(path)  # get_fdata() would scale in float64
-        return list(cut(np.asarray(image.dataobj, dtype=np.float32), image.affine))  # a volume for each time point
+    if name.endswith('.mhd'):
+        return list(cut(*read_meta_image(path)))
+    if name.endswith('.img'):  # a film of JSRT: square, no header, 12 bits in big-endian 16, high values dark
+        film = np.fromfile(path, '>u2')
+        film = np.rint((1 - film / 4095).clip(0, 1) * 255).astype(np.uint8)
+        return [film.reshape(1, math.isqrt(film.size), -1)]
+    if not name.endswith(PICTURES):
+        image = nib.load(path)  # get_fdata() would scale in float64; what needs no scaling stays in its 8 or 16 bits
+        scaled = (image.dataobj.slope, image.dataobj.inter) != (1, 0) or image.get_data_dtype() == np.uint8
+        volume = np.asarray(image.dataobj, dtype=np.float32 if scaled else None)
+        return list(cut(volume, image.affine))  # a volume for each time point
     frames = []
     with Image.open(path) as image:
         image.draft(None, (draft, draft) if draft else None)  # a JPEG decodes fast at 1/2, 1/4 or 1/8
@@ -94,6 +289,39 @@ def read(path, draft=0):
     highest = max(frame.max() for frame in frames)
     white = 4095 if highest < 4096 else max(highest, 65535)  # many detectors deliver 12 bits in a 16-bit file
     return [np.rint(frame.clip(0) * np.float32(255 / white)).astype(np.uint8) for frame in frames]
+
+def read_series(folder):
+    """As `read`, of the volumes that dcm2niix makes of a folder of DICOM files; ultrasound in a collection of MR is left out."""
+    with tempfile.TemporaryDirectory() as new:
+        subprocess.run(['dcm2niix', '-z', 'n', '-o', new, folder], check=True, capture_output=True)
+        found = [path for path in sorted(Path(new).glob('*.nii'))
+                 if json.loads(path.with_suffix('.json').read_text()).get('Modality') != 'US']
+        return [array.copy() for path in found for array in read(path)]  # a copy, since the file will be gone
+
+def read_meta_image(path):
+    """(array (x, y, z), affine to RAS in mm) of a MetaImage header (.mhd) and the raw file that it names."""
+    header = dict(re.findall(r'^(\w+) *= *(.*?)\s*$', path.read_text(), re.M))
+    kind = {'MET_UCHAR': 'u1', 'MET_SHORT': 'i2', 'MET_USHORT': 'u2', 'MET_INT': 'i4', 'MET_FLOAT': 'f4'}[header['ElementType']]
+    order = '>' if 'true' in (header.get('BinaryDataByteOrderMSB', '') + header.get('ElementByteOrderMSB', '')).lower() else '<'
+    size, spacing, turn = (np.array(header.get(key, default).split(), float) for key, default in
+                           (('DimSize', ''), ('ElementSpacing', '1 1 1'), ('TransformMatrix', '1 0 0 0 1 0 0 0 1')))
+    affine = np.diag([-1.0, -1, 1, 1]) @ np.pad(turn.reshape(3, 3).T * spacing, (0, 1))  # MetaImage is LPS
+    affine[3, 3] = 1
+    return np.fromfile(path.with_name(header['ElementDataFile']), order + kind).reshape(np.int64(size), order='F'), affine
+
+def polygons(path, height, width):
+    """[(class, bool (H, W))] of a file with a polygon a line: class x1 y1 x2 y2 ..., in shares of the sides. Four numbers are a
+    box: centre and sides."""
+    found = []
+    for line in path.read_text().splitlines():
+        number, *corners = map(float, line.split())
+        if len(corners) == 4:
+            x, y, w, h = corners
+            corners = x - w / 2, y - h / 2, x + w / 2, y - h / 2, x + w / 2, y + h / 2, x - w / 2, y + h / 2
+        canvas = Image.new('1', (width, height))
+        ImageDraw.Draw(canvas).polygon([*zip(np.multiply(corners[::2], width), np.multiply(corners[1::2], height))], fill=1)
+        found.append((int(number), np.array(canvas)))
+    return found
 
 def cut(volume, affine):
     """Array (x, y[, z[, time ...]]) as a view (time, n, H, W): slices across the coarsest spacing (within 1% of it: axial),
@@ -129,8 +357,6 @@ def resize(image, size):
 def slices(path, modality, size, min_side):
     """All that a file holds, in a worker: a list of (reason, detail, pixels, picture), one alone for an unusable file.
     Kept are those without a reason, as pixels uint8 (S, S, c); `picture` is false for the slices of a volume."""
-    if path.name.startswith('.') or not path.name.lower().endswith(IMAGES):
-        return [('other', 'no image by its name', None, False)]
     try:
         arrays = read(path, draft=max(2 * size, min_side))
     except Exception as error:  # decoders fail on broken files in every way there is; dropped.csv tells which
@@ -144,6 +370,17 @@ def slices(path, modality, size, min_side):
             reason = 'small' if min(image.shape[:2]) < min_side else 'blank' if blank else ''
             found.append((reason, '{1} x {0} px'.format(*image.shape), None if reason else resize(image, size), picture))
     return found or [('corrupt', 'holds no image', None, False)]
+
+def frames(path, size):
+    """As `slices`, of every 30th frame (C.1.1) of a video, streamed while ffmpeg decodes it once from start to end."""
+    command = ['ffmpeg', '-v', 'fatal', '-i', path, '-vf', f'framestep=30,scale={size}:{size}:flags=bicubic',
+               '-fps_mode', 'passthrough', '-f', 'rawvideo', '-pix_fmt', 'rgb24', '-']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+        while len(frame := process.stdout.read(size * size * 3)) == size * size * 3:
+            blank = np.ptp(frame := np.frombuffer(frame, np.uint8).reshape(size, size, 3)) < 8
+            yield 'blank' if blank else '', 'frame', None if blank else resize(frame, size), False
+    if process.returncode:
+        yield 'corrupt', 'ffmpeg cannot decode it to its end', None, False
 
 def find_twin(pixels, name, seen):
     """Name of an earlier picture that uint8 (S, S, c) nearly repeats, or None; then `seen` {hash: [(name, grid)]} learns it.
@@ -169,13 +406,23 @@ def in_order(pool, workers, work, calls, title):
         jobs.extend(pool.submit(work, *call) for call in calls[done + len(jobs):done + 2 * workers])
         yield jobs.popleft().result()
 
-def prepare(modality, source, out, config, pool):
-    """Write the folder RAW/<Modality>/<source> to OUT/<source>, or OUT/<source>-<Modality> if another modality has the name.
-    Returns its meta.json as a dict; a finished source is left alone."""
-    files = sorted(path for path in source.rglob('*') if path.is_file())
-    for folder in out / source.name, out / f'{source.name}-{modality}':
+def prepare(source, home, out, config, pool):
+    """Write a Source, the files below `home`, to OUT/<name>, or OUT/<name>-<Modality> if another modality has the name. Returns
+    its meta.json as a dict, None where there is nothing to read; a finished source is left alone."""
+    files = sorted({path.parent if path.suffix.lower() == '.dcm' else path for path in home.rglob('*') if path.is_file()})
+    names = [path.relative_to(home).as_posix() for path in files]
+    wanted = {path for path, name in zip(files, names) if pattern(source.images).fullmatch(name)
+              and not pattern(source.skip).fullmatch(name) and path.name[0] != '.'
+              and (path.is_dir() or name.lower().endswith(IMAGES))}
+    if not wanted:
+        print(f'{home}: {HINTS.get(source.name, "no image that can be read matches " + source.images)}; it is left out')
+        return None
+    for program in {PROGRAMS.get('.dcm' if path.is_dir() else path.suffix.lower()) for path in wanted} - {None}:
+        if not shutil.which(program):
+            sys.exit(f'{home}: its files are read by the program {program}, which is missing: apt-get install {program}')
+    for folder in out / source.name, out / f'{source.name}-{source.modality}':
         meta = json.loads((folder / 'meta.json').read_text()) if folder.exists() else {}
-        if meta.get('modality', modality) == modality:
+        if meta.get('modality', source.modality) == source.modality:
             break
     if meta:
         print(f'{folder}: finished before, {meta["files"]} files (now {len(files)}), {meta["size"]} px; delete it to redo')
@@ -184,13 +431,22 @@ def prepare(modality, source, out, config, pool):
     shutil.rmtree(part, ignore_errors=True)  # what a killed run left behind
     part.mkdir(parents=True)
     buffers, shards, dropped, seen = {1: [], 3: []}, [], dict.fromkeys(REASONS, 0), {}
-    suv = {path for path in files if modality == 'PET' and 'suv' in path.relative_to(source.parent).as_posix().lower()}
-    calls = [(path, 'SUV' if path in suv else modality, config.size, config.min_side) for path in files]
+
+    def write_shard(images):  # (n, S, S, c)
+        shards.append({'file': f'{len(shards):05d}.npy', 'count': len(images), 'channels': images[0].shape[2]})
+        np.save(part / shards[-1]['file'], images)
+        images.clear()
+
+    rules = ['SUV' if source.modality == 'PET' and 'suv' in f'{home.name}/{name}'.lower() else source.modality for name in names]
+    calls = [(path, rule, config.size, config.min_side) for path, rule in zip(files, rules)
+             if path in wanted and not path.name.lower().endswith(VIDEOS)]
+    results = in_order(pool, config.workers, slices, calls, folder.name)
     with open(part / 'dropped.csv', 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
         log = csv.writer(file)
         log.writerow(('path', 'slice', 'reason', 'detail'))
-        for found, path in zip(in_order(pool, config.workers, slices, calls, folder.name), files):
-            name = path.relative_to(source).as_posix()
+        for path, name in zip(files, names):
+            found = ([('other', 'no image by its name', None, False)] if path not in wanted else
+                     frames(path, config.size) if path.name.lower().endswith(VIDEOS) else next(results))
             for index, (reason, detail, pixels, picture) in enumerate(found):
                 # Neighbouring slices of a volume are alike by nature, and Table 2 keeps them.
                 if picture and not reason and (twin := find_twin(pixels, name, seen)):
@@ -198,103 +454,98 @@ def prepare(modality, source, out, config, pool):
                 if reason:
                     dropped[reason] += 1
                     log.writerow((name, index, reason, detail))
-                else:
-                    buffers[pixels.shape[2]].append(pixels)
-            for c, images in buffers.items():
-                full = -(-(config.shard << 20) // (config.size ** 2 * c))  # images in a shard; fewer in the last ones
-                while len(images) >= full or images and path == files[-1]:
-                    shards.append({'file': f'{len(shards):05d}.npy', 'count': len(images[:full]), 'channels': c})
-                    np.save(part / shards[-1]['file'], images[:full])  # (n, S, S, c)
-                    del images[:full]
+                    continue
+                images = buffers[pixels.shape[2]]
+                images.append(pixels)
+                if len(images) * pixels.nbytes >= config.shard << 20:
+                    write_shard(images)
+        for images in filter(None, buffers.values()):
+            write_shard(images)
     count = sum(shard['count'] for shard in shards)
     channels = sorted({shard['channels'] for shard in shards})
-    meta = {'source': folder.name, 'modality': modality, 'count': count, 'size': config.size, 'channels': channels,
-            'normalization': f'volumes: {RULES.get(modality, "minimum..maximum")}; pictures: / 255, 16 bits / 4095 or 65535',
-            'foreground': f'slices: {FOREGROUND[modality]} of the pixels above 0.02' if modality in FOREGROUND else 'any',
+    meta = {'source': folder.name, 'modality': source.modality, 'count': count, 'size': config.size, 'channels': channels,
+            'normalization': f'volumes: {RULES.get(source.modality, "minimum..maximum")}; pictures: / 255, 16 bits / 4095 or 65535',
+            'foreground': f'slices: {FOREGROUND[source.modality]} of the pixels above 0.02' if source.modality in FOREGROUND else 'any',
             'files': len(files), 'read': count + sum(dropped.values()), 'dropped': dropped, 'shards': shards}
     (part / 'meta.json').write_text(json.dumps(meta, indent=1))
     os.replace(part, folder)
     return meta
 
-def find_sources(raw):
-    """The pairs (modality, source folder) under RAW; names what else lies there, ends the program if it is all there is."""
-    names, below = {name.lower(): name for name in MODALITIES}, sorted(raw.glob('*/*'))
-    sources = [path for path in below if path.is_dir() and path.parent.name.lower() in names]
-    if others := {*raw.glob('*'), *below} - {*sources, *(path.parent for path in sources)}:
-        print(f'warning: {len(others)} files and folders are no RAW/<Modality>/<source>/, as {min(others)}', file=sys.stderr)
-    if not sources:
-        sys.exit(f'no images: --raw {raw} has no folder <Modality>/<source>/, with <Modality> of {", ".join(MODALITIES)}')
-    return [(names[path.parent.name.lower()], path) for path in sources]
+def home_of(row, raw):
+    """The folder of a row of Table 2 or 3 below RAW, or None; some rows come in one download, as RAW/AutoPET."""
+    shared = [name for name in ('AutoPET', 'TopBrain', 'OCTA500') if row.name.startswith(name + '-')]
+    return next((raw / name for name in (row.name, *shared) if (raw / name).is_dir()), None)
+
+def find_sources(raw, config):
+    """[(Source, its folder)] below RAW: the rows of Table 2 by their names, then RAW/<Modality>/<source>. Names what else lies
+    there, ends the program if it is all there is."""
+    names = {name.lower(): name for name in MODALITIES}
+    found = [(row, home) for row in SOURCES if (home := home_of(row, raw))]
+    tops = {home for _, home in found} | {path for path in raw.glob('*') if path.name.lower() in names}
+    below = [path for top in tops if top.name.lower() in names for path in sorted(top.glob('*'))]
+    found += [(Source(path.name, names[path.parent.name.lower()]), path) for path in sorted(below) if path.is_dir()]
+    if others := {*raw.glob('*')} - tops | {path for path in below if not path.is_dir()}:
+        print(f'warning: {len(others)} files and folders are no known data set RAW/<name>/ and no RAW/<Modality>/<source>/, as '
+              f'{min(others)}', file=sys.stderr)
+    if config.source:
+        found = [(row._replace(images=config.images or row.images, skip=config.skip or row.skip), home)
+                 for row, home in found if row.name == config.source]
+    if not found:
+        sys.exit(f'no images: --raw {raw} has no folder {config.source or "of a known data set (see --list)"} and no '
+                 f'<Modality>/<source>/, with <Modality> of {", ".join(MODALITIES)}')
+    return found
+
+def list_tables(raw):
+    """Print the rows of Tables 2 and 3: whether they lie below RAW, how to get them, and where the layout is not confirmed."""
+    for row in (*SOURCES, *TASKS.values()):
+        unsure = ' (layout unsure: give --images, --masks)' if row.access.endswith('?') else ''
+        print(f'{row.name:<26}{row.modality:<12}{row[2]:<26}{row.count:>17}  {"found" if home_of(row, raw) else "-":<7}'
+              f'{row.access.strip("?")}{unsure}, {row.link}')
 
 # --- labelled tasks -------------------------------------------------------------------------------------------------------
 
-PHANTOM_TASKS = {  # from what --phantoms writes
-    'phantom-vessels': dict(images='raw/Fundus/phantom-fundus/*', masks=('labels/Fundus/*',), classes=('background', 'vessel')),
-    'phantom-organs': dict(images='raw/CT/phantom-ct/*', masks=('labels/CT/*',), modality='CT', classes=(
-        'air', 'fat', 'muscle', 'gut', 'lung', 'liver', 'kidney', 'spleen', 'bone', 'blood', 'lesion')),
-    'phantom-lesion': dict(images='raw/Photo/**')}
-
-@functools.cache
-def pattern(glob):
-    """Regular expression of a glob on whole paths: * stands for any text, and an image and its mask are a pair where theirs
-    stand for the same; ** for any text, ? for one character and {a,b} for a or b, none of which are compared."""
-    rule = ''
-    for part in re.split(r'(\*\*|\*|\?|\{.*?\})', glob):
-        choices = '|'.join(map(re.escape, part[1:-1].split(',')))
-        rule += {'*': '(.*?)', '**': '.*', '?': '.'}.get(part) or (f'(?:{choices})' if part[:1] == '{' else re.escape(part))
-    return re.compile(rule, re.I)
-
-def matches(names, glob):
-    """{what the stars stand for: the names} of those that match the glob; without stars a name stands for itself."""
-    found, rule = {}, pattern(glob)
-    for name in names:
-        if match := rule.fullmatch(name):
-            found.setdefault(match.groups() or name, []).append(name)
-    return found
-
 def find_labelled(raw, config):
-    """{path of an image below RAW: (its frames, its answer, its patient)}. The answer is a class, or the paths of the masks,
-    None for an absent one."""
+    """{path of an image below RAW: (its frames, its answer, its patient)}. The answer is a class, or the paths of its masks,
+    None for an absent one. Of the tasks of Table 3, images without a mask are left out with a word."""
     def fail(name, trouble):
         sys.exit(f'{raw / name}: {trouble}; complete the pairs or mend --images, --masks')
 
-    names = [path.relative_to(raw).as_posix() for path in sorted(raw.rglob('[!._]*')) if path.is_file()]
+    names = [path.relative_to(raw).as_posix() for path in sorted(raw.rglob('[!.]*')) if path.is_file()]
     names = [name for name in names if not pattern(config.skip).fullmatch(name)]
-    layers = [matches(names, glob) for glob in config.masks or ('*masks/*.**',)]
+    in_files = '*' in ''.join(config.labels)
+    layers = [matches(names, glob) for glob in config.masks or config.labels * in_files or ('*masks/*.**',)]
     taken = {name for layer in layers for found in layer.values() for name in found}
     images = matches([name for name in names if name not in taken and name.lower().endswith(IMAGES)],
                      config.images or ('*images/*.**' if taken else '**'))
-    if not images or config.masks and not taken:
-        sys.exit(f'{raw}: no image below it matches --images {config.images}, or no mask --masks {" ".join(config.masks)}')
-    if taken:
-        answers = {found[0]: (found, tuple(layer.get(key, (None,))[0] for layer in layers)) for key, found in images.items()}
-        for layer in layers:
-            for key, found in layer.items():
-                if key not in images:
-                    fail(found[0], 'no image goes with it')
-                if len(found) > 1:
-                    fail(found[1], f'is of the same image as {found[0]}')
-        for name, (frames, masks) in answers.items():
-            if not any(masks):
-                fail(name, 'no mask goes with it')
-            if len(frames) > 1 and not config.frames:
-                fail(frames[1], f'has the same mask as {name}')
-        rows = {}
-    else:
-        names, rows = [name for found in images.values() for name in found], {}
-        if config.labels:
-            header, *table = csv.reader((raw / config.labels[0]).read_text().splitlines())
-            columns = [header.index(column) for column in config.labels[1:]] or [0, 1]
-            rows = {Path(row[columns[0]]).stem: [row[column] for column in columns[1:]] for row in table}
-            names = [name for name in names if Path(name).stem in rows]
-        answers = {name: ([name], rows[Path(name).stem][0] if rows else Path(name).parent.name) for name in names}
-
-    def patient(name):
-        listed = rows.get(Path(name).stem, ())[1:]
-        found = re.search(config.patient or '.*', name)
-        return listed[0] if listed and not config.patient else found[0] if found else name
-
-    return {name: (*answer, patient(name)) for name, answer in answers.items()}
+    if not images or not taken and (config.masks or in_files):
+        sys.exit(f'{raw}: {HINTS.get(config.task) or "no image or no mask here matches --images, --masks or --labels"}')
+    answers, patients = {}, {}
+    for layer in layers:
+        for key, found in layer.items():
+            if key not in images or len(found) > 1:
+                fail(found[-1], f'is of the same image as {found[0]}' if key in images else 'no image goes with it')
+    for key, found in images.items() if taken else ():
+        masks = tuple(layer.get(key, (None,))[0] for layer in layers)
+        if not any(masks) and config.task not in TASKS:
+            fail(found[0], 'no mask goes with it')
+        if len(found) > 1 and not config.frames:
+            fail(found[1], f'has the same mask as {found[0]}')
+        if any(masks):
+            answers[found[0]] = found, masks
+    if taken and len(answers) < len(images):
+        print(f'{raw}: {len(images) - len(answers)} images without a mask are left out')
+    if not taken:
+        answers = {name: ([name], Path(name).parent.name) for found in images.values() for name in found}
+    if config.labels and not in_files:
+        with open(next(raw.rglob(config.labels[0])), newline='') as file:
+            header, *rows = csv.reader(file)
+        columns = [header.index(column) for column in config.labels[1:]] or [0, 1]
+        rows = {Path(row[columns[0]]).stem: [row[column] for column in columns[1:]] for row in rows}
+        answers = {name: ([name], rows[Path(name).stem][0]) for name in answers if Path(name).stem in rows}
+        patients = {name: rows[Path(name).stem][1] for name in answers if len(columns) > 2}
+    for name in answers if config.patient else ():
+        patients[name] = (re.search(config.patient, name) or [name])[0]
+    return {name: (*answer, patients.get(name, name)) for name, answer in answers.items()}
 
 def split(files, raw, config):
     """{'train', 'val', 'test': names} by the three rules of --split. A glob takes the images it matches or whose masks it
@@ -330,8 +581,17 @@ def class_table(config):
                   for value in entry.split('+') if value}
     return table if '*' in table else {255: 255} | table
 
-def read_masks(path):
-    """All masks (H, W) of a file; of one in colour, which may have one colour and black, the largest of its three values."""
+def read_class(path):
+    """The number of an image's class in a VOC file (.xml, the name of its first object), or that of the largest polygon."""
+    if path.suffix == '.xml':
+        return int(xml.etree.ElementTree.parse(path).findtext('object/name'))
+    return max(polygons(path, 256, 256), key=lambda found: found[1].sum())[0]
+
+def read_masks(path, shape):
+    """All masks (H, W) of a file; of one in colour, which may have one colour and black, the largest of its three values. The
+    polygons of a .txt become one mask of the shape of the image."""
+    if path.suffix == '.txt':
+        return [np.any([mask for _, mask in polygons(path, *shape[:2])], axis=0).astype(np.uint8)]
     masks = [mask for volume in read(path) for mask in volume]
     for mask in masks:
         if mask.ndim == 3 and np.ptp(mask, 2).any() and len(np.unique(mask.reshape(-1, 3), axis=0)) > 2:
@@ -343,11 +603,13 @@ def labelled(raw, frames, answer, config):
     try:
         images = [[image for volume in read(raw / frame) for image in normalize(volume, config.modality)] for frame in frames]
         images = [np.minimum.reduce(same) for same in zip(*images)]  # of several frames, the darkest of each pixel
-        if isinstance(answer, str):
-            return [(resize(image, config.size), config.classes.index(answer)) for image in images]
-        layers = [path and read_masks(raw / path) for path in answer]
+        table = class_table(config)
+        if isinstance(answer, str) or config.labels:
+            label = config.classes.index(answer) if isinstance(answer, str) else table[read_class(raw / answer[0])]
+            return [(resize(image, config.size), label) for image in images]
+        layers = [path and read_masks(raw / path, images[0].shape) for path in answer]
         if len(layers) == 1:
-            masks, table = layers[0], class_table(config)
+            masks = layers[0]
             if [mask.shape for mask in masks] != [image.shape[:2] for image in images]:
                 raise ValueError(f'{len(masks)} masks of {masks[0].shape} for {len(images)} images of {images[0].shape}')
             for i, mask in enumerate(masks):
@@ -381,8 +643,9 @@ def prepare_task(config, raw, folder, pool):
     if folder.exists():
         sys.exit(f'{folder}: this task is prepared; delete it to prepare it again, or choose another --out')
     files = find_labelled(raw, config)
-    kinds = {answer for _, answer, _ in files.values() if isinstance(answer, str)}
-    config.classes = config.classes or (tuple(sorted(kinds)) if kinds else ('background', 'foreground'))
+    kinds = {answer for _, answer, _ in files.values() if isinstance(answer, str)} or {*config.labels}
+    config.classes = config.classes or (tuple(sorted(kinds)) if kinds else config.values if len(config.values) > 2 else
+                                        ('background', 'foreground'))
     splits, counts, part = split(files, raw, config), {}, folder.with_name(folder.name + '.part')
     shutil.rmtree(part, ignore_errors=True)
     for name, chosen in splits.items():
@@ -395,7 +658,8 @@ def prepare_task(config, raw, folder, pool):
     (part / 'meta.json').write_text(json.dumps(meta, indent=1))
     Task(part)  # ends the program if the classes and splits would not do for training
     os.replace(part, folder)
-    print(f'{folder}: {meta["kind"]} into {", ".join(config.classes)}; images: {counts}')
+    print(f'{folder}: {meta["kind"]} into {", ".join(config.classes)}; images: {counts}'
+          + (f', in the paper {TASKS[config.task].count or "none"}' if config.task in TASKS else ''))
 
 def write_split(folder, pairs, size, classify):
     """Write images.npy and masks.npy or labels.npy of the pairs; returns their number. Because neither that nor whether all
@@ -571,14 +835,26 @@ def write_phantom(folder, modality, n, seed, side=160):
 
 # --- the command ----------------------------------------------------------------------------------------------------------
 
+def report_overlaps(home):
+    """Tell which prepared tasks below `home` test on images of prepared sources, which a network would have seen before."""
+    for task, sources in (('fhu', ('HC18',)), ('autopet-org', ('AutoPET-CT', 'AutoPET-PET', 'AutoPET-SUV'))):
+        for source in sources:
+            if (home / task).exists() and (home / 'medverse' / source).exists():
+                print(f'note: the images of {home / task} are also in {home / "medverse" / source}, so a network pretrained there '
+                      'has seen the test images, though not their masks')
+
 def main():
     """Simulate the phantoms if they are asked for, then prepare a task or every source below RAW."""
     config = parse_options(Config())
     if min(config.size, config.min_side, config.shard) < 1 or config.workers < 0:
         sys.exit('--size, --min_side and --shard must be 1 or more, --workers 0 or more')
-    config = replace(config, workers=config.workers or os.cpu_count(), **PHANTOM_TASKS.get(config.task, {}))
+    if config.list:
+        return list_tables(Path(config.raw))
+    if row := TASKS.get(config.task):  # its rules, then the command line again over them
+        config = parse_options(parse_options(replace(Config(), modality=row.modality, split=('50', '20', '30')), shlex.split(row.rules)))
+    config.workers = config.workers or os.cpu_count()
     out, home = Path(config.out or f'data/{config.task or "medverse"}'), Path(config.raw or 'data/phantoms')
-    if config.task in PHANTOM_TASKS:
+    if config.task.startswith('phantom-'):
         config.phantoms = config.phantoms or 200 * (not home.exists())
     elif not config.raw and not config.phantoms:
         sys.exit('where are the images? give --raw RAW, a folder of <Modality>/<source>/** or of a task, or --phantoms N')
@@ -588,8 +864,10 @@ def main():
                  for n in range(-(-config.phantoms // (8 if modality in VOLUMES else 1)))]
         deque(in_order(pool, config.workers, write_phantom, calls, 'phantoms'), 0)  # runs them all
         if config.task:
-            return prepare_task(config, home, out, pool)
-        metas = [prepare(*source, out, config, pool) for source in find_sources(home / 'raw' if config.phantoms else home)]
+            prepare_task(config, home, out, pool)
+            return report_overlaps(out.parent)
+        sources = find_sources(home / 'raw' if config.phantoms else home, config)
+        metas = [prepare(*source, out, config, pool) for source in sources]
     except BrokenProcessPool:
         sys.exit('a worker was killed, most likely for its memory: start again with fewer --workers; finished sources stay')
     except OSError as error:
@@ -601,11 +879,16 @@ def main():
         pool.shutdown(cancel_futures=True)
         for part in [*out.glob('*.part'), out.with_name(out.name + '.part')]:
             shutil.rmtree(part, ignore_errors=True)
-    rows = [(m['modality'], m['source'], m['files'], m['read'], m['count'], *m['dropped'].values()) for m in metas]
+    rows = [(m['modality'], m['source'], m['files'], m['read'], m['count'], *m['dropped'].values()) for m in metas if m]
+    papers = [f'{int(source.count):>10}{m["count"] - int(source.count):>+10}' if source.count else ''
+              for (source, _), m in zip(sources, metas) if m]
     rows.append(('all', f'{len(rows)} sources', *map(sum, list(zip(*rows))[2:])))
-    for row in [('modality', 'source', 'files', 'read', 'kept', *REASONS), *rows]:
-        print(f'{row[0]:<11}{row[1]:<30}' + ''.join(f'{cell:>10}' for cell in row[2:]))
+    for row, paper in zip([('modality', 'source', 'files', 'read', 'kept', *REASONS), *rows],
+                          [f'{"paper":>10}{"more":>10}' * any(papers), *papers, '']):
+        print(f'{row[0]:<11}{row[1]:<30}' + ''.join(f'{cell:>10}' for cell in row[2:]) + paper)
     print('every file accounted for: read = kept + dropped')
+    report_overlaps(out.parent)
+    sys.exit(not any(metas))
 
 if __name__ == '__main__':
     main()

@@ -424,12 +424,15 @@ def test_errors_are_sentences(tmp_path):
     ok = tmp_path / 'ok' / 'CT' / 'source'
     ok.mkdir(parents=True)
     (ok.parent / 'loose.png').write_text('')
+    Image.fromarray(texture(0)).save(ok / 'a.png')
+    (tmp_path / 'empty' / 'CT' / 'nothing').mkdir(parents=True)
     for raw, out, options, code, words in [
             (tmp_path / 'none', tmp_path / 'out', [], 1, 'none'),
             (tmp_path / 'raw', tmp_path / 'out', [], 1, 'Xray'),
             (tmp_path / 'ok', tmp_path / 'file' / 'out', [], 1, 'file/out'),
             (tmp_path / 'ok', tmp_path / 'out', ['--size', '0'], 1, '--size'),
             (tmp_path / 'ok', tmp_path / 'out', ['--sise', '3'], 2, '--sise'),
+            (tmp_path / 'empty', tmp_path / 'out', [], 1, 'CT/nothing: no image'),
             (tmp_path / 'ok', tmp_path / 'out', [], 0, 'loose.png')]:
         found, printed = call(raw, out, *options)
         assert found == code and words in printed, printed

@@ -291,11 +291,11 @@ def read(path, draft=0):
     return [np.rint(frame.clip(0) * np.float32(255 / white)).astype(np.uint8) for frame in frames]
 
 def read_series(folder):
-    """As `read`, of the volumes that dcm2niix makes of a folder of DICOM files; ultrasound in a collection of MR is left out."""
+    """As `read`, of the MR, CT and PET volumes that dcm2niix makes of a folder of DICOM files (a collection may hold others)."""
     with tempfile.TemporaryDirectory() as new:
         subprocess.run(['dcm2niix', '-z', 'n', '-o', new, folder], check=True, capture_output=True)
         found = [path for path in sorted(Path(new).glob('*.nii'))
-                 if json.loads(path.with_suffix('.json').read_text()).get('Modality') != 'US']
+                 if json.loads(path.with_suffix('.json').read_text()).get('Modality') in ('MR', 'CT', 'PT')]
         return [array.copy() for path in found for array in read(path)]  # a copy, since the file will be gone
 
 def read_meta_image(path):
@@ -344,8 +344,8 @@ def normalize(volume, modality):
     if sample.size and np.ptp(sample):
         low, high = map(float, WINDOW.get(modality) or np.percentile(sample, (1, 99) if modality in VOLUMES else (0, 100)))
         for i, image in enumerate(volume):  # slice by slice, which bounds the memory
-            image = np.nan_to_num(image, nan=low, posinf=low, neginf=low) - low
-            pixels[i] = np.rint((image / (high - low or np.inf)).clip(0, 1) * 255)
+            image = np.nan_to_num(image, nan=low, posinf=low, neginf=low) if image.dtype.kind == 'f' else image.astype(np.float32)
+            pixels[i] = np.rint((image.clip(low, high) - low) * (255 / (high - low or np.inf)))
     return pixels
 
 def resize(image, size):

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageColor, ImageDraw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -38,7 +38,7 @@ from tqdm import tqdm
 import data
 import prepare_medverse
 from model import ViT, load_weights, named_config, read_checkpoint
-from pretrain import claim, draw_tables, learning_rate, make_optimizer, reopen, save, seed_step, setup
+from pretrain import claim, learning_rate, make_optimizer, reopen, save, seed_step, setup
 from unetr import UNETR
 
 @dataclass
@@ -95,15 +95,15 @@ def build(config, meta, pool, features):
 
 def encoder(o, size):
     """What --init, --adapt and --top_k ask for, at `size` pixels (0: as pretrained): Config, state dict or None, path."""
-    path = o.init or next((path for path in ('out/pretrain/ckpt.pt', 'out/demo/ckpt.pt') if os.path.exists(path)), '')
+    path = o.init or next(filter(os.path.exists, ('out/pretrain/ckpt.pt', 'out/demo/ckpt.pt')), '')
     if not path:
         raise SystemExit('nothing is pretrained yet: run python pretrain.py --demo, or give --init FILE or --init scratch')
     if path == 'scratch':
         state, config = None, named_config(o.model, o.depth, size=size or 256, patch=o.patch or 16)
     else:
         state, config, _ = read_checkpoint(path)
-        if o.patch not in (0, config.patch):
-            raise SystemExit(f'{path}: has patches of {config.patch} pixels, not {o.patch}; leave --patch out')
+        if o.depth not in (0, config.depth) or o.patch not in (0, config.patch):
+            raise SystemExit(f'{path}: has {config.depth} blocks and patches of {config.patch} pixels; leave --depth and --patch out')
     experts = 0 if o.adapt == 'director' else config.experts or 8
     return replace(config, size=size or config.size, experts=experts, top_k=o.top_k or config.top_k), state, path
 
@@ -141,7 +141,7 @@ def dice_scores(counts):
     where a class is in truth or prediction; 'dice_empty_is_one' over all images, 1 where it is in neither; 'dice_pooled' of
     the pixels of all images together."""
     dice = dice_of(counts)
-    return dict(dice=summary(summary(column)['mean'] for column in dice.T), dice_pooled=summary(dice_of(counts.sum(0))),
+    return dict(dice=summary(summary(column)['mean'] for column in dice.T), dice_pooled=summary(dice_of(counts.sum(0, float))),
                 dice_empty_is_one=summary(np.nan_to_num(dice, nan=1).mean(0)))
 
 def class_scores(chances, labels, positive):
@@ -151,8 +151,9 @@ def class_scores(chances, labels, positive):
     confusion = np.bincount(labels * C + chances.argmax(1), minlength=C * C).reshape(C, C)     # truth by prediction
     f1, auroc = summary(dice_of([confusion.diagonal(), confusion.sum(0), confusion.sum(1)])), []
     for c in range(C):      # the share of pairs, one of the class and one of the rest, in the right order; ties count half
-        true, rest = chances[labels == c, c, None], chances[labels != c, c]
-        auroc.append(((true > rest) + 0.5 * (true == rest)).mean() if true.size and rest.size else math.nan)
+        true, rest = chances[labels == c, c], np.sort(chances[labels != c, c])
+        below = sum(np.searchsorted(rest, true, side).sum() for side in ('left', 'right'))
+        auroc.append(below / (2 * len(true) * len(rest)) if len(true) and len(rest) else math.nan)
     return dict(f1=f1, auroc=summary(auroc), accuracy=confusion.trace() / confusion.sum(), confusion=confusion.tolist(),
                 f1_positive=f1['per_class'][positive] if C == 2 else None)
 
@@ -171,18 +172,16 @@ def evaluate(net, task, split, o, rank, world, device, autocast):
     table = torch.zeros((len(answers), 3, C - 1) if task.segments else (len(answers), C), device=device)
     mine = np.arange(rank, len(answers), world)
     pieces = np.array_split(mine, math.ceil(len(mine) / o.batch)) if len(mine) else []
-    net.eval()
     for piece, (groups, truth) in zip(pieces, data.prefetch(lambda piece: task.gather(split, piece), pieces)):
         with autocast:
             logits = infer(net, data.to_device(groups, device), truth.shape[1:])
         table[piece] = overlaps(logits.argmax(1), truth.to(device), C).float() if task.segments else logits.softmax(1)
-    net.train()
     if world > 1:
         dist.all_reduce(table)
     table = table.cpu().numpy()
     if task.segments:
         return dice_scores(table), table
-    return class_scores(table, np.asarray(answers), task.classes.index(o.positive) if o.positive else 1), table
+    return class_scores(table, np.asarray(answers), task.classes.index(o.positive)), table
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
@@ -190,8 +189,9 @@ def evaluate(net, task, split, o, rank, world, device, autocast):
 def overlay(image, mask):
     """uint8 image (H, W) or (H, W, 3) under the classes of mask (H, W) in colours; class 0 is clear, 255 grey."""
     image = image if image.ndim == 3 else image[..., None].repeat(3, 2)
-    palette = np.array(((230, 60, 50), (60, 180, 75), (60, 110, 230), (250, 190, 40), (160, 70, 200), (70, 210, 220)))
-    colours = np.where((mask == 255)[..., None], 128, palette[(mask.astype(int) - 1) % len(palette)])
+    names = 'red lime blue gold magenta cyan orange purple green pink sienna teal'.split()
+    colours = np.array([ImageColor.getrgb(name) for name in names])[(mask.astype(int) - 1) % len(names)]
+    colours[mask == 255] = 128
     return np.where((mask > 0)[..., None], image * 0.45 + colours * 0.55, image).astype(np.uint8)
 
 @torch.no_grad()
@@ -199,13 +199,34 @@ def draw_cases(path, net, task, table, device):
     """Best, median and worst test image by mean Dice, one a row: image, truth, prediction."""
     means = [summary(row)['mean'] for row in dice_of(table)]
     order, rows = sorted((mean, i) for i, mean in enumerate(means) if mean is not None) or [(0, 0)], []
-    for _, index in (order[-1], order[len(order) // 2], order[0]):
+    shown = dict(best=order[-1], median=order[len(order) // 2], worst=order[0])
+    for _, index in shown.values():
         groups, truth = task.gather('test', np.array([index]))
         pixels = data.to_device(groups, device)
         mask = infer(net, pixels, truth.shape[1:]).argmax(1)[0].cpu().numpy()
         image = pixels[0].permute(1, 2, 0).cpu().numpy()
         rows.append(np.hstack([image, overlay(image, truth[0].numpy()), overlay(image, mask)]))
-    Image.fromarray(np.vstack(rows)).save(path)
+    zoom = max(1, 256 // len(image))
+    picture = Image.fromarray(np.vstack(rows).repeat(zoom, 0).repeat(zoom, 1))
+    for row, (name, (mean, index)) in enumerate(shown.items()):
+        ImageDraw.Draw(picture).text((6, row * zoom * len(image) + 4), f'{name}: test image {index}, Dice {mean:.3f}',
+                                     stroke_width=2, stroke_fill='black')
+    picture.save(path)
+
+def draw_confusion(path, confusion, classes):
+    """Numbers of test images, truth by prediction; the bluer, the larger a share of its row."""
+    cell, left, top = 64, 110, 44
+    picture = Image.new('RGB', (left + cell * len(classes) + 40, top + cell * len(classes) + 4), 'white')
+    draw = ImageDraw.Draw(picture)
+    draw.text((4, 4), 'truth (rows) by prediction (columns)', 'black')
+    for t, row in enumerate(confusion):
+        draw.text((4, top + cell * t + 24), classes[t][:18], 'black')
+        draw.text((left + cell * t, top - 16), classes[t][:10], 'black')
+        for p, count in enumerate(row):
+            x, y, light = left + cell * p, top + cell * t, 255 - 255 * count // max(1, sum(row))
+            draw.rectangle((x, y, x + cell - 2, y + cell - 2), (light, light, 191 + light // 4), 'lightgray')
+            draw.text((x + 24, y + 24), str(count), 'black' if light > 127 else 'white')
+    picture.save(path)
 
 def train(o):
     """Train on the training images, choose the epoch by validation (without any: the last), score the test images once."""
@@ -220,8 +241,10 @@ def train(o):
     task = data.Task(folder)
     if o.positive and o.positive not in task.classes:
         raise SystemExit(f"--positive {o.positive}: the classes of {o.task} are {', '.join(task.classes)}")
+    o = replace(o, positive=o.positive or task.classes[-1])
     config, state, path = encoder(o, o.size or task.meta['size'])
-    method = f'DEX-{"E" if config.experts else "D"}-{Path(path).parent.name or path}' + ''.join(
+    file = Path(path).absolute()
+    method = f'DEX-{"E" if config.experts else "D"}-{file.parent.name if file.name == "ckpt.pt" else file.stem}' + ''.join(
         f'-{name}-{getattr(o, name)}' for name in ('fraction', 'tune_blocks', 'top_k', 'pool')
         if getattr(o, name) != getattr(Options, name))
     out = Path(o.out or f'out/{o.task}-{method}-{o.seed}')
@@ -238,12 +261,20 @@ def train(o):
             part.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, o.lr, o.weight_decay)
-    first, best, minutes = 0, -1.0, 0.0
+    first, best, minutes, skipped = 0, -1.0, 0.0, torch.zeros((), dtype=torch.long, device=device)
+    sha256 = state and hashlib.sha256(file.read_bytes()).hexdigest()
     if o.resume and checkpoint.exists():
-        file = torch.load(checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(file['net'])
+        weights, _, file = read_checkpoint(checkpoint, 'vit.cls_token')
+        changed = [f'--{name} is {getattr(o, name)} and was {value}' for name, value in file['options'].items()
+                   if getattr(o, name) != value and name not in ('data', 'out', 'resume', 'overwrite', 'device', 'bf16')]
+        if changed:
+            raise SystemExit(f'{checkpoint}: a run goes on as it began, but {", ".join(changed)}; or start anew with --overwrite')
+        model.load_state_dict(weights)
         optimizer.load_state_dict(file['optimizer'])
-        first, best, minutes = file['step'], file['best'], file['minutes']
+        first, best, minutes, skipped = file['step'], file['best'], file['minutes'], skipped + file['skipped']
+    elif master:
+        for name in ('ckpt.pt', 'best.pt', 'results.json'):
+            (out / name).unlink(missing_ok=True)
     net = DistributedDataParallel(model, [local] if gpu else None, broadcast_buffers=False) if world > 1 else model
 
     counts = {split: len(answers) for split, answers in task.answers.items()}
@@ -261,7 +292,11 @@ def train(o):
     def load(step):
         epoch, slot = divmod(step, epoch_steps)
         order = np.random.default_rng((o.seed, epoch)).permutation(images)
-        return task.gather('train', np.array_split(np.array_split(order, epoch_steps)[slot], world)[rank])
+        shares = np.array_split(np.array_split(order, epoch_steps)[slot], world)
+        return task.gather('train', shares[rank] if len(shares[rank]) else shares[0])       # fewer images than ranks
+
+    def keep(name, **more):
+        save(out / name, model=model.state_dict(), config=asdict(config), meta=task.meta, pool=o.pool, features=o.features, **more)
 
     began = saved = time.perf_counter()
     batches = data.prefetch(load, range(first, steps))
@@ -275,12 +310,14 @@ def train(o):
             logits = net(inputs)
         loss = (segmentation_loss if task.segments else F.cross_entropy)(logits.float(), answers)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        finite = torch.isfinite(torch.nn.utils.clip_grad_norm_(trained, 1.0))       # the same on every rank
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()         # fused AdamW skips the step by itself
         optimizer.step()
         optimizer.zero_grad()
+        skipped += ~finite
         if (step + 1) % epoch_steps and step + 1 < steps:
             continue
-        entry = dict(step=step, loss=loss.item())
+        entry = dict(step=step, loss=loss.item(), skipped=int(skipped))
         if counts['val']:
             entry['val'] = headline(evaluate(model, task, 'val', o, rank, world, device, autocast)[0])
         if not master:
@@ -289,29 +326,27 @@ def train(o):
             file.write(json.dumps(entry) + '\n')
         if entry.get('val', math.inf) > best:       # without validation every epoch is the best so far
             best = entry.get('val', best)
-            save(out / 'best.pt', model=model.state_dict(), config=asdict(config), meta=task.meta, pool=o.pool,
-                 features=o.features)
-        spent = (time.perf_counter() - began) / 60
-        if step + 1 == steps or time.perf_counter() - saved > 60:
-            save(checkpoint, net=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, best=best,
-                 minutes=minutes + spent)
-            saved = time.perf_counter()
+            keep('best.pt')
+        now = time.perf_counter()
+        if step + 1 == steps or now - saved > 60:
+            keep('ckpt.pt', optimizer=optimizer.state_dict(), step=step + 1, best=best, skipped=int(skipped),
+                 minutes=minutes + (now - began) / 60, options=asdict(o))
+            saved = now
     if world > 1:
         dist.destroy_process_group()
     if not master:
         return
     model.load_state_dict(read_checkpoint(out / 'best.pt', 'vit.cls_token')[0])
     scores, table = evaluate(model, task, 'test', o, 0, 1, device, autocast)
-    results = dict(task=o.task, method=method, seed=o.seed, scores=scores, validation=best, classes=task.classes,
-                   counts=counts, init=path, sha256=state and hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+    results = dict(task=o.task, method=method, seed=o.seed, scores=scores, validation=best if counts['val'] else None,
+                   classes=task.classes, counts=counts, init=path, sha256=sha256, skipped=int(skipped),
                    minutes=minutes + (time.perf_counter() - began) / 60, config=asdict(config), options=asdict(o))
-    (out / 'results.json').write_text(json.dumps(results, indent=1))
+    (out / 'results.new').write_text(json.dumps(results, indent=1))
+    os.replace(out / 'results.new', out / 'results.json')
     if task.segments:
-        draw_cases(out / 'cases.png', model.eval(), task, table, device)
+        draw_cases(out / 'cases.png', model, task, table, device)
     else:
-        share = torch.tensor(scores['confusion'], dtype=torch.float)
-        share /= share.sum(1, keepdim=True).clamp(min=1)
-        draw_tables(out / 'confusion.png', share[None], task.classes, ['truth (rows) by prediction'])
+        draw_confusion(out / 'confusion.png', scores['confusion'], task.classes)
     print(f'{out}: test {"Dice" if task.segments else "macro-F1"} {headline(scores):.4f}; all scores are in results.json')
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,63 +355,92 @@ def train(o):
 @torch.no_grad()
 def predict(o):
     """Apply a run to new files: a mask in each image's own size (NIfTI keeps its affine and shape) with an overlay, or
-    classes.csv. A file that cannot be read is named and the others still get theirs; returns how many could not."""
-    run, folder = (o.init, Path(o.out)) if o.init else (Path(o.out, 'best.pt'), Path(o.out, 'predictions'))
+    classes.csv; files of several folders keep these below the one they share. A file that fails is named and the others
+    still get theirs; returns how many failed."""
+    run = Path(o.init or Path(o.out, 'best.pt'))
+    folder = Path(o.out) if o.init and o.out else run.parent / 'predictions'
     state, config, file = read_checkpoint(run, 'vit.cls_token')
-    meta, device, rows, failed = file['meta'], setup(o.device)[3], [], 0
-    net = build(config, meta, file['pool'], file['features']).to(device).eval()
+    files = [Path(path).absolute() for path in o.predict]
+    if any(folder.absolute() in path.parents for path in files):
+        raise SystemExit(f'{folder}: some of the files lie here and could be overwritten; choose another --out')
+    meta, device = file['meta'], setup(o.device)[3]
+    net = build(config, meta, file['pool'], file['features']).to(device)
     net.load_state_dict(state)
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in map(Path, o.predict):
+    segments, shared = meta['kind'] == 'segmentation', os.path.commonpath([path.parent for path in files])
+    rows, made, failed = [], {}, 0
+
+    def answer(image):
+        """uint8 (H, W) or (H, W, 3) -> its mask (H, W) or chances (C,)."""
+        pixels = torch.tensor(prepare_medverse.resize(image, meta['size']))[None]
+        logits = infer(net, data.to_device([(torch.arange(1), pixels)], device), image.shape[:2])
+        return (logits.argmax(1).byte() if segments else logits.softmax(1))[0].cpu().numpy()
+
+    for name, path in zip(o.predict, files):
         try:
             images = [image for volume in prepare_medverse.read(path)
                       for image in prepare_medverse.normalize(volume, meta['modality'])]     # (H, W) or (H, W, 3)
-        except Exception as error:      # decoders fail in every way there is
-            print(f'{path}: cannot be read ({type(error).__name__}: {error}); it gets no prediction', file=sys.stderr)
+            target = folder / path.parent.relative_to(shared) / Path(path.name.removesuffix('.gz')).stem
+            if segments and made.setdefault(target, path) != path:
+                raise ValueError(f'its mask would take the place of that of {made[target].name}')
+            answers = [answer(image) for image in images]
+            if segments:
+                write_masks(target, path, images, answers)
+            rows += [(name, number, meta['classes'][np.argmax(chances)], *chances.tolist())
+                     for number, chances in enumerate(answers) if not segments]
+        except Exception as error:      # decoders fail in every way there is; memory and disks run out
+            print(f'{name}: gets no prediction ({type(error).__name__}: {error})', file=sys.stderr)
             failed += 1
-            continue
-        masks = []
-        for number, image in enumerate(images):
-            pixels = torch.tensor(prepare_medverse.resize(image, meta['size'])).permute(2, 0, 1)[None].expand(1, 3, -1, -1)
-            logits = infer(net, pixels.to(device), image.shape[:2])
-            if meta['kind'] == 'segmentation':
-                masks.append(logits.argmax(1)[0].byte().cpu().numpy())
-            else:
-                chances = logits.softmax(1)[0].tolist()
-                rows.append([path, number, meta['classes'][np.argmax(chances)], *chances])
-        if masks:
-            write_masks(folder, path, images, masks)
     if rows:
+        folder.mkdir(parents=True, exist_ok=True)
         with open(folder / 'classes.csv', 'w', newline='') as table:
             csv.writer(table).writerows([['file', 'image', 'class', *meta['classes']], *rows])
-    print(f'{folder}: predictions of {len(o.predict) - failed} files' + f'; {failed} could not be read' * (failed > 0))
+    print(f'{folder}: predictions of {len(files) - failed} of {len(files)} files')
     return failed
 
-def write_masks(folder, path, images, masks):
+def write_masks(target, path, images, masks):
     """Masks of the file `path`: one NIfTI, or a PNG an image; and the overlay of the one with the most foreground."""
+    most = max(range(len(masks)), key=lambda i: np.count_nonzero(masks[i]))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(overlay(images[most], masks[most])).save(f'{target}-overlay.png')
     if path.name.endswith(('.nii', '.nii.gz')):
         source = nib.load(path)
         volume = np.zeros(source.shape, np.uint8)
         view = prepare_medverse.cut(volume, source.affine)      # written in the order in which it was read
         view[:] = np.reshape(masks, view.shape)
-        nib.save(nib.Nifti1Image(volume, source.affine), folder / path.name)
-    for number, mask in enumerate(masks if not path.name.endswith(('.nii', '.nii.gz')) else ()):
-        Image.fromarray(mask).save(folder / f'{path.stem}{f"-{number}" * (len(masks) > 1)}.png')
-    most = max(range(len(masks)), key=lambda i: (masks[i] > 0).sum())
-    Image.fromarray(overlay(images[most], masks[most])).save(folder / f'{path.stem}-overlay.png')
+        nib.save(nib.Nifti1Image(volume, source.affine), target.with_name(path.name))
+        return
+    for number, mask in enumerate(masks):
+        Image.fromarray(mask).save(f'{target}{f"-{number}" * (len(masks) > 1)}.png')
 
 def report(folders):
-    """Print one Markdown table of the runs' headline scores: tasks by methods, mean and deviation (number of seeds)."""
-    runs = [json.loads(path.read_text()) for path in sorted(Path(folder, 'results.json') for folder in folders) if path.exists()]
+    """Print one Markdown table of the runs' headline scores: tasks by methods, mean ± deviation (number of seeds)."""
+    paths = sorted(Path(folder, 'results.json') for folder in folders)
+    runs = [json.loads(path.read_text()) for path in paths if path.exists()]
+    if len(runs) < len(paths):
+        lacking = ', '.join(str(path.parent) for path in paths if not path.exists())
+        print(f'left out, for want of a results.json: {lacking}', file=sys.stderr)
     if not runs:
-        raise SystemExit(f'{" ".join(folders)}: no results.json in any of these folders')
+        raise SystemExit('no results.json in any of these folders')
     methods, cells = list(dict.fromkeys(run['method'] for run in runs)), {}
     for run in runs:
         name = f'{run["task"]} ({"Dice" if "dice" in run["scores"] else "macro-F1"})'
         cells.setdefault(name, {method: [] for method in methods})[run['method']].append(headline(run['scores']))
     print(f'| task | {" | ".join(methods)} |\n|---{"|---" * len(methods)}|')
     for name, row in cells.items():
-        print(f'| {name} |', *(f'{np.mean(v):.3f} ± {np.std(v, ddof=len(v) > 1):.3f} ({len(v)}) |' if v else '|' for v in row.values()))
+        spread = {method: f' ± {np.std(v, ddof=1):.3f}' if len(v) > 1 else '' for method, v in row.items()}
+        print(f'| {name} |', *(f'{np.mean(v):.3f}{spread[method]} ({len(v)}) |' if v else '|' for method, v in row.items()))
+
+def export(o):
+    """Write the pretrained encoder at --size pixels: the director alone in timm's names, or with its experts in ours."""
+    path = Path(o.export)
+    if path.exists() and not o.overwrite:
+        raise SystemExit(f'{path}: there is such a file; choose another name, or --overwrite')
+    config, state, source = encoder(o, o.size)
+    vit = ViT(config)
+    load_weights(vit, state, source)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(path, **dict(model=vit.state_dict(), config=asdict(config)) if config.experts else vit.state_dict())
+    print(f'{path}: {"encoder with experts" if config.experts else "plain ViT"} at {config.size} pixels')
 
 def main():
     """Train, or what else the options ask for."""
@@ -384,22 +448,28 @@ def main():
     for name, allowed in (('adapt', ('experts', 'director')), ('pool', ('cls', 'mean'))):
         if getattr(o, name) not in allowed:
             raise SystemExit(f'--{name} {getattr(o, name)}: must be {" or ".join(allowed)}')
-    if o.report:
-        report(o.report)
-    elif o.predict:
-        sys.exit(predict(o) > 0)
-    elif o.export:
-        config, state, path = encoder(o, o.size)
-        vit = ViT(config)
-        load_weights(vit, state, path)
-        save(Path(o.export), **dict(model=vit.state_dict(), config=asdict(config)) if config.experts else vit.state_dict())
-        print(f'{o.export}: {"encoder with experts" if config.experts else "plain ViT"} at {config.size} pixels')
-    else:
-        try:
+    least = dict(batch=1, epochs=1, features=1, steps=0, size=0, depth=0, patch=0, lr=0, weight_decay=0, warmup_epochs=0)
+    for name, value in least.items():
+        if getattr(o, name) < value:
+            raise SystemExit(f'--{name} {getattr(o, name)}: must be {value} or more')
+    if not 0 < o.fraction <= 1:
+        raise SystemExit(f'--fraction {o.fraction}: must be above 0 and at most 1')
+    if bool(o.predict) + bool(o.report) + bool(o.export) > 1:
+        raise SystemExit('--predict, --report and --export: one at a time')
+    try:
+        if o.report:
+            report(o.report)
+        elif o.predict:
+            sys.exit(predict(o) > 0)
+        elif o.export:
+            export(o)
+        else:
             train(o)
-        except KeyboardInterrupt:
-            print('stopped; the same command with --resume goes on, from a minute ago at most', file=sys.stderr)
-            sys.exit(130)
+    except OSError as error:
+        raise SystemExit(f'{error}; what was saved before is whole: make room, and go on with --resume')
+    except KeyboardInterrupt:
+        print('stopped; a training goes on with --resume from its last checkpoint, at the end of an epoch', file=sys.stderr)
+        sys.exit(130)
 
 if __name__ == '__main__':
     main()

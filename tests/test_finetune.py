@@ -238,7 +238,8 @@ def test_export_and_load_again_is_the_identity(pretrained, tmp_path, adapt):
         timm = TimmViT(192, 4, 3, 8, SIDE)
         timm.load_state_dict(torch.load(tmp_path / 'vit.pt', weights_only=True))       # strictly
         torch.testing.assert_close(timm(images), ours(images)[0], atol=1e-4, rtol=1e-4)
-    assert script(export=tmp_path / 'vit.pt', init=pretrained, adapt='director', size=64) == 0
+    assert '--overwrite' in script(export=tmp_path / 'vit.pt', init=pretrained, adapt='director', size=64)
+    assert script('--overwrite', export=tmp_path / 'vit.pt', init=pretrained, adapt='director', size=64) == 0
     assert torch.load(tmp_path / 'vit.pt', weights_only=True)['pos_embed'].shape == (1, 65, 192)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,7 +306,7 @@ def test_the_best_epoch_is_scored(tasks, runs, pretrained):
             dice.append(naive_dice(net.eval()(x).argmax(1).flatten().tolist(), mask.flatten().tolist(), 1))
     assert results(runs / 'find')['scores']['dice']['mean'] == close(average(dice))
 
-def weights(out, name='ckpt.pt', key='net'):
+def weights(out, name='ckpt.pt', key='model'):
     return torch.load(out / name, weights_only=True)[key]
 
 def equal(a, b):

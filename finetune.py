@@ -103,7 +103,7 @@ def encoder(o, size):
     else:
         state, config, _ = read_checkpoint(path)
         if o.depth not in (0, config.depth) or o.patch not in (0, config.patch):
-            raise SystemExit(f'{path}: has {config.depth} blocks and patches of {config.patch} pixels; leave --depth and --patch out')
+            raise SystemExit(f'{path}: has {config.depth} blocks and patches of {config.patch} pixels; leave --depth, --patch out')
     experts = 0 if o.adapt == 'director' else config.experts or 8
     return replace(config, size=size or config.size, experts=experts, top_k=o.top_k or config.top_k), state, path
 
@@ -116,8 +116,7 @@ def segmentation_loss(logits, masks):
     both, either = (chance * truth).sum((0, 2, 3)), (chance + truth).sum((0, 2, 3))
     return ce + 1 - ((2 * both + 1) / (either + 1))[1:].mean()
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores
+# --- scores -------------------------------------------------------------------------------------------------------------
 
 def overlaps(predicted, masks, classes):
     """(B, 3, C - 1) pixels of each foreground class in both, in the prediction, in the truth; 255 counts nowhere."""
@@ -141,7 +140,7 @@ def dice_scores(counts):
     where a class is in truth or prediction; 'dice_empty_is_one' over all images, 1 where it is in neither; 'dice_pooled' of
     the pixels of all images together."""
     dice = dice_of(counts)
-    return dict(dice=summary(summary(column)['mean'] for column in dice.T), dice_pooled=summary(dice_of(counts.sum(0, float))),
+    return dict(dice=summary(summary(column)['mean'] for column in dice.T), dice_pooled=summary(dice_of(counts.sum(0))),
                 dice_empty_is_one=summary(np.nan_to_num(dice, nan=1).mean(0)))
 
 def class_scores(chances, labels, positive):
@@ -166,30 +165,25 @@ def infer(net, images, shape=None):
     return F.interpolate(logits, size=shape, mode='bilinear') if logits.dim() == 4 else logits
 
 @torch.no_grad()
-def evaluate(net, task, split, o, rank, world, device, autocast):
-    """Scores of a split, each image counted once whatever the number of ranks, and the table (n, ...) they come from."""
-    answers, C = task.answers[split], len(task.classes)
-    table = torch.zeros((len(answers), 3, C - 1) if task.segments else (len(answers), C), device=device)
-    mine = np.arange(rank, len(answers), world)
-    pieces = np.array_split(mine, math.ceil(len(mine) / o.batch)) if len(mine) else []
-    for piece, (groups, truth) in zip(pieces, data.prefetch(lambda piece: task.gather(split, piece), pieces)):
+def evaluate(net, task, split, o, device, autocast):
+    """Scores of a split and the table (n, ...) they come from. Every rank goes through the whole split: that takes no
+    longer than waiting for one that does, and there are no shares to pad or to add up."""
+    n, table = len(task.answers[split]), []
+    pieces = np.array_split(np.arange(n), math.ceil(n / o.batch))
+    for groups, truth in data.prefetch(lambda piece: task.gather(split, piece), pieces):
         with autocast:
             logits = infer(net, data.to_device(groups, device), truth.shape[1:])
-        table[piece] = overlaps(logits.argmax(1), truth.to(device), C).float() if task.segments else logits.softmax(1)
-    if world > 1:
-        dist.all_reduce(table)
-    table = table.cpu().numpy()
-    if task.segments:
-        return dice_scores(table), table
-    return class_scores(table, np.asarray(answers), task.classes.index(o.positive)), table
+        table.append(overlaps(logits.argmax(1), truth.to(device), len(task.classes)) if task.segments else logits.softmax(1))
+    table = torch.cat(table).cpu().numpy()
+    return dice_scores(table) if task.segments else class_scores(
+        table, np.asarray(task.answers[split]), task.classes.index(o.positive)), table
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# --- training -----------------------------------------------------------------------------------------------------------
 
 def overlay(image, mask):
     """uint8 image (H, W) or (H, W, 3) under the classes of mask (H, W) in colours; class 0 is clear, 255 grey."""
     image = image if image.ndim == 3 else image[..., None].repeat(3, 2)
-    names = 'red lime blue gold magenta cyan orange purple green pink sienna teal'.split()
+    names = 'lime red dodgerblue gold magenta cyan orange purple green pink sienna teal'.split()
     colours = np.array([ImageColor.getrgb(name) for name in names])[(mask.astype(int) - 1) % len(names)]
     colours[mask == 255] = 128
     return np.where((mask > 0)[..., None], image * 0.45 + colours * 0.55, image).astype(np.uint8)
@@ -198,33 +192,32 @@ def overlay(image, mask):
 def draw_cases(path, net, task, table, device):
     """Best, median and worst test image by mean Dice, one a row: image, truth, prediction."""
     means = [summary(row)['mean'] for row in dice_of(table)]
-    order, rows = sorted((mean, i) for i, mean in enumerate(means) if mean is not None) or [(0, 0)], []
-    shown = dict(best=order[-1], median=order[len(order) // 2], worst=order[0])
-    for _, index in shown.values():
+    order = sorted((mean, i) for i, mean in enumerate(means) if mean is not None) or [(0, 0)]
+    side, zoom = task.images['test'].shape[1], max(1, 256 // task.images['test'].shape[1])
+    picture = Image.new('RGB', (3 * side * zoom, 3 * side * zoom))
+    for row, (name, (mean, index)) in enumerate(zip(('best', 'median', 'worst'), (order[-1], order[len(order) // 2], order[0]))):
         groups, truth = task.gather('test', np.array([index]))
         pixels = data.to_device(groups, device)
         mask = infer(net, pixels, truth.shape[1:]).argmax(1)[0].cpu().numpy()
         image = pixels[0].permute(1, 2, 0).cpu().numpy()
-        rows.append(np.hstack([image, overlay(image, truth[0].numpy()), overlay(image, mask)]))
-    zoom = max(1, 256 // len(image))
-    picture = Image.fromarray(np.vstack(rows).repeat(zoom, 0).repeat(zoom, 1))
-    for row, (name, (mean, index)) in enumerate(shown.items()):
-        ImageDraw.Draw(picture).text((6, row * zoom * len(image) + 4), f'{name}: test image {index}, Dice {mean:.3f}',
-                                     stroke_width=2, stroke_fill='black')
+        columns = np.hstack([image, overlay(image, truth[0].numpy()), overlay(image, mask)])
+        picture.paste(Image.fromarray(columns.repeat(zoom, 0).repeat(zoom, 1)), (0, row * side * zoom))
+        caption = f'{name}: test image {index}, Dice {mean:.3f}'
+        ImageDraw.Draw(picture).text((6, row * side * zoom + 4), caption, 'white', stroke_width=2, stroke_fill='black')
     picture.save(path)
 
 def draw_confusion(path, confusion, classes):
     """Numbers of test images, truth by prediction; the bluer, the larger a share of its row."""
-    cell, left, top = 64, 110, 44
-    picture = Image.new('RGB', (left + cell * len(classes) + 40, top + cell * len(classes) + 4), 'white')
+    picture = Image.new('RGB', (150 + 64 * len(classes), 48 + 64 * len(classes)), 'white')
     draw = ImageDraw.Draw(picture)
     draw.text((4, 4), 'truth (rows) by prediction (columns)', 'black')
     for t, row in enumerate(confusion):
-        draw.text((4, top + cell * t + 24), classes[t][:18], 'black')
-        draw.text((left + cell * t, top - 16), classes[t][:10], 'black')
-        for p, count in enumerate(row):
-            x, y, light = left + cell * p, top + cell * t, 255 - 255 * count // max(1, sum(row))
-            draw.rectangle((x, y, x + cell - 2, y + cell - 2), (light, light, 191 + light // 4), 'lightgray')
+        y = 44 + 64 * t
+        draw.text((4, y + 24), classes[t][:18], 'black')
+        draw.text((110 + 64 * t, 28), classes[t][:10], 'black')
+        for x, count in zip(range(110, picture.width, 64), row):
+            light = 255 - 255 * count // max(1, sum(row))
+            draw.rectangle((x, y, x + 62, y + 62), (light, light, 191 + light // 4), 'lightgray')
             draw.text((x + 24, y + 24), str(count), 'black' if light > 127 else 'white')
     picture.save(path)
 
@@ -256,8 +249,8 @@ def train(o):
     if state is not None:
         load_weights(model.vit, state, path)
     if o.tune_blocks >= 0:
-        model.vit.cls_token.requires_grad_(False)
-        for part in (model.vit.patch_embed, model.vit.norm, *model.vit.blocks[:max(0, config.depth - o.tune_blocks)]):
+        vit = model.vit
+        for part in (vit.cls_token, vit.patch_embed, vit.norm, *vit.blocks[:max(0, config.depth - o.tune_blocks)]):
             part.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, o.lr, o.weight_decay)
@@ -268,7 +261,7 @@ def train(o):
         changed = [f'--{name} is {getattr(o, name)} and was {value}' for name, value in file['options'].items()
                    if getattr(o, name) != value and name not in ('data', 'out', 'resume', 'overwrite', 'device', 'bf16')]
         if changed:
-            raise SystemExit(f'{checkpoint}: a run goes on as it began, but {", ".join(changed)}; or start anew with --overwrite')
+            raise SystemExit(f'{checkpoint}: a run goes on as it began, but {", ".join(changed)}; --overwrite starts anew')
         model.load_state_dict(weights)
         optimizer.load_state_dict(file['optimizer'])
         first, best, minutes, skipped = file['step'], file['best'], file['minutes'], skipped + file['skipped']
@@ -287,7 +280,7 @@ def train(o):
         log = reopen(out, first, dict(options=asdict(o), model=asdict(config)))
         print(f'{o.task}: {task.meta["kind"]} into {", ".join(task.classes)}; images {counts}, seen at {config.size} pixels\n'
               f'{method}: {sum(p.numel() for p in trained) / 1e6:.1f} M parameters trained; {steps} steps of {o.batch} x {world} '
-              f'images ({steps / epoch_steps:.0f} epochs), learning rate up to {o.lr:.1e}, on {world} x {device.type}')
+              f'images ({steps / epoch_steps:.1f} epochs), learning rate up to {o.lr:.1e}, on {world} x {device.type}')
 
     def load(step):
         epoch, slot = divmod(step, epoch_steps)
@@ -295,10 +288,9 @@ def train(o):
         shares = np.array_split(np.array_split(order, epoch_steps)[slot], world)
         return task.gather('train', shares[rank] if len(shares[rank]) else shares[0])       # fewer images than ranks
 
-    def keep(name, **more):
-        save(out / name, model=model.state_dict(), config=asdict(config), meta=task.meta, pool=o.pool, features=o.features, **more)
-
-    began = saved = time.perf_counter()
+    run = dict(model=model.state_dict(), config=asdict(config), meta=task.meta, pool=o.pool, features=o.features)
+    saved = time.perf_counter()
+    began = saved - 60 * minutes
     batches = data.prefetch(load, range(first, steps))
     for step in tqdm(range(first, steps), initial=first, total=steps, unit='step', disable=not master):
         groups, answers = next(batches)
@@ -319,38 +311,38 @@ def train(o):
             continue
         entry = dict(step=step, loss=loss.item(), skipped=int(skipped))
         if counts['val']:
-            entry['val'] = headline(evaluate(model, task, 'val', o, rank, world, device, autocast)[0])
+            entry['val'] = headline(evaluate(model, task, 'val', o, device, autocast)[0])
         if not master:
             continue
         with open(log, 'a') as file:
             file.write(json.dumps(entry) + '\n')
         if entry.get('val', math.inf) > best:       # without validation every epoch is the best so far
             best = entry.get('val', best)
-            keep('best.pt')
+            save(out / 'best.pt', **run)
         now = time.perf_counter()
         if step + 1 == steps or now - saved > 60:
-            keep('ckpt.pt', optimizer=optimizer.state_dict(), step=step + 1, best=best, skipped=int(skipped),
-                 minutes=minutes + (now - began) / 60, options=asdict(o))
+            save(checkpoint, **run, optimizer=optimizer.state_dict(), step=step + 1, best=best, skipped=int(skipped),
+                 minutes=(now - began) / 60, options=asdict(o))
             saved = now
     if world > 1:
         dist.destroy_process_group()
     if not master:
         return
     model.load_state_dict(read_checkpoint(out / 'best.pt', 'vit.cls_token')[0])
-    scores, table = evaluate(model, task, 'test', o, 0, 1, device, autocast)
+    scores, table = evaluate(model, task, 'test', o, device, autocast)
     results = dict(task=o.task, method=method, seed=o.seed, scores=scores, validation=best if counts['val'] else None,
                    classes=task.classes, counts=counts, init=path, sha256=sha256, skipped=int(skipped),
-                   minutes=minutes + (time.perf_counter() - began) / 60, config=asdict(config), options=asdict(o))
+                   minutes=(time.perf_counter() - began) / 60, config=asdict(config), options=asdict(o))
     (out / 'results.new').write_text(json.dumps(results, indent=1))
     os.replace(out / 'results.new', out / 'results.json')
     if task.segments:
         draw_cases(out / 'cases.png', model, task, table, device)
     else:
         draw_confusion(out / 'confusion.png', scores['confusion'], task.classes)
-    print(f'{out}: test {"Dice" if task.segments else "macro-F1"} {headline(scores):.4f}; all scores are in results.json')
+    print(f'{out}: test {"Dice" if task.segments else "macro-F1"} {headline(scores):.4f}; all scores are in results.json'
+          + f'; {skipped} steps skipped, as their gradient was not finite' * bool(skipped))
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Using and comparing runs
+# --- using and comparing runs -------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def predict(o):
@@ -385,50 +377,49 @@ def predict(o):
             answers = [answer(image) for image in images]
             if segments:
                 write_masks(target, path, images, answers)
-            rows += [(name, number, meta['classes'][np.argmax(chances)], *chances.tolist())
-                     for number, chances in enumerate(answers) if not segments]
+            else:
+                rows += [(name, i, meta['classes'][c.argmax()], *c.tolist()) for i, c in enumerate(answers)]
         except Exception as error:      # decoders fail in every way there is; memory and disks run out
             print(f'{name}: gets no prediction ({type(error).__name__}: {error})', file=sys.stderr)
             failed += 1
     if rows:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / 'classes.csv', 'w', newline='') as table:
-            csv.writer(table).writerows([['file', 'image', 'class', *meta['classes']], *rows])
+            csv.writer(table).writerows([('file', 'image', 'class', *meta['classes']), *rows])
     print(f'{folder}: predictions of {len(files) - failed} of {len(files)} files')
     return failed
 
 def write_masks(target, path, images, masks):
     """Masks of the file `path`: one NIfTI, or a PNG an image; and the overlay of the one with the most foreground."""
-    most = max(range(len(masks)), key=lambda i: np.count_nonzero(masks[i]))
     target.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(overlay(images[most], masks[most])).save(f'{target}-overlay.png')
+    image, mask = max(zip(images, masks), key=lambda pair: np.count_nonzero(pair[1]))
+    Image.fromarray(overlay(image, mask)).save(f'{target}-overlay.png')
     if path.name.endswith(('.nii', '.nii.gz')):
         source = nib.load(path)
         volume = np.zeros(source.shape, np.uint8)
         view = prepare_medverse.cut(volume, source.affine)      # written in the order in which it was read
         view[:] = np.reshape(masks, view.shape)
         nib.save(nib.Nifti1Image(volume, source.affine), target.with_name(path.name))
-        return
-    for number, mask in enumerate(masks):
-        Image.fromarray(mask).save(f'{target}{f"-{number}" * (len(masks) > 1)}.png')
+    else:
+        for number, mask in enumerate(masks):
+            Image.fromarray(mask).save(f'{target}{f"-{number}" * (len(masks) > 1)}.png')
 
 def report(folders):
     """Print one Markdown table of the runs' headline scores: tasks by methods, mean ± deviation (number of seeds)."""
-    paths = sorted(Path(folder, 'results.json') for folder in folders)
-    runs = [json.loads(path.read_text()) for path in paths if path.exists()]
-    if len(runs) < len(paths):
-        lacking = ', '.join(str(path.parent) for path in paths if not path.exists())
-        print(f'left out, for want of a results.json: {lacking}', file=sys.stderr)
+    lacking = [folder for folder in folders if not Path(folder, 'results.json').exists()]
+    runs = [json.loads(Path(folder, 'results.json').read_text()) for folder in sorted({*folders} - {*lacking})]
     if not runs:
-        raise SystemExit('no results.json in any of these folders')
+        raise SystemExit(f'{" ".join(folders)}: no results.json in any of these folders')
+    if lacking:
+        print(f'{" ".join(lacking)}: no results.json yet, so left out', file=sys.stderr)
     methods, cells = list(dict.fromkeys(run['method'] for run in runs)), {}
     for run in runs:
         name = f'{run["task"]} ({"Dice" if "dice" in run["scores"] else "macro-F1"})'
         cells.setdefault(name, {method: [] for method in methods})[run['method']].append(headline(run['scores']))
     print(f'| task | {" | ".join(methods)} |\n|---{"|---" * len(methods)}|')
     for name, row in cells.items():
-        spread = {method: f' ± {np.std(v, ddof=1):.3f}' if len(v) > 1 else '' for method, v in row.items()}
-        print(f'| {name} |', *(f'{np.mean(v):.3f}{spread[method]} ({len(v)}) |' if v else '|' for method, v in row.items()))
+        print(f'| {name} |', *(f'{np.mean(v):.3f} ± {np.std(v, ddof=1):.3f} ({len(v)}) |' if len(v) > 1 else
+                               f'{v[0]:.3f} (1) |' if v else '|' for v in row.values()))
 
 def export(o):
     """Write the pretrained encoder at --size pixels: the director alone in timm's names, or with its experts in ours."""
@@ -437,7 +428,7 @@ def export(o):
         raise SystemExit(f'{path}: there is such a file; choose another name, or --overwrite')
     config, state, source = encoder(o, o.size)
     vit = ViT(config)
-    load_weights(vit, state, source)
+    load_weights(vit, state or vit.state_dict(), source)
     path.parent.mkdir(parents=True, exist_ok=True)
     save(path, **dict(model=vit.state_dict(), config=asdict(config)) if config.experts else vit.state_dict())
     print(f'{path}: {"encoder with experts" if config.experts else "plain ViT"} at {config.size} pixels')
@@ -448,12 +439,9 @@ def main():
     for name, allowed in (('adapt', ('experts', 'director')), ('pool', ('cls', 'mean'))):
         if getattr(o, name) not in allowed:
             raise SystemExit(f'--{name} {getattr(o, name)}: must be {" or ".join(allowed)}')
-    least = dict(batch=1, epochs=1, features=1, steps=0, size=0, depth=0, patch=0, lr=0, weight_decay=0, warmup_epochs=0)
-    for name, value in least.items():
-        if getattr(o, name) < value:
-            raise SystemExit(f'--{name} {getattr(o, name)}: must be {value} or more')
-    if not 0 < o.fraction <= 1:
-        raise SystemExit(f'--fraction {o.fraction}: must be above 0 and at most 1')
+    if min(o.batch, o.epochs, o.features) < 1 or min(o.steps, o.size, o.depth, o.patch) < 0 or not 0 < o.fraction <= 1:
+        raise SystemExit('--batch, --epochs and --features must be 1 or more, --steps, --size, --depth and --patch not '
+                         'negative, --fraction above 0 and at most 1')
     if bool(o.predict) + bool(o.report) + bool(o.export) > 1:
         raise SystemExit('--predict, --report and --export: one at a time')
     try:

@@ -329,7 +329,8 @@ def test_director_experts_and_blocks_train_as_asked(tasks, pretrained, tmp_path)
 
 def test_without_validation_the_last_epoch_counts(tasks, pretrained, tmp_path):
     assert script(task='unchecked', data=tasks, out=tmp_path, init='scratch', depth=4, patch=8, **TINY) == 0
-    assert equal(weights(tmp_path), weights(tmp_path, 'best.pt', 'model')) and results(tmp_path)['sha256'] is None
+    assert equal(weights(tmp_path), weights(tmp_path, 'best.pt', 'model'))
+    assert results(tmp_path)['sha256'] is None and results(tmp_path)['validation'] is None
 
 def test_a_fraction_is_the_same_for_every_method(tasks, pretrained, tmp_path):
     seen = {}
@@ -373,6 +374,45 @@ def test_killed_and_resumed_equals_never_stopped(tasks, pretrained, tmp_path, mo
     logs = [[json.loads(line) for line in (tmp_path / out / 'log.jsonl').read_text().splitlines()] for out in ('whole', 'cut')]
     assert logs[0] == logs[1]
 
+def test_a_run_goes_on_as_it_began_or_anew(tasks, pretrained, tmp_path, monkeypatch):
+    run = dict(TINY, task='tell', data=tasks, init=pretrained, out=tmp_path / 'out', epochs=1)
+    assert script(**run) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
+    for name, value in dict(batch=2, steps=9, tune_blocks=1, adapt='director', task='unchecked', seed=1).items():
+        assert f'--{name} is {value} and was' in script('--resume', **dict(run, **{name: value}))
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'ckpt.pt').write_bytes(pretrained.read_bytes())
+    assert 'vit.cls_token' in script('--resume', **dict(run, out=tmp_path / 'other'))      # of pretraining
+    monkeypatch.setattr(finetune, 'learning_rate', lambda *_: 1 / 0)        # as if killed at the first step
+    with pytest.raises(ZeroDivisionError):
+        script('--overwrite', **run)
+    assert not {'ckpt.pt', 'best.pt', 'results.json'} & {path.name for path in (tmp_path / 'out').iterdir()}
+
+def test_a_step_that_is_not_finite_is_skipped(tasks, pretrained, tmp_path, monkeypatch, capsys):
+    """As if one image of the second of three steps made the loss infinite; the checksum is of what was loaded."""
+    import hashlib
+    init = tmp_path / 'init.pt'
+    init.write_bytes(pretrained.read_bytes())
+    sha256, steps, loss = hashlib.sha256(init.read_bytes()).hexdigest(), iter(range(99)), finetune.F.cross_entropy
+    def poisoned(logits, answers):
+        init.write_bytes(b'another')
+        return loss(logits, answers) * (math.inf if next(steps) == 1 else 1)
+    monkeypatch.setattr(finetune.F, 'cross_entropy', poisoned)
+    assert script(task='tell', data=tasks, init=init, out=tmp_path / 'out', **dict(TINY, epochs=1)) == 0
+    assert all(value.isfinite().all() for value in weights(tmp_path / 'out').values())
+    found = results(tmp_path / 'out')
+    assert found['skipped'] == 1 and '1 steps skipped' in capsys.readouterr().out
+    assert found['sha256'] == sha256 and found['method'] == 'DEX-E-init' and found['options']['positive'] == 'bright'
+
+def test_more_ranks_than_images(tasks, pretrained, tmp_path):
+    """Two processes, one image at the last step: nobody's mean is over nothing."""
+    run = dict(TINY, task='unchecked', data=tasks, init=pretrained, batch=1, fraction=0.5, epochs=1)
+    done = subprocess.run(command(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'finetune.py',
+                                  out=tmp_path, **run), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert results(tmp_path)['counts']['train'] == 3 and results(tmp_path)['skipped'] == 0
+
 def test_two_ranks_train_alike_and_count_each_image_once(tasks, pretrained, tmp_path):
     """Two processes with batches of 2 see the images that one process with 4 sees; their weights end the same."""
     run = dict(TINY, task='find', data=tasks, init=pretrained, batch=2)
@@ -384,7 +424,7 @@ def test_two_ranks_train_alike_and_count_each_image_once(tasks, pretrained, tmp_
     state, config, file = read_checkpoint(tmp_path / 'two' / 'best.pt', 'vit.cls_token')
     net = finetune.build(config, file['meta'], file['pool'], file['features'])
     net.load_state_dict(state)
-    alone, _ = finetune.evaluate(net, data.Task(tasks / 'find'), 'val', options(batch=3), 0, 1, torch.device('cpu'),
+    alone, _ = finetune.evaluate(net, data.Task(tasks / 'find'), 'val', options(batch=3), torch.device('cpu'),
                                  torch.autocast('cpu', enabled=False))
     assert two['validation'] == pytest.approx(finetune.headline(alone))
 
@@ -420,6 +460,26 @@ def test_masks_of_new_pictures_and_volumes(runs, tmp_path, capsys):
     overlays = {path.name for path in folder.glob('*overlay*')}
     assert len(overlays) == 3 and Image.open(folder / 'picture-overlay.png').size == (70, 50)
 
+def test_no_file_takes_the_place_of_another(runs, tmp_path, capsys, monkeypatch):
+    for number, name in enumerate(('a/x.png', 'b/x.png', 'a/y.png', 'a/y.jpg')):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((20 + number, 30), 200, np.uint8)).save(tmp_path / name)
+    nib.save(nib.Nifti1Image(np.zeros((9, 9, 0), np.float32), np.eye(4)), tmp_path / 'a' / 'none.nii')
+    rng = np.random.default_rng(0)
+    nib.save(nib.Nifti1Image(rng.random((20, 22, 3, 2), np.float32), np.eye(4)), tmp_path / 'a' / 'film.nii')
+    files, best, out = sorted(tmp_path.glob('*/*')), runs / 'find' / 'best.pt', tmp_path / 'out'
+    assert script('--predict', *files, out=out, init=best) == 1
+    sentences = capsys.readouterr().err.splitlines()
+    assert len(sentences) == 2 and 'none.nii' in sentences[0] and 'y.png' in sentences[1] and 'y.jpg' in sentences[1]
+    for number, name in ((0, 'a/x.png'), (1, 'b/x.png'), (3, 'a/y.png')):
+        assert Image.open(out / name).size == (30, 20 + number)
+    assert nib.load(out / 'a' / 'film.nii').shape == (20, 22, 3, 2)
+    before = (tmp_path / 'a' / 'x.png').read_bytes()
+    monkeypatch.chdir(tmp_path / 'a')
+    assert 'choose another --out' in script('--predict', 'x.png', init=best, out='.')
+    assert script('--predict', 'x.png', init=best) == 0         # beside best.pt, not here
+    assert (tmp_path / 'a' / 'x.png').read_bytes() == before and (runs / 'find' / 'predictions' / 'x.png').exists()
+
 def test_classes_of_new_pictures(runs, tmp_path, tasks):
     task = data.Task(tasks / 'tell')
     for i, image in enumerate(task.images['test']):
@@ -438,10 +498,14 @@ def test_report(tmp_path, capsys):
             (tmp_path / f'{task}{method}{seed}' / 'results.json').write_text(json.dumps(
                 dict(task=task, method=method, seed=seed, scores={'dice' if task == 'a' else 'f1': dict(mean=value)})))
     (tmp_path / 'other').mkdir()
+    (tmp_path / 'aDEX-D0' / 'log.txt').write_text('')
     assert script('--report', *sorted(tmp_path.iterdir())) == 0
-    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in capsys.readouterr().out.splitlines()]
+    printed = capsys.readouterr()
+    assert str(tmp_path / 'other') in printed.err and str(tmp_path / 'aDEX-D0') not in printed.err
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in printed.out.splitlines()]
     assert rows[0] == ['task', 'DEX-D', 'DEX-E'] and rows[2] == ['a (Dice)', '0.500 ± 0.000 (2)', '0.850 ± 0.071 (2)']
     assert rows[3] == ['b (macro-F1)', '', '0.000 ± 0.000 (2)'] and 'results.json' in script('--report', tmp_path / 'other')
+    assert script('--report', tmp_path / 'aDEX-E0') == 0 and '| 0.800 (1) |' in capsys.readouterr().out      # one has no spread
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Wrong use
@@ -462,6 +526,12 @@ def test_errors_are_sentences(tasks, runs, pretrained, published, tmp_path):
                            (['--pool'], dict(task='tell', pool='max')),
                            (['--positive', 'dark, bright'], dict(task='tell', positive='light')),
                            (['top_k'], dict(task='tell', top_k=9)),
+                           (['--depth', '4 blocks'], dict(task='tell', depth=3)),
+                           (['--fraction'], dict(task='tell', fraction=0)),
+                           (['--epochs'], dict(task='tell', epochs=0)),
+                           (['--batch'], dict(task='tell', batch=0)),
+                           (['--steps'], dict(task='tell', steps=-1)),
+                           (['--export', 'one at a time'], dict(task='tell', report=tmp_path, export=tmp_path / 'vit.pt')),
                            (['already', '--resume'], dict(task='tell', out=runs / 'tell'))]:
         sentence = script(**dict(run, **changes))
         assert isinstance(sentence, str) and all(word in sentence for word in words), sentence

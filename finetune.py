@@ -103,7 +103,8 @@ def encoder(o, size):
     else:
         state, config, _ = read_checkpoint(path)
         if o.depth not in (0, config.depth) or o.patch not in (0, config.patch):
-            raise SystemExit(f'{path}: has {config.depth} blocks and patches of {config.patch} pixels; leave --depth, --patch out')
+            raise SystemExit(f'{path}: has {config.depth} blocks and patches of {config.patch} pixels; leave out --depth '
+                             'and --patch')
     experts = 0 if o.adapt == 'director' else config.experts or 8
     return replace(config, size=size or config.size, experts=experts, top_k=o.top_k or config.top_k), state, path
 
@@ -193,18 +194,18 @@ def draw_cases(path, net, task, table, device):
     """Best, median and worst test image by mean Dice, one a row: image, truth, prediction."""
     means = [summary(row)['mean'] for row in dice_of(table)]
     order = sorted((mean, i) for i, mean in enumerate(means) if mean is not None) or [(0, 0)]
-    side, zoom = task.images['test'].shape[1], max(1, 256 // task.images['test'].shape[1])
-    picture = Image.new('RGB', (3 * side * zoom, 3 * side * zoom))
-    for row, (name, (mean, index)) in enumerate(zip(('best', 'median', 'worst'), (order[-1], order[len(order) // 2], order[0]))):
+    rows = []
+    for name, (mean, index) in zip(('best', 'median', 'worst'), (order[-1], order[len(order) // 2], order[0])):
         groups, truth = task.gather('test', np.array([index]))
         pixels = data.to_device(groups, device)
         mask = infer(net, pixels, truth.shape[1:]).argmax(1)[0].cpu().numpy()
         image = pixels[0].permute(1, 2, 0).cpu().numpy()
-        columns = np.hstack([image, overlay(image, truth[0].numpy()), overlay(image, mask)])
-        picture.paste(Image.fromarray(columns.repeat(zoom, 0).repeat(zoom, 1)), (0, row * side * zoom))
-        caption = f'{name}: test image {index}, Dice {mean:.3f}'
-        ImageDraw.Draw(picture).text((6, row * side * zoom + 4), caption, 'white', stroke_width=2, stroke_fill='black')
-    picture.save(path)
+        row = Image.fromarray(np.hstack([image, overlay(image, truth[0].numpy()), overlay(image, mask)]))
+        row = row.resize((768, 256), Image.Resampling.NEAREST) if row.height < 256 else row
+        ImageDraw.Draw(row).text((6, 4), f'{name}: test image {index}, Dice {mean:.3f}', 'white', stroke_width=2,
+                                 stroke_fill='black')
+        rows.append(row)
+    Image.fromarray(np.vstack(rows)).save(path)
 
 def draw_confusion(path, confusion, classes):
     """Numbers of test images, truth by prediction; the bluer, the larger a share of its row."""
@@ -212,11 +213,10 @@ def draw_confusion(path, confusion, classes):
     draw = ImageDraw.Draw(picture)
     draw.text((4, 4), 'truth (rows) by prediction (columns)', 'black')
     for t, row in enumerate(confusion):
-        y = 44 + 64 * t
-        draw.text((4, y + 24), classes[t][:18], 'black')
+        draw.text((4, 68 + 64 * t), classes[t][:18], 'black')
         draw.text((110 + 64 * t, 28), classes[t][:10], 'black')
-        for x, count in zip(range(110, picture.width, 64), row):
-            light = 255 - 255 * count // max(1, sum(row))
+        for p, count in enumerate(row):
+            x, y, light = 110 + 64 * p, 44 + 64 * t, 255 - 255 * count // max(1, sum(row))
             draw.rectangle((x, y, x + 62, y + 62), (light, light, 191 + light // 4), 'lightgray')
             draw.text((x + 24, y + 24), str(count), 'black' if light > 127 else 'white')
     picture.save(path)
@@ -241,8 +241,9 @@ def train(o):
         f'-{name}-{getattr(o, name)}' for name in ('fraction', 'tune_blocks', 'top_k', 'pool')
         if getattr(o, name) != getattr(Options, name))
     out = Path(o.out or f'out/{o.task}-{method}-{o.seed}')
-    checkpoint = out / 'ckpt.pt'
-    claim(checkpoint, o)
+    checkpoint, best_file, results_file = products = [out / name for name in ('ckpt.pt', 'best.pt', 'results.json')]
+    for product in products:
+        claim(product, o)
 
     torch.manual_seed(o.seed)
     model = build(config, task.meta, o.pool, o.features).to(device)
@@ -266,8 +267,8 @@ def train(o):
         optimizer.load_state_dict(file['optimizer'])
         first, best, minutes, skipped = file['step'], file['best'], file['minutes'], skipped + file['skipped']
     elif master:
-        for name in ('ckpt.pt', 'best.pt', 'results.json'):
-            (out / name).unlink(missing_ok=True)
+        for product in products:
+            product.unlink(missing_ok=True)
     net = DistributedDataParallel(model, [local] if gpu else None, broadcast_buffers=False) if world > 1 else model
 
     counts = {split: len(answers) for split, answers in task.answers.items()}
@@ -278,9 +279,10 @@ def train(o):
     warmup = max(1, min(round(o.warmup_epochs * epoch_steps), steps // 2))
     if master:
         log = reopen(out, first, dict(options=asdict(o), model=asdict(config)))
-        print(f'{o.task}: {task.meta["kind"]} into {", ".join(task.classes)}; images {counts}, seen at {config.size} pixels\n'
-              f'{method}: {sum(p.numel() for p in trained) / 1e6:.1f} M parameters trained; {steps} steps of {o.batch} x {world} '
-              f'images ({steps / epoch_steps:.1f} epochs), learning rate up to {o.lr:.1e}, on {world} x {device.type}')
+        print(f'{o.task}: {task.meta["kind"]} into {", ".join(task.classes)}; images {counts}, seen at {config.size} pixels')
+        print(f'{method}: {config.depth} blocks of width {config.width}, patches of {config.patch} pixels, '
+              f'{sum(p.numel() for p in trained) / 1e6:.1f} M parameters trained; {steps} steps of {o.batch} x {world} images '
+              f'({steps / epoch_steps:.1f} epochs), learning rate up to {o.lr:.1e}, on {world} x {device.type}')
 
     def load(step):
         epoch, slot = divmod(step, epoch_steps)
@@ -309,16 +311,14 @@ def train(o):
         skipped += ~finite
         if (step + 1) % epoch_steps and step + 1 < steps:
             continue
-        entry = dict(step=step, loss=loss.item(), skipped=int(skipped))
-        if counts['val']:
-            entry['val'] = headline(evaluate(model, task, 'val', o, device, autocast)[0])
+        value = headline(evaluate(model, task, 'val', o, device, autocast)[0]) if counts['val'] else None
         if not master:
             continue
         with open(log, 'a') as file:
-            file.write(json.dumps(entry) + '\n')
-        if entry.get('val', math.inf) > best:       # without validation every epoch is the best so far
-            best = entry.get('val', best)
-            save(out / 'best.pt', **run)
+            file.write(json.dumps(dict(step=step, loss=loss.item(), val=value, skipped=int(skipped))) + '\n')
+        if value is None or value > best:       # without validation every epoch is the best so far
+            best = value
+            save(best_file, **run)
         now = time.perf_counter()
         if step + 1 == steps or now - saved > 60:
             save(checkpoint, **run, optimizer=optimizer.state_dict(), step=step + 1, best=best, skipped=int(skipped),
@@ -328,13 +328,13 @@ def train(o):
         dist.destroy_process_group()
     if not master:
         return
-    model.load_state_dict(read_checkpoint(out / 'best.pt', 'vit.cls_token')[0])
+    model.load_state_dict(read_checkpoint(best_file, 'vit.cls_token')[0])
     scores, table = evaluate(model, task, 'test', o, device, autocast)
-    results = dict(task=o.task, method=method, seed=o.seed, scores=scores, validation=best if counts['val'] else None,
-                   classes=task.classes, counts=counts, init=path, sha256=sha256, skipped=int(skipped),
+    results = dict(task=o.task, method=method, seed=o.seed, scores=scores, validation=best, classes=task.classes,
+                   counts=counts, init=path, sha256=sha256, skipped=int(skipped),
                    minutes=(time.perf_counter() - began) / 60, config=asdict(config), options=asdict(o))
     (out / 'results.new').write_text(json.dumps(results, indent=1))
-    os.replace(out / 'results.new', out / 'results.json')
+    os.replace(out / 'results.new', results_file)
     if task.segments:
         draw_cases(out / 'cases.png', model, task, table, device)
     else:
@@ -412,14 +412,16 @@ def report(folders):
         raise SystemExit(f'{" ".join(folders)}: no results.json in any of these folders')
     if lacking:
         print(f'{" ".join(lacking)}: no results.json yet, so left out', file=sys.stderr)
-    methods, cells = list(dict.fromkeys(run['method'] for run in runs)), {}
+    found = {}
     for run in runs:
-        name = f'{run["task"]} ({"Dice" if "dice" in run["scores"] else "macro-F1"})'
-        cells.setdefault(name, {method: [] for method in methods})[run['method']].append(headline(run['scores']))
+        task = f'{run["task"]} ({"Dice" if "dice" in run["scores"] else "macro-F1"})'
+        found.setdefault(task, {}).setdefault(run['method'], []).append(headline(run['scores']))
+    methods = list(dict.fromkeys(run['method'] for run in runs))
     print(f'| task | {" | ".join(methods)} |\n|---{"|---" * len(methods)}|')
-    for name, row in cells.items():
-        print(f'| {name} |', *(f'{np.mean(v):.3f} ± {np.std(v, ddof=1):.3f} ({len(v)}) |' if len(v) > 1 else
-                               f'{v[0]:.3f} (1) |' if v else '|' for v in row.values()))
+    for task, row in found.items():
+        cells = [f'{np.mean(v):.3f}{f" ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else ""} ({len(v)})' if v else ''
+                 for v in (row.get(method) for method in methods)]
+        print(f'| {task} | {" | ".join(cells)} |')
 
 def export(o):
     """Write the pretrained encoder at --size pixels: the director alone in timm's names, or with its experts in ours."""
@@ -429,7 +431,6 @@ def export(o):
     config, state, source = encoder(o, o.size)
     vit = ViT(config)
     load_weights(vit, state or vit.state_dict(), source)
-    path.parent.mkdir(parents=True, exist_ok=True)
     save(path, **dict(model=vit.state_dict(), config=asdict(config)) if config.experts else vit.state_dict())
     print(f'{path}: {"encoder with experts" if config.experts else "plain ViT"} at {config.size} pixels')
 

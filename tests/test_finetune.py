@@ -384,6 +384,8 @@ def test_a_run_goes_on_as_it_began_or_anew(tasks, pretrained, tmp_path, monkeypa
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other' / 'ckpt.pt').write_bytes(pretrained.read_bytes())
     assert 'vit.cls_token' in script('--resume', **dict(run, out=tmp_path / 'other'))      # of pretraining
+    (tmp_path / 'out' / 'ckpt.pt').unlink()       # big, and no longer needed; what it left is not given up for that
+    assert 'already' in script(**run) and (tmp_path / 'out' / 'results.json').exists()
     monkeypatch.setattr(finetune, 'learning_rate', lambda *_: 1 / 0)        # as if killed at the first step
     with pytest.raises(ZeroDivisionError):
         script('--overwrite', **run)

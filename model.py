@@ -54,12 +54,19 @@ def named_config(model, depth=0, **others):
         raise SystemExit(f"--model {model}: there is no such size; choose from {', '.join(SIZES)}")
     return Config(**SIZES[model] | (dict(depth=depth) if depth else {}) | others)
 
+class Linear(nn.Linear):
+    """nn.Linear that starts as MAE's do."""
+    def reset_parameters(self):
+        nn.init.xavier_uniform_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)      # 3 of (B, heads, N, C/heads)
@@ -68,18 +75,18 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, width, hidden):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
 
 class StackedLinear(nn.Module):
-    """The weights (R, out, in) and biases (R, out) of R linear layers."""
-    def __init__(self, count, inputs, outputs):
+    """R copies of a linear layer: their weights (R, out, in) and biases (R, out)."""
+    def __init__(self, linear, count):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(count, outputs, inputs))
-        self.bias = nn.Parameter(torch.empty(count, outputs))
+        self.weight = nn.Parameter(linear.weight.detach().repeat(count, 1, 1))
+        self.bias = nn.Parameter(linear.bias.detach().repeat(count, 1))
 
     def grouped(self, x, expert, ends):
         """x (M, N, in) sorted by expert -> (M, N, out) in one kernel: the group sizes stay on the device, no host waits."""
@@ -87,11 +94,15 @@ class StackedLinear(nn.Module):
         return rows.unflatten(0, x.shape[:2]) + self.bias.to(x.dtype)[expert, None]
 
 class Experts(nn.Module):
-    """R MLPs with their parameters stacked: one tensor a layer, so DDP, AdamW and GEMA see four tensors, not 4 R."""
-    def __init__(self, width, hidden, count):
+    """R MLPs with their parameters stacked: one tensor a layer, so DDP, AdamW and GEMA see four tensors, not 4 R.
+
+    They start as copies of the director. Averaging parameters (Eq. 7) means something only because of that: MLPs
+    initialised apart have no common order of hidden units.
+    """
+    def __init__(self, director, count):
         super().__init__()
-        self.fc1 = StackedLinear(count, width, hidden)
-        self.fc2 = StackedLinear(count, hidden, width)
+        self.fc1 = StackedLinear(director.fc1, count)
+        self.fc2 = StackedLinear(director.fc2, count)
 
     def forward(self, x, expert):
         """Apply to x (M, N, C), sorted by expert, the MLPs number `expert` (M,) -> (M, N, C)."""
@@ -100,7 +111,7 @@ class Experts(nn.Module):
             x = x.to(torch.get_autocast_dtype('cuda'))
             return self.fc2.grouped(F.gelu(self.fc1.grouped(x, expert, ends)), expert, ends)
         # unbind, not weight[r]: indexing would build a zero gradient of the whole stack for each expert
-        layers = zip(*(p.unbind(0) for p in (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)))
+        layers = zip(*(p.unbind(0) for p in self.parameters()))
         groups = x.tensor_split(ends[:-1].tolist())
         return torch.cat([F.linear(F.gelu(F.linear(rows, w1, b1)), w2, b2)
                           for rows, (w1, b1, w2, b2) in zip(groups, layers)])
@@ -117,17 +128,10 @@ class DEX(nn.Module):
     def __init__(self, width, experts, top_k, routing):
         super().__init__()
         self.top_k, self.routing = top_k, routing
-        self.gate = nn.Linear(width, experts, bias=False)                  # pi of Eq. 2
-        self.experts = Experts(width, 4 * width, experts)
+        self.gate = Linear(width, experts, bias=False)                     # pi of Eq. 2
         self.director = MLP(width, 4 * width).requires_grad_(False)        # moved by GEMA alone
+        self.experts = Experts(self.director, experts)
         self.register_buffer('usage', torch.full((experts,), 1 / experts))     # c of Eq. 20
-
-    @torch.no_grad()
-    def copy_director(self):
-        """Make every expert the director. Averaging parameters (Eq. 7) means something only because the experts start
-        from one set of weights: MLPs initialised apart have no common order of hidden units."""
-        for director, experts in zip(self.director.parameters(), self.experts.parameters()):
-            experts.copy_(director.expand_as(experts))
 
     def forward(self, x, sigma=None):
         """x (B, N, C) -> (B, N, C) and, where the noise level sigma >= 0 is given, the Routing; None is plain inference."""
@@ -146,11 +150,10 @@ class DEX(nn.Module):
         y = torch.zeros_like(units, dtype=y.dtype).index_add(0, unit, y).view(B, N, C)      # f^E of Eq. 2 and 5
         if sigma is None:
             return y, None
-        with torch.no_grad():
-            target = self.director(x)                                                       # f^D
+        target = self.director(x.detach())                                                  # f^D, without gradient
         co = 1 - F.cosine_similarity(y.float(), target.float(), dim=-1).mean()              # Eq. 3 and 15
-        spread = [torch.zeros_like(scores).scatter(1, chosen, values) for values in (torch.ones_like(weights), weights)]
-        return y, Routing(co, scores, *spread)
+        zeros = torch.zeros_like(scores)
+        return y, Routing(co, scores, zeros.scatter(1, chosen, 1), zeros.scatter(1, chosen, weights))
 
     @torch.no_grad()
     def gema(self, usage, momentum, finite):
@@ -197,24 +200,11 @@ class ViT(nn.Module):
         super().__init__()
         self.config = c = config
         self.patch_embed = nn.ModuleDict({'proj': nn.Conv2d(3, c.width, c.patch, c.patch)})
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, c.width))
+        nn.init.xavier_uniform_(self.patch_embed['proj'].weight.flatten(1))     # as the linear layer that it is
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, c.width))
         self.register_buffer('pos_embed', sincos_positions(c.width, c.size // c.patch))
         self.blocks = nn.ModuleList(Block(c.width, c.heads, c.experts, c.top_k, c.routing) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.width, eps=1e-6)
-        self.initialize()
-
-    def initialize(self):
-        """MAE's initialisation, then each director's copies (not before: they would not be copies any more)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed['proj'].weight.flatten(1))    # as the linear layer that it is
-        nn.init.normal_(self.cls_token, std=0.02)
-        for block in self.blocks:
-            if self.config.experts:
-                block.dex.copy_director()
 
     def embed(self, images):
         """images (B, 3, S, S) -> patch tokens with their positions (B, N-1, C)."""
@@ -248,14 +238,12 @@ class MAE(ViT):
     def __init__(self, config):
         super().__init__(config)
         c = config
-        self.decoder_embed = nn.Linear(c.width, c.decoder_width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_width))
+        self.decoder_embed = Linear(c.width, c.decoder_width)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, c.decoder_width))
         self.register_buffer('decoder_pos_embed', sincos_positions(c.decoder_width, c.size // c.patch))
         self.decoder_blocks = nn.ModuleList(Block(c.decoder_width, c.decoder_heads) for _ in range(c.decoder_depth))
         self.decoder_norm = nn.LayerNorm(c.decoder_width, eps=1e-6)
-        self.decoder_pred = nn.Linear(c.decoder_width, c.patch ** 2 * 3)
-        self.initialize()
-        nn.init.normal_(self.mask_token, std=0.02)
+        self.decoder_pred = Linear(c.decoder_width, c.patch ** 2 * 3)
 
     def patchify(self, images):
         """(B, 3, S, S) -> (B, N-1, P * P * 3), rows of a patch first, colours last, as in MAE."""

@@ -271,22 +271,17 @@ class MAE(ViT):
         """
         x = self.embed(images)
         noise = torch.rand(x.shape[:2], device=x.device) if noise is None else noise
-        order = noise.argsort(1)
-        restore = order.argsort(1)
-        keep = int(x.shape[1] * (1 - self.config.mask_ratio))
-        x = x.gather(1, order[:, :keep, None].expand(-1, -1, x.shape[2]))
-        x, routing, _ = self.encode(x, sigma)
+        kept = noise.argsort(1)[:, :int(x.shape[1] * (1 - self.config.mask_ratio))]
+        mask = torch.ones_like(noise).scatter(1, kept, 0)
+        x, routing, _ = self.encode(x.take_along_dim(kept[:, :, None], 1), sigma)
 
         x = self.decoder_embed(x)
-        hidden = self.mask_token.expand(len(x), order.shape[1] - keep, -1)
-        patches = torch.cat([x[:, 1:], hidden.to(x.dtype)], 1)
-        patches = patches.gather(1, restore[:, :, None].expand_as(patches))
+        patches = self.mask_token.to(x.dtype).expand(*mask.shape, -1)
+        patches = patches.scatter(1, kept[:, :, None].expand_as(x[:, 1:]), x[:, 1:])
         x = torch.cat([x[:, :1], patches], 1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x, _ = block(x)
         prediction = self.decoder_pred(self.decoder_norm(x))[:, 1:]
-
-        mask = (restore >= keep).float()
         error = (prediction.float() - self.targets(images)[0]).square().mean(-1)        # (B, N-1)
         return (error * mask).sum(1) / mask.sum(1), routing, prediction, mask
 
@@ -312,19 +307,17 @@ def read_checkpoint(path, token='cls_token'):
     """
     try:
         file = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise SystemExit(f'{path}: there is no such checkpoint')
+        state = next((file[key] for key in ('model', 'state_dict') if key in file), file)
+        width = state[token].shape[2]
+        if 'config' in file:
+            return state, Config(**file['config']), file
+        patch, side = state['patch_embed.proj.weight'].shape[2], round((state['pos_embed'].shape[1] - 1) ** 0.5)
     except Exception as error:      # torch raises a dozen types for a damaged zip or a pickle with code in it
-        raise SystemExit(f'{path}: no checkpoint, damaged, or holding more than plain tensors ({type(error).__name__})')
-    state = next((file[key] for key in ('model', 'state_dict') if isinstance(file, dict) and key in file), file)
-    if not isinstance(state, dict) or token not in state:
-        raise SystemExit(f'{path}: holds no ViT in the names of MAE and timm (no {token})')
-    if 'config' in file:
-        return state, Config(**file['config']), file
-    width, patch = state[token].shape[2], state['patch_embed.proj.weight'].shape[2]
-    return state, Config(width=width, patch=patch, size=patch * round((state['pos_embed'].shape[1] - 1) ** 0.5), experts=0,
-                         depth=sum(name.endswith('.norm1.weight') and name.startswith('blocks.') for name in state),
-                         heads=next((shape['heads'] for shape in SIZES.values() if shape['width'] == width), width // 64)), file
+        raise SystemExit(f'{path}: is missing, damaged, or no checkpoint of plain tensors in the names of MAE and timm '
+                         f'({error!r:.150})')
+    depth = sum(name.startswith('blocks.') and name.endswith('.norm1.weight') for name in state)
+    heads = 16 if width == 1280 else width // 64        # 64 channels a head, but for ViT-H
+    return state, Config(size=patch * side, patch=patch, width=width, depth=depth, heads=heads, experts=0), file
 
 def resize_positions(positions, height, width):
     """Positions (1, 1 + n, C) of a square grid -> (1, 1 + height * width, C); the class token's row is kept."""
@@ -342,34 +335,32 @@ def load_weights(model, state, path):
     plain MLP. Parts that this network has no place for are named in one printed line; anything else that is missing,
     left over or of another shape ends the program with its names.
     """
-    own, found, side = model.state_dict(), {}, model.config.size // model.config.patch
+    own, fitted, left, new, c = model.state_dict(), {}, set(), set(), model.config
     for name, value in state.items():
-        if '.mlp.' in name and name not in own:
-            for part in ('director', 'experts'):
-                twin = name.replace('.mlp.', f'.dex.{part}.')
-                found[twin] = value.expand(model.config.experts, *value.shape) if part == 'experts' else value
-            continue
-        if '.dex.director.' in name and name not in own:
-            name = name.replace('.dex.director.', '.mlp.')
-        if name.endswith('pos_embed') and name in own:
-            value = resize_positions(value, side, side)
-        if name == 'patch_embed.proj.weight' and value.shape[2] != model.config.patch:     # same response to a flat patch
-            gain = (value.shape[2] / model.config.patch) ** 2
-            value = gain * F.interpolate(value.float(), size=(model.config.patch,) * 2, mode='bicubic', antialias=True)
-        found[name] = value
-    decoder = ('decoder', 'mask_token')
-    encoder_only = not any(name.startswith(decoder) for name in found)      # as MAE and timm publish them
-    unwanted = [name for name in found if name not in own
-                and ('.dex.' in name or name.startswith((*decoder, 'head', 'fc_norm')))]
-    new = [name for name in own if name not in found
-           and (name.endswith(('.gate.weight', '.usage')) or encoder_only and name.startswith(decoder))]
-    troubles = (('it lacks', own.keys() - found.keys() - set(new)),
-                ('here is no place for', found.keys() - own.keys() - set(unwanted)),
-                ('of another shape is', [name for name in own if name in found and own[name].shape != found[name].shape]))
-    for what, names in troubles:
-        if names:
-            raise SystemExit(f'{path}: does not fit this network: {what} {", ".join(sorted(names))}')
-    model.load_state_dict({name: found.get(name, own[name]) for name in own})
-    left, added = (', '.join(sorted({name.split('.')[3 if '.dex.' in name else 0] for name in names})) or 'nothing'
-                   for names in (unwanted, new))
-    print(f'{path}: loaded; left out: {left}; not in it, so new: {added}')
+        place = name
+        if name not in own:
+            place = name.replace('.mlp.', '.dex.director.') if c.experts else name.replace('.dex.director.', '.mlp.')
+        if name.endswith('pos_embed'):
+            value = resize_positions(value, c.size // c.patch, c.size // c.patch)
+        if name == 'patch_embed.proj.weight' and value.shape[2] != c.patch:     # same response to a flat patch
+            gain = (value.shape[2] / c.patch) ** 2
+            value = gain * F.interpolate(value.float(), size=(c.patch, c.patch), mode='bicubic', antialias=True)
+        if place in own or not ('.dex.' in name or name.startswith(('decoder', 'mask_token', 'head', 'fc_norm'))):
+            fitted[place] = value
+        else:
+            left.add(name)
+    for name in own.keys() - fitted.keys():
+        mlp = name.replace('.dex.experts.', '.mlp.')
+        if mlp in state:
+            fitted[name] = state[mlp].expand(c.experts, *state[mlp].shape)
+        elif name.endswith(('.gate.weight', '.usage')) or (
+                name.startswith(('decoder', 'mask_token')) and 'mask_token' not in state):      # as MAE and timm publish them
+            fitted[name] = own[name]
+            new.add(name)
+    try:
+        model.load_state_dict(fitted)
+    except RuntimeError as error:       # with the names of all that is missing, left over or of another shape
+        raise SystemExit(f'{path}: does not fit this network: {error}')
+    left, new = (', '.join(sorted({name.split('.')[3 if '.dex.' in name else 0] for name in names})) or 'nothing'
+                 for names in (left, new))
+    print(f'{path}: loaded; left out: {left}; not in it, so new: {new}')

@@ -85,7 +85,7 @@ class Classifier(nn.Module):
         self.vit, self.pool, self.head = vit, pool, nn.Linear(vit.config.width, classes)
 
     def forward(self, images):
-        tokens, _ = self.vit(images)
+        tokens, _, _ = self.vit(images)
         return self.head(tokens[:, 0] if self.pool == 'cls' else tokens[:, 1:].mean(1))
 
 def build(config, meta, pool, features):

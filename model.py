@@ -72,49 +72,35 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)      # 3 of (B, heads, N, C/heads)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-class MLP(nn.Module):
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
 class StackedLinear(nn.Module):
-    """R copies of a linear layer: their weights (R, out, in) and biases (R, out)."""
+    """R linear layers, which start as copies of one: weights (R, out, in) and biases (R, out)."""
     def __init__(self, linear, count):
         super().__init__()
         self.weight = nn.Parameter(linear.weight.detach().repeat(count, 1, 1))
         self.bias = nn.Parameter(linear.bias.detach().repeat(count, 1))
 
-    def grouped(self, x, expert, ends):
-        """x (M, N, in) sorted by expert -> (M, N, out) in one kernel: the group sizes stay on the device, no host waits."""
+    def forward(self, x, expert):
+        """Rows of x (M, N, in), sorted by expert, through the layers number `expert` (M,) -> (M, N, out)."""
+        if x.is_cuda and torch.is_autocast_enabled('cuda'):
+            return self.grouped(x.to(torch.get_autocast_dtype('cuda')), expert)     # autocast does not know grouped_mm
+        groups = x.split(torch.bincount(expert, minlength=len(self.weight)).tolist())
+        # unbind, not weight[r]: indexing would build a zero gradient of the whole stack for each expert
+        return torch.cat([F.linear(*layer) for layer in zip(groups, self.weight.unbind(0), self.bias.unbind(0))])
+
+    def grouped(self, x, expert):
+        """The same in one kernel: the sizes of the groups stay on the device, so no host waits."""
+        ends = torch.searchsorted(expert, torch.arange(len(self.weight), device=x.device), right=True)      # (R,)
         rows = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=(ends * x.shape[1]).int())
         return rows.unflatten(0, x.shape[:2]) + self.bias.to(x.dtype)[expert, None]
 
-class Experts(nn.Module):
-    """R MLPs with their parameters stacked: one tensor a layer, so DDP, AdamW and GEMA see four tensors, not 4 R.
-
-    They start as copies of the director. Averaging parameters (Eq. 7) means something only because of that: MLPs
-    initialised apart have no common order of hidden units.
-    """
-    def __init__(self, director, count):
+class MLP(nn.Module):
+    """Two linear layers; or, of two stacks, R such MLPs: `expert` (M,) then numbers the one for each row of x (M, N, C)."""
+    def __init__(self, fc1, fc2):
         super().__init__()
-        self.fc1 = StackedLinear(director.fc1, count)
-        self.fc2 = StackedLinear(director.fc2, count)
+        self.fc1, self.fc2 = fc1, fc2
 
-    def forward(self, x, expert):
-        """Apply to x (M, N, C), sorted by expert, the MLPs number `expert` (M,) -> (M, N, C)."""
-        ends = torch.searchsorted(expert, torch.arange(len(self.fc1.weight), device=x.device), right=True)     # (R,)
-        if x.is_cuda and torch.is_autocast_enabled('cuda'):     # autocast does not know grouped_mm: cast by hand
-            x = x.to(torch.get_autocast_dtype('cuda'))
-            return self.fc2.grouped(F.gelu(self.fc1.grouped(x, expert, ends)), expert, ends)
-        # unbind, not weight[r]: indexing would build a zero gradient of the whole stack for each expert
-        layers = zip(*(p.unbind(0) for p in self.parameters()))
-        groups = x.tensor_split(ends[:-1].tolist())
-        return torch.cat([F.linear(F.gelu(F.linear(rows, w1, b1)), w2, b2)
-                          for rows, (w1, b1, w2, b2) in zip(groups, layers)])
+    def forward(self, x, *expert):
+        return self.fc2(F.gelu(self.fc1(x, *expert)), *expert)
 
 class Routing(NamedTuple):
     """What a DEX module decided; a network stacks its layers' along a first axis L."""
@@ -129,25 +115,27 @@ class DEX(nn.Module):
         super().__init__()
         self.top_k, self.routing = top_k, routing
         self.gate = Linear(width, experts, bias=False)                     # pi of Eq. 2
-        self.director = MLP(width, 4 * width).requires_grad_(False)        # moved by GEMA alone
-        self.experts = Experts(self.director, experts)
+        layers = Linear(width, 4 * width), Linear(4 * width, width)
+        self.director = MLP(*layers).requires_grad_(False)                 # moved by GEMA alone
+        # Stacked, so that DDP, AdamW and GEMA see 4 tensors, not 4 R. Copies, since averaging parameters (Eq. 7) means
+        # something only among MLPs that start alike: those initialised apart have no common order of hidden units.
+        self.experts = MLP(*(StackedLinear(layer, experts) for layer in layers))
         self.register_buffer('usage', torch.full((experts,), 1 / experts))     # c of Eq. 20
 
     def forward(self, x, sigma=None):
         """x (B, N, C) -> (B, N, C) and, where the noise level sigma >= 0 is given, the Routing; None is plain inference."""
-        B, N, C = x.shape
-        units = x if self.routing == 'image' else x.reshape(B * N, 1, C)    # (M, N, C): a token is an image of one token
+        units = x if self.routing == 'image' else x.flatten(0, 1)[:, None]  # (M, N, C): a token is an image of one token
         with torch.autocast(x.device.type, enabled=False):      # float32: in bf16, ties would change the top-K set
             logits = self.gate(units[:, 0].float())             # (M, R), from the class token
             if sigma is not None:       # Eq. 21: noise, shifted in favour of the experts that are seldom used
                 logits = logits + sigma * (torch.randn_like(logits) + 1 - self.usage / self.usage.sum())
             scores = logits.softmax(-1)                         # s
             top, chosen = scores.topk(self.top_k)               # (M, K)
-            weights = top / top.sum(-1, keepdim=True)           # omega of Eq. 5; with K = 1 it is 1: no gradient to the gate
+            weights = top / top.sum(-1, keepdim=True)           # omega of Eq. 5; 1 where K = 1: no gradient to the gate
         expert, order = chosen.flatten().sort(stable=True)      # (M*K,) pairs of unit and expert, grouped by expert
         unit = order // self.top_k
         y = self.experts(units.index_select(0, unit), expert) * weights.flatten()[order, None, None]
-        y = torch.zeros_like(units, dtype=y.dtype).index_add(0, unit, y).view(B, N, C)      # f^E of Eq. 2 and 5
+        y = torch.zeros_like(units, dtype=y.dtype).index_add(0, unit, y).view_as(x)         # f^E of Eq. 2 and 5
         if sigma is None:
             return y, None
         target = self.director(x.detach())                                                  # f^D, without gradient
@@ -175,7 +163,7 @@ class Block(nn.Module):
         if experts:
             self.dex = DEX(width, experts, top_k, routing)
         else:
-            self.mlp = MLP(width, 4 * width)
+            self.mlp = MLP(Linear(width, 4 * width), Linear(4 * width, width))
 
     def forward(self, x, sigma=None):
         """x (B, N, C) -> (B, N, C), Routing or None."""
@@ -189,10 +177,10 @@ def sincos_positions(width, side):
     The first half of the channels encodes the column, the second the row, as in MAE.
     """
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    row, column = torch.meshgrid(*[torch.arange(side, dtype=torch.float64)] * 2, indexing='ij')
-    angles = [axis.flatten()[:, None] * omega for axis in (column, row)]                # (side * side, width / 4) each
-    table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], 1)
-    return torch.cat([torch.zeros(1, width), table.float()])[None]
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega                   # (side, width / 4)
+    axis = torch.cat([angles.sin(), angles.cos()], 1).float()                           # (side, width / 2)
+    table = torch.cat([axis.repeat(side, 1), axis.repeat_interleave(side, 0)], 1)       # row by row, (side * side, width)
+    return F.pad(table, (0, 0, 1, 0))[None]
 
 class ViT(nn.Module):
     """Vision transformer with a DEX module, or where config.experts is 0 an MLP, in every block."""
@@ -206,27 +194,22 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(c.width, c.heads, c.experts, c.top_k, c.routing) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.width, eps=1e-6)
 
-    def embed(self, images):
-        """images (B, 3, S, S) -> patch tokens with their positions (B, N-1, C)."""
-        return self.patch_embed['proj'](images).flatten(2).mT + self.pos_embed[:, 1:]
+    def forward(self, images, sigma=None, kept=None):
+        """images (B, 3, size, size), normalised; kept (B, n) numbers the patches to look at, None is all N-1 of them.
 
-    def encode(self, x, sigma=None, taps=()):
-        """Patch tokens x (B, N-1, C) -> tokens (B, N, C), stacked Routing or None, outputs of the blocks in `taps`,
-        counted from one."""
+        Returns tokens (B, 1 + n, C), the stacked Routing or None, and the outputs of all blocks before the last norm.
+        """
+        x = self.patch_embed['proj'](images).flatten(2).mT + self.pos_embed[:, 1:]
+        if kept is not None:
+            x = x.take_along_dim(kept[:, :, None], 1)
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], 1)
-        routings, tapped = [], []
-        for number, block in enumerate(self.blocks, 1):
+        outputs, routings = [], []
+        for block in self.blocks:
             x, routing = block(x, sigma)
+            outputs.append(x)
             routings.append(routing)
-            if number in taps:
-                tapped.append(x)
-        routing = Routing(*map(torch.stack, zip(*routings))) if routings[0] is not None else None
-        return self.norm(x), routing, tapped
-
-    def forward(self, images, taps=()):
-        """images (B, 3, size, size), normalised -> tokens (B, N, C) and the outputs of the blocks in `taps`."""
-        x, _, tapped = self.encode(self.embed(images), taps=taps)
-        return x, tapped
+        routing = Routing(*map(torch.stack, zip(*routings))) if routing is not None else None
+        return self.norm(x), routing, outputs
 
     def update_directors(self, usage, momentum, finite):
         """GEMA in every layer, once after the optimizer's step; usage (L, R)."""
@@ -269,12 +252,11 @@ class MAE(ViT):
         lowest are kept. Returns L_self (the mean squared error of hidden patches, one number an image, (B,)), the
         stacked Routing or None, the prediction (B, N-1, P * P * 3) and the mask (B, N-1), 1 where hidden.
         """
-        x = self.embed(images)
-        noise = torch.rand(x.shape[:2], device=x.device) if noise is None else noise
-        kept = noise.argsort(1)[:, :int(x.shape[1] * (1 - self.config.mask_ratio))]
+        if noise is None:
+            noise = torch.rand(len(images), self.pos_embed.shape[1] - 1, device=images.device)
+        kept = noise.argsort(1)[:, :int(noise.shape[1] * (1 - self.config.mask_ratio))]
         mask = torch.ones_like(noise).scatter(1, kept, 0)
-        x, routing, _ = self.encode(x.take_along_dim(kept[:, :, None], 1), sigma)
-
+        x, routing, _ = super().forward(images, sigma, kept)
         x = self.decoder_embed(x)
         patches = self.mask_token.to(x.dtype).expand(*mask.shape, -1)
         patches = patches.scatter(1, kept[:, :, None].expand_as(x[:, 1:]), x[:, 1:])
@@ -335,31 +317,27 @@ def load_weights(model, state, path):
     plain MLP. Parts that this network has no place for are named in one printed line; anything else that is missing,
     left over or of another shape ends the program with its names.
     """
-    own, fitted, left, new, c = model.state_dict(), {}, set(), set(), model.config
-    for name, value in state.items():
-        place = name
-        if name not in own:
-            place = name.replace('.mlp.', '.dex.director.') if c.experts else name.replace('.dex.director.', '.mlp.')
-        if name.endswith('pos_embed'):
-            value = resize_positions(value, c.size // c.patch, c.size // c.patch)
-        if name == 'patch_embed.proj.weight' and value.shape[2] != c.patch:     # same response to a flat patch
-            gain = (value.shape[2] / c.patch) ** 2
-            value = gain * F.interpolate(value.float(), size=(c.patch, c.patch), mode='bicubic', antialias=True)
-        if place in own or not ('.dex.' in name or name.startswith(('decoder', 'mask_token', 'head', 'fc_norm'))):
-            fitted[place] = value
-        else:
-            left.add(name)
-    for name in own.keys() - fitted.keys():
-        mlp = name.replace('.dex.experts.', '.mlp.')
-        if mlp in state:
-            fitted[name] = state[mlp].expand(c.experts, *state[mlp].shape)
-        elif name.endswith(('.gate.weight', '.usage')) or (
-                name.startswith(('decoder', 'mask_token')) and 'mask_token' not in state):      # as MAE and timm publish them
-            fitted[name] = own[name]
-            new.add(name)
+    own, state, c = model.state_dict(), dict(state), model.config
+    if not c.experts:
+        state = {name.replace('.dex.director.', '.mlp.'): value for name, value in state.items()}
+    for name, value in list(state.items()):
+        if c.experts and name.startswith('blocks.') and '.mlp.' in name:
+            del state[name]
+            state[name.replace('.mlp.', '.dex.director.')] = value
+            state[name.replace('.mlp.', '.dex.experts.')] = value.expand(c.experts, *value.shape)
+        elif name.endswith('pos_embed'):
+            state[name] = resize_positions(value, c.size // c.patch, c.size // c.patch)
+        elif name == 'patch_embed.proj.weight' and value.shape[2] != c.patch:
+            gain = (value.shape[2] / c.patch) ** 2      # the same response to a flat patch
+            state[name] = gain * F.interpolate(value.float(), size=(c.patch, c.patch), mode='bicubic', antialias=True)
+    decoder = ('decoder', 'mask_token')
+    left = {name for name in state.keys() - own.keys() if '.dex.' in name and not c.experts
+            or name.startswith((*decoder, 'head', 'fc_norm'))}
+    new = {name for name in own.keys() - state.keys() if name.endswith(('.gate.weight', '.usage'))
+           or name.startswith(decoder) and 'mask_token' not in state}       # MAE and timm publish encoders alone
     try:
-        model.load_state_dict(fitted)
-    except RuntimeError as error:       # with the names of all that is missing, left over or of another shape
+        model.load_state_dict({name: own[name] for name in new} | {name: state[name] for name in state.keys() - left})
+    except RuntimeError as error:       # it names all that is missing, left over or of another shape
         raise SystemExit(f'{path}: does not fit this network: {error}')
     left, new = (', '.join(sorted({name.split('.')[3 if '.dex.' in name else 0] for name in names})) or 'nothing'
                  for names in (left, new))

@@ -50,8 +50,9 @@ class UNETR(nn.Module):
         self.head = nn.Conv2d(features, classes, 1)
 
     def forward(self, images):
-        tokens, tapped = self.vit(images, self.taps)
-        x, *grids = (x[:, 1:].mT.unflatten(2, (-1, images.shape[3] // self.vit.config.patch)) for x in (tokens, *tapped))
+        tokens, _, outputs = self.vit(images)
+        x, *grids = (x[:, 1:].mT.unflatten(2, (-1, images.shape[3] // self.vit.config.patch))
+                     for x in (tokens, *(outputs[number - 1] for number in self.taps)))
         for up, mix, skip, source in zip(self.up, self.mix, self.skips, (*reversed(grids), images)):
             x = mix(torch.cat([up(x), skip(source)], 1))
         return self.head(x)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import DEX, MAE, MLP, Config, Experts, Routing, ViT, layer_losses, load_weights, read_checkpoint
+from model import DEX, MAE, MLP, Config, Linear, Routing, StackedLinear, ViT, layer_losses, load_weights, read_checkpoint
 from model import resize_positions, sincos_positions
 
 TINY = dict(size=16, patch=4, width=16, depth=3, heads=2, decoder_width=8, decoder_depth=2, decoder_heads=2)
@@ -79,14 +79,13 @@ def test_bf16_autocast_keeps_every_choice_and_is_within_its_error():
 @pytest.mark.parametrize('dtype, error', [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_grouped_kernel_equals_the_loop_over_experts(dtype, error):
     torch.manual_seed(0)
-    experts = shake(Experts(MLP(16, 64), 4))
+    experts = shake(MLP(StackedLinear(Linear(16, 64), 4), StackedLinear(Linear(64, 16), 4)))
     expert = torch.tensor([0, 0, 0, 1, 3, 3])       # expert 2 has nothing to do
     x = torch.randn(6, 5, 16, requires_grad=True)
     coefficients, inputs = torch.randn(6, 5, 16), [x, *experts.parameters()]
 
     def grouped(x):
-        ends, x = torch.tensor([3, 4, 4, 6]), x.to(dtype)
-        return experts.fc2.grouped(F.gelu(experts.fc1.grouped(x, expert, ends)), expert, ends).float()
+        return experts.fc2.grouped(F.gelu(experts.fc1.grouped(x.to(dtype), expert)), expert).float()
 
     ours, loop = grouped(x), experts(x, expert)
     assert (ours - loop).norm() < error * loop.norm()
@@ -282,12 +281,12 @@ def test_resized_positions_have_the_target_size_and_keep_the_class_row():
     wide = resize_positions(torch.cat([torch.zeros(1, 1, 1), columns], 1), 4, 8)[0, 1:, 0].view(4, 8)
     assert (wide.diff(dim=1) > 0).all() and wide.diff(dim=0).abs().max() < 1e-6
 
-def test_taps_count_blocks_from_one():
+def test_all_blocks_outputs_and_the_normalised_last():
     model, outputs = ViT(Config(**TINY, experts=2)), {}
     for number, block in enumerate(model.blocks, 1):
         block.register_forward_hook(lambda block, inputs, output, number=number: outputs.update({number: output[0]}))
-    tokens, tapped = model(torch.randn(2, 3, 16, 16), taps=(1, 3))
-    assert len(tapped) == 2 and torch.equal(tapped[0], outputs[1]) and torch.equal(tapped[1], outputs[3])
+    tokens, _, ours = model(torch.randn(2, 3, 16, 16))
+    assert len(ours) == 3 and all(torch.equal(ours[number - 1], output) for number, output in outputs.items())
     assert torch.equal(tokens, model.norm(outputs[3])) and tokens.shape == (2, 17, 16)
 
 @pytest.mark.parametrize('wrong', [dict(size=30), dict(top_k=0), dict(top_k=9), dict(routing='pixel'),
@@ -335,6 +334,18 @@ def test_a_plain_vit_takes_the_directors():
     for name, value in plain.state_dict().items():
         assert torch.equal(value, dex.state_dict()[name.replace('.mlp.', '.dex.director.')]), name
 
+def test_what_is_left_out_and_what_is_new_is_printed(capsys):
+    dex, plain = network(MAE, experts=3), network(MAE, experts=0)
+    for state, model, left, new in (
+            (dex.state_dict(), network(experts=3), 'decoder_blocks, decoder_embed, decoder_norm, decoder_pos_embed, '
+             'decoder_pred, mask_token', 'nothing'),
+            (dex.state_dict(), plain, 'experts, gate, usage', 'nothing'),
+            (plain.state_dict(), dex, 'nothing', 'gate, usage'),
+            (network(experts=0).state_dict() | {'head.bias': torch.zeros(5)}, plain, 'head', 'decoder_blocks, decoder_embed, '
+             'decoder_norm, decoder_pos_embed, decoder_pred, mask_token')):
+        load_weights(model, state, 'a.pt')
+        assert capsys.readouterr().out == f'a.pt: loaded; left out: {left}; not in it, so new: {new}\n'
+
 def test_another_image_and_patch_size_resizes_positions_and_kernels():
     small, large = network(experts=2), network(seed=2, experts=2, size=40, patch=8)
     slope = torch.linspace(-1, 1, 4)[:, None] + 2 * torch.linspace(-1, 1, 4)
@@ -368,7 +379,8 @@ def test_unreadable_checkpoints_end_in_a_sentence_with_their_name(tmp_path):
     torch.save(dict(model=network().state_dict(), args=argparse.Namespace(of='any class')), tmp_path / 'classes.pt')
     torch.save(dict(weight=torch.zeros(3)), tmp_path / 'other.pt')
     torch.save(torch.zeros(3), tmp_path / 'tensor.pt')
-    for name in [*contents, 'classes.pt', 'other.pt', 'tensor.pt', 'missing.pt']:
+    torch.save(dict(model=network().state_dict(), config=dict(hidden_size=16)), tmp_path / 'foreign.pt')
+    for name in [*contents, 'classes.pt', 'other.pt', 'tensor.pt', 'foreign.pt', 'missing.pt']:
         with pytest.raises(SystemExit, match=name):
             read_checkpoint(tmp_path / name)
     read_checkpoint(tmp_path / 'whole.pt')

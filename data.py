@@ -26,7 +26,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # ImageNet's, as
 
 def boolean(text):
     """'true', 'yes', '1' or 'false', 'no', '0' -> bool; anything else is a ValueError."""
-    return bool(('false', 'no', '0', 'true', 'yes', '1').index(text.lower()) // 3)
+    return ('false', 'no', '0', 'true', 'yes', '1').index(text.lower()) >= 3
 
 def parse_options(defaults, words=None):
     """Set the fields of the dataclass instance `defaults` from the command line or `words`: --name value, --name=value, --flag.
@@ -51,65 +51,57 @@ class Shards:
     Files are mapped into memory, never read whole, and only when first touched, so after a fork.
     """
     def __init__(self, folder, val_share=0.05, val_most=200):
-        metas = [path for path in sorted(Path(folder).glob('*/meta.json')) if path.parent.suffix != '.part']
-        if not metas:
+        sources = {path.parent: json.loads(path.read_text()) for path in sorted(Path(folder).glob('*/meta.json'))
+                   if path.parent.suffix != '.part'}
+        if not sources:
             raise SystemExit(f'{folder}: no prepared images here; make some with python prepare_medverse.py --raw RAW '
                              f'--out {folder}, or try python pretrain.py --demo')
-        sources = [(path.parent, json.loads(path.read_text())) for path in metas]
-        self.modalities = sorted({meta['modality'] for _, meta in sources})
-        self.files, shapes, modality, train, val = [], [], [], [], []
-        for source, meta in sources:
-            files, first = sorted(source.glob('*.npy')), sum(n for n, *_ in shapes)
-            shapes += [self.shape(path) for path in files]
-            self.files += files
-            count = sum(n for n, *_ in shapes) - first
-            if count != meta['count']:
-                raise SystemExit(f'{source}: its shards hold {count} images but meta.json says {meta["count"]}; delete this '
-                                 'folder and prepare the source again')
-            held_out = min(val_most, max(int(count * val_share), 1)) if count > 1 else 0
-            train.append(np.arange(first, first + count - held_out, dtype=np.int32))
-            val.append(np.arange(first + count - held_out, first + count, dtype=np.int32))
-            modality.append(np.full(count, self.modalities.index(meta['modality'])))
-        sides = sorted({shape[1] for shape in shapes})
+        self.files, starts, sides = [], [0], set()
+        for source, meta in sources.items():
+            first = starts[-1]
+            for file in sorted(source.glob('*.npy')):
+                try:
+                    n, side, *_ = np.load(file, mmap_mode='r').shape
+                except (ValueError, OSError, EOFError) as error:
+                    raise SystemExit(f'{file}: this shard is damaged or cut short ({error}); delete its folder and prepare '
+                                     'the source again')
+                self.files.append(file)
+                starts.append(starts[-1] + n)
+                sides.add(side)
+            if starts[-1] - first != meta['count']:
+                raise SystemExit(f'{source}: its shards hold {starts[-1] - first} images but meta.json says {meta["count"]}; '
+                                 'delete this folder and prepare the source again')
         if len(sides) > 1:
-            raise SystemExit(f'{folder}: sources of different sizes, {sides} pixels; prepare them with one --size')
-        self.side = sides[0]
-        self.starts = np.cumsum([0] + [n for n, *_ in shapes])      # shard s holds starts[s] ... starts[s + 1] - 1
-        self.modality = np.concatenate(modality)                    # (images,) index into self.modalities
-        self.train, self.val = np.concatenate(train), np.concatenate(val)
-
-    @staticmethod
-    def shape(path):
-        """(n, S, S, c) of one shard, whose file must be as long as that asks."""
-        try:
-            return np.load(path, mmap_mode='r').shape
-        except (ValueError, OSError, EOFError) as error:
-            raise SystemExit(f'{path}: this shard is damaged or cut short ({error}); delete its folder and prepare the '
-                             'source again')
+            raise SystemExit(f'{folder}: sources of different sizes, {sorted(sides)} pixels; prepare them with one --size')
+        self.side, self.starts = sides.pop(), np.array(starts)      # shard s holds starts[s] ... starts[s + 1] - 1
+        counts = np.array([meta['count'] for meta in sources.values()])
+        names, number = np.unique([meta['modality'] for meta in sources.values()], return_inverse=True)
+        self.modalities, self.modality = names.tolist(), np.repeat(number, counts)      # (images,) index into the names
+        held_out = np.clip((counts * val_share).astype(int), 1, np.minimum(val_most, counts - 1))
+        in_tail = np.arange(starts[-1]) >= np.repeat(counts.cumsum() - held_out, counts)
+        self.train, self.val = np.flatnonzero(~in_tail), np.flatnonzero(in_tail)
 
     @functools.lru_cache(256)       # each keeps a file open, and systems allow some 1,000
     def map(self, shard):
         return np.load(self.files[shard], mmap_mode='r')
 
     def gather(self, ids):
-        """Images (numbers, sorted) -> [(positions in ids, uint8 tensor (n, S, S, c))], one pair for each c.
+        """Images (numbers) -> uint8 tensor (n, 3, S, S); grey fills the three channels.
 
         All their ranges are announced to the system before the first is read: it then fetches cold pages together
         instead of one after the other.
         """
         shards = np.searchsorted(self.starts, ids, side='right') - 1
-        rows = ids - self.starts[shards]
-        for shard, row in zip(shards.tolist(), rows.tolist()):
+        places = list(zip(shards.tolist(), (ids - self.starts[shards]).tolist()))
+        for shard, row in places:
             array = self.map(shard)
             begin, size = array.offset + row * array.strides[0], array.strides[0]
             page = begin % mmap.PAGESIZE        # ranges begin at a page
             array.base.madvise(mmap.MADV_WILLNEED, begin - page, size + page)
-        groups = {}
-        for shard in np.unique(shards).tolist():
-            array, where = self.map(shard), np.flatnonzero(shards == shard)
-            groups.setdefault(array.shape[3], []).append((where, array[rows[where]]))
-        return [(torch.from_numpy(np.concatenate([where for where, _ in parts])),
-                 torch.from_numpy(np.concatenate([images for _, images in parts]))) for parts in groups.values()]
+        images = np.empty((len(ids), 3, self.side, self.side), np.uint8)
+        for image, (shard, row) in zip(images, places):
+            image[:] = self.map(shard)[row].transpose(2, 0, 1)
+        return torch.from_numpy(images)
 
     def plan(self, seed, number, batch, rank, world, steps_in_epoch):
         """The images of one rank's micro-batch `number`, sorted: a slice of the epoch's permutation.
@@ -134,39 +126,35 @@ class Task:
             self.images, self.answers = ({split: np.load(folder / split / f'{name}.npy', mmap_mode='r')
                                           for split in ('train', 'val', 'test')}
                                          for name in ('images', 'masks' if self.segments else 'labels'))
+            seen = {split: set(np.unique(answers).tolist()) - {255} for split, answers in self.answers.items()}
+            for split, answers in self.answers.items():
+                images, most = len(self.images[split]), max(seen[split], default=0)
+                if not len(answers) and split != 'val':
+                    raise ValueError(f'its {split} split is empty')
+                if len(answers) != images or most >= len(self.classes):
+                    raise ValueError(f'its {split} split has {len(answers)} answers, up to class {most}, for {images} images '
+                                     f'of {len(self.classes)} classes')
+            if unseen := ', '.join(self.classes[c] for c in sorted(seen['test'] - seen['train'])):
+                raise ValueError(f'no training image shows {unseen}, which the test split has')
         except FileNotFoundError as error:
-            raise SystemExit(f'{error.filename}: no such file; python prepare_medverse.py --task NAME --raw FOLDER makes a task')
+            raise SystemExit(f'{error.filename}: no such file; python prepare_medverse.py --task NAME --raw RAW makes a task')
         except (ValueError, KeyError, EOFError) as error:
-            raise SystemExit(f'{folder}: this task is damaged or cut short ({error}); delete it and prepare it again')
-        seen = {split: set(np.unique(answers).tolist()) - {255} for split, answers in self.answers.items()}
-        for split, answers in self.answers.items():
-            if not len(answers) and split != 'val':
-                raise SystemExit(f'{folder}: its {split} split is empty; prepare the task with images for it')
-            if len(answers) != len(self.images[split]) or max(seen[split], default=0) >= len(self.classes):
-                raise SystemExit(f'{folder}: its {split} split has {len(answers)} answers, up to class {max(seen[split])}, for '
-                                 f'{len(self.images[split])} images of {len(self.classes)} classes; prepare it again')
-        if unseen := sorted(seen['test'] - seen['train']):
-            raise SystemExit(f'{folder}: no training image shows {", ".join(self.classes[c] for c in unseen)}, which the test '
-                             'split has; split it otherwise')
+            raise SystemExit(f'{folder}: damaged or not fit to learn from: {error}; delete this task and prepare it again')
 
     def gather(self, split, ids):
-        """[(positions, uint8 images (n, S, S, c))] for to_device, and masks (n, S, S) or labels (n,) as int64."""
+        """uint8 images (n, 3, S, S), and masks (n, S, S) or labels (n,) as int64."""
         images, answers = self.images[split][ids], self.answers[split][ids].astype(np.int64)
-        return [(torch.arange(len(ids)), torch.from_numpy(images))], torch.from_numpy(answers)
+        return torch.from_numpy(images).permute(0, 3, 1, 2).expand(-1, 3, -1, -1), torch.from_numpy(answers)
 
-def prefetch(load, numbers, pin=False, threads=2, ahead=4):
+def prefetch(load, numbers, threads=2, ahead=4):
     """Yield load(number) for each of `numbers` in order, while threads prepare the next `ahead` of them.
 
     Threads, not processes: gathering from a memory map is one copy, during which numpy releases the lock.
     """
-    def job(number):
-        groups = load(number)
-        return [(where.pin_memory(), images.pin_memory()) for where, images in groups] if pin else groups
-
     pool, queue = ThreadPoolExecutor(threads), deque()
     try:
         for number in numbers:
-            queue.append(pool.submit(job, number))
+            queue.append(pool.submit(load, number))
             if len(queue) > ahead:
                 yield queue.popleft().result()
         while queue:
@@ -174,22 +162,13 @@ def prefetch(load, numbers, pin=False, threads=2, ahead=4):
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
-def to_device(groups, device):
-    """[(positions, uint8 (n, S, S, c))] -> uint8 (B, 3, S, S) on the device; grey fills the three channels there."""
-    side = groups[0][1].shape[1]
-    images = torch.empty(sum(len(where) for where, _ in groups), 3, side, side, dtype=torch.uint8, device=device)
-    for where, part in groups:
-        part = part.to(device, non_blocking=True).permute(0, 3, 1, 2)
-        images[where.to(device, non_blocking=True)] = part.expand(-1, 3, -1, -1)
-    return images
-
-def matrices(u, w, h, degrees=15):
+def matrices(u, w, h):
     """Flip, rotation and crop as one matrix (count, 2, 3) from output to input coordinates in [-1, 1].
 
     u (4, count) uniform draws; w, h (count,) sides of the crop, 1 for the whole image; the crop lies anywhere inside.
     """
     x, y = (2 * u[0] - 1) * (1 - w), (2 * u[1] - 1) * (1 - h)           # centre of the crop
-    angle = (2 * u[2] - 1) * math.radians(degrees)
+    angle = (2 * u[2] - 1) * math.radians(15)
     flip, cos, sin = torch.where(u[3] < 0.5, -1.0, 1.0), angle.cos(), angle.sin()
     rows = [flip * cos * w, -flip * sin * h, flip * (cos * x - sin * y), sin * w, cos * h, sin * x + cos * y]
     return torch.stack(rows, 1).view(-1, 2, 3)
@@ -245,10 +224,11 @@ def center(images, size):
 def augment_labelled(images, answers, size):
     """Random flip, rotation of up to 15 degrees, zoom of up to 1.25, contrast and brightness within 20%: uint8
     (B, 3, S, S) and masks (B, S, S) or labels (B,) -> normalised (B, 3, size, size) and the masks seen alike (255 outside)."""
-    u = torch.rand(7, len(images), 1, 1, 1, device=images.device)
-    where = matrices(u[:4, :, 0, 0, 0], *2 * [1 - 0.2 * u[4, :, 0, 0, 0]])
+    u = torch.rand(7, len(images), device=images.device)
+    side, (contrast, brightness) = 1 - 0.2 * u[4], 0.8 + 0.4 * u[5:, :, None, None, None]
+    where = matrices(u[:4], side, side)
     images = views(images, size, where)
-    mean, contrast, brightness = images.mean((1, 2, 3), keepdim=True), 0.8 + 0.4 * u[5], 0.8 + 0.4 * u[6]
+    mean = images.mean((1, 2, 3), keepdim=True)
     images = ((images - mean) * contrast + mean * brightness).clamp(0, 1)
     if answers.dim() == 3:      # 255 - mask: what lies outside is sampled as 0; float32 holds class numbers exactly
         grid = F.affine_grid(where, (len(images), 1, size, size), align_corners=False)

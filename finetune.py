@@ -171,9 +171,9 @@ def evaluate(net, task, split, o, device, autocast):
     longer than waiting for one that does, and there are no shares to pad or to add up."""
     n, table = len(task.answers[split]), []
     pieces = np.array_split(np.arange(n), math.ceil(n / o.batch))
-    for groups, truth in data.prefetch(lambda piece: task.gather(split, piece), pieces):
+    for images, truth in data.prefetch(lambda piece: task.gather(split, piece), pieces):
         with autocast:
-            logits = infer(net, data.to_device(groups, device), truth.shape[1:])
+            logits = infer(net, images.to(device), truth.shape[1:])
         table.append(overlaps(logits.argmax(1), truth.to(device), len(task.classes)) if task.segments else logits.softmax(1))
     table = torch.cat(table).cpu().numpy()
     return dice_scores(table) if task.segments else class_scores(
@@ -196,9 +196,8 @@ def draw_cases(path, net, task, table, device):
     order = sorted((mean, i) for i, mean in enumerate(means) if mean is not None) or [(0, 0)]
     rows = []
     for name, (mean, index) in zip(('best', 'median', 'worst'), (order[-1], order[len(order) // 2], order[0])):
-        groups, truth = task.gather('test', np.array([index]))
-        pixels = data.to_device(groups, device)
-        mask = infer(net, pixels, truth.shape[1:]).argmax(1)[0].cpu().numpy()
+        pixels, truth = task.gather('test', np.array([index]))
+        mask = infer(net, pixels.to(device), truth.shape[1:]).argmax(1)[0].cpu().numpy()
         image = pixels[0].permute(1, 2, 0).cpu().numpy()
         row = Image.fromarray(np.hstack([image, overlay(image, truth[0].numpy()), overlay(image, mask)]))
         row = row.resize((768, 256), Image.Resampling.NEAREST) if row.height < 256 else row
@@ -295,9 +294,9 @@ def train(o):
     began = saved - 60 * minutes
     batches = data.prefetch(load, range(first, steps))
     for step in tqdm(range(first, steps), initial=first, total=steps, unit='step', disable=not master):
-        groups, answers = next(batches)
+        inputs, answers = next(batches)
         seed_step(o.seed, step, rank)
-        inputs, answers = data.augment_labelled(data.to_device(groups, device), answers.to(device), config.size)
+        inputs, answers = data.augment_labelled(inputs.to(device), answers.to(device), config.size)
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step, steps, warmup, o.lr)
         with autocast:

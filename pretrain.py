@@ -164,8 +164,8 @@ def validate(model, shards, o, rank, world, device, autocast):
     total = torch.zeros(len(shards.modalities), 2 + 2 * L * R, device=device)      # images, L_self, first choices, weights
     mine = np.arange(rank, len(shards.val), world)
     pieces = np.array_split(mine, math.ceil(len(mine) / o.batch)) if len(mine) else []
-    for piece, groups in zip(pieces, data.prefetch(lambda piece: shards.gather(shards.val[piece]), pieces)):
-        images = data.center(data.to_device(groups, device), o.size)
+    for piece, images in zip(pieces, data.prefetch(lambda piece: shards.gather(shards.val[piece]), pieces)):
+        images = data.center(images.to(device), o.size)
         with autocast:
             losses, routing, _, _ = model(images, 0.0, noise[torch.from_numpy(piece)].to(device))
         rows = [torch.ones_like(losses)[:, None], losses[:, None]]
@@ -187,7 +187,7 @@ def draw_reconstructions(path, model, shards, o, device):
     modality = shards.modality[shards.val]
     shown = np.unique(modality)
     picks = np.array([np.flatnonzero(modality == d)[(modality == d).sum() // 2] for d in shown])
-    images = data.center(data.to_device(shards.gather(shards.val[picks]), device), o.size)
+    images = data.center(shards.gather(shards.val[picks]).to(device), o.size)
     _, _, prediction, mask = model(images, 0.0, mask_noise(shards, o)[torch.from_numpy(picks)].to(device))
     _, mean, std = model.targets(images)
     hidden = model.unpatchify(mask[:, :, None].expand_as(prediction))
@@ -319,9 +319,10 @@ def main():
         return entry
 
     def load(number):
-        return shards.gather(shards.plan(o.seed, number, o.batch, rank, world, steps_in_epoch * o.accumulate))
+        images = shards.gather(shards.plan(o.seed, number, o.batch, rank, world, steps_in_epoch * o.accumulate))
+        return images.pin_memory() if gpu else images       # the copy to the GPU then waits for nothing
 
-    batches = data.prefetch(load, range(first * o.accumulate, steps * o.accumulate), pin=gpu)
+    batches = data.prefetch(load, range(first * o.accumulate, steps * o.accumulate))
     L, R = config.depth, config.experts
     in_a_row = torch.zeros((), device=device)
     skipped = in_a_row + skipped
@@ -339,10 +340,10 @@ def main():
         stats = 0       # means over the global batch: L_self, whether to stop, L_co (L,); scores, load, usage (L, R) each
         for micro in range(o.accumulate):
             before = time.perf_counter()
-            groups = next(batches)
+            images = next(batches)
             waited += time.perf_counter() - before
             seed_step(o.seed, step, rank * o.accumulate + micro)
-            images = data.augment(data.to_device(groups, device), o.size)
+            images = data.augment(images.to(device, non_blocking=True), o.size)
             if world > 1:       # gradients travel with the last micro-batch only
                 net.require_backward_grad_sync = micro == o.accumulate - 1
             with autocast:

@@ -96,7 +96,7 @@ def test_validation_equals_one_image_at_a_time(finished, sources):
     noise, losses = torch.rand(len(shards.val), 16, generator=torch.Generator().manual_seed(0)), {}
     counts = torch.zeros(2, 3, 4)
     for k, image in enumerate(shards.val):
-        pixels = data.normalize(data.to_device(shards.gather(np.array([image])), 'cpu') / 255)
+        pixels = data.normalize(shards.gather(np.array([image])) / 255)
         with torch.no_grad():
             loss, routing, _, _ = model(pixels, 0.0, noise[k:k + 1])
         losses.setdefault(shards.modalities[shards.modality[image]], []).append(loss.item())
@@ -115,7 +115,7 @@ def test_pictures_show_what_is_seen_and_predicted(finished, sources):
     model.load_state_dict(read_checkpoint(finished / 'ckpt.pt')[0])
     noise = torch.rand(4, 16, generator=torch.Generator().manual_seed(0))
     for left, k, stored in ((32, 3, sources[1][3][-1]), (64, 1, sources[1][1][-1])):        # MR and Photo hold one out
-        pixels = data.center(data.to_device(shards.gather(shards.val[k:k + 1]), 'cpu'), 32)
+        pixels = data.center(shards.gather(shards.val[k:k + 1]), 32)
         prediction, (_, mean, std) = model(pixels, 0.0, noise[k:k + 1])[2].detach(), model.targets(pixels)
         undone = data.denormalize(model.unpatchify(prediction * std + mean))[0].permute(1, 2, 0)
         undone = undone.clamp(0, 1) if stored.shape[2] == 3 else undone.clamp(0, 1).mean(2, keepdim=True)
@@ -179,7 +179,7 @@ def naive_training(folder, parts, **options):
         for part in range(parts):
             ids = shards.plan(o.seed, step, o.batch, part, parts, len(shards.train) // (o.batch * parts))
             pretrain.seed_step(o.seed, step, part)
-            images.append(data.augment(data.to_device(shards.gather(ids), 'cpu'), o.size))
+            images.append(data.augment(shards.gather(ids), o.size))
             noise.append(torch.rand(o.batch, 16))
         losses, routing, _, _ = model(torch.cat(images), 0.0, torch.cat(noise))
         loss = losses.mean()

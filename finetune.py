@@ -362,8 +362,8 @@ def predict(o):
 
     def answer(image):
         """uint8 (H, W) or (H, W, 3) -> its mask (H, W) or chances (C,)."""
-        pixels = torch.tensor(prepare_medverse.resize(image, meta['size']))[None]
-        logits = infer(net, data.to_device([(torch.arange(1), pixels)], device), image.shape[:2])
+        pixels = torch.tensor(prepare_medverse.resize(image, meta['size'])).permute(2, 0, 1)[None].expand(1, 3, -1, -1)
+        logits = infer(net, pixels.to(device), image.shape[:2])
         return (logits.argmax(1).byte() if segments else logits.softmax(1))[0].cpu().numpy()
 
     for name, path in zip(o.predict, files):

@@ -95,7 +95,7 @@ class Source(NamedTuple):
 SOURCES = [Source(*line.split(' | ')) for line in '''\
 AutoPET-CT | CT | whole body | 558473 | form | autopet.grand-challenge.org/Dataset | **/CT.nii.gz
 ImageCAS | CT | heart | 257496 | account | kaggle.com/datasets/xiaoweixumedicalai/imagecas | **img.nii.gz
-TopBrain-CT | CT | brain | 5647 | open | zenodo.org/records/16623496 | **imagesTr*_ct/*.nii.gz
+TopBrain-CT | CT | brain | 5647 | open | zenodo.org/records/16623496 | **imagesTr*_ct/*_0000.nii.gz
 AutoPET-PET | PET | whole body | 354826 | form | autopet.grand-challenge.org/Dataset | **/PET.nii.gz
 AutoPET-SUV | PET | whole body | 351900 | form | autopet.grand-challenge.org/Dataset | **/SUV.nii.gz
 TotalSegmentator-MR | MR | whole body | 16059 | open | zenodo.org/records/14710732 | **/mri.nii.gz
@@ -103,7 +103,7 @@ ACDC | MR | heart | 1902 | open | creatis.insa-lyon.fr/Challenge/acdc | **traini
 MRNet | MR | knee | 116624 | account | aimi.stanford.edu | **.npy
 Duke-Breast-Cancer-MRI | MR | breast | 515747 | open | cancerimagingarchive.net/collection/duke-breast-cancer-mri | **
 Prostate-MRI-US-Biopsy | MR | prostate | 97180 | open | cancerimagingarchive.net/collection/prostate-mri-us-biopsy | **
-TopBrain-MR | MR | brain | 4604 | open | zenodo.org/records/16623496 | **imagesTr*_mr/*.nii.gz
+TopBrain-MR | MR | brain | 4604 | open | zenodo.org/records/16623496 | **imagesTr*_mr/*_0000.nii.gz
 BraTS-GLI | MR | brain | 802341 | account | synapse.org syn53708249 | **-{t1n,t1c,t2w,t2f}.nii.gz
 LLD-MMRI | MR | abdomen | 198918 | form | github.com/LMMMEng/LLD-MMRI-Dataset | **images/**.nii.gz | **classification**
 ChestX-ray8 | X-ray | chest | 112120 | open | nihcc.app.box.com | **images/*.png
@@ -164,7 +164,9 @@ cholecseg8k | Endoscope | cholecystectomy | 4320 1120 2640 | account | kaggle.co
     fat grasper connective-tissue blood cystic-duct hook gallbladder hepatic-vein liver-ligament
     --values 0+50+255 11 21 13 12 31 23 24 25 32 22 33 5 --patient video[0-9]+
 idrid | Fundus | lesions, optic disc | 54 0 27 | account | idrid.grand-challenge.org
-    --images '**Original Images/**/*.jpg' --masks **/*_OD.tif **/*_MA.tif **/*_HE.tif **/*_EX.tif **/*_SE.tif
+    --images '**Original Images/*/*.jpg'
+    --masks **Groundtruths/*/**/*_OD.tif **Groundtruths/*/**/*_MA.tif **Groundtruths/*/**/*_HE.tif **Groundtruths/*/**/*_EX.tif
+    **Groundtruths/*/**/*_SE.tif
     --classes background optic-disc microaneurysms haemorrhages hard-exudates soft-exudates
     --split '**Training Set/**' '' '**Testing Set/**'
 fives | Fundus | vessels | 200 100 500 | open | figshare.com/articles/19688169
@@ -172,7 +174,7 @@ fives | Fundus | vessels | 200 100 500 | open | figshare.com/articles/19688169
 feta21 | MR | fetal brain | 5120 5120 10240 | account | feta.grand-challenge.org/feta-2021
     --images **/*_T2w.nii.gz --masks **/*_dseg.nii.gz
     --classes background external-fluid grey-matter white-matter ventricles cerebellum deep-grey-matter brainstem
-    --split 20 20 40
+    --patient sub-[0-9]+ --split 20 20 40
 candi | MR | brain tissues | 5120 2560 5504 | account | nitrc.org/projects/candi_share
     --images **/*_procimg.nii.gz --masks **/*_seg.nii.gz
     --values * 2 3 4 7 8 10 11 12 13 14 15 16 17 18 24 28 41 42 43 46 47 49 50 51 52 53 54 60 --split 40 20 43
@@ -212,7 +214,7 @@ tn5000 | Ultrasound | thyroid nodule | 3500 500 1000 | open | figshare.com/artic
     --images **JPEGImages/*.jpg --labels **Annotations/*.xml --classes malignant benign --values 1 0
     --split Main/train.txt Main/val.txt Main/test.txt
 fhu | Ultrasound | fetal head | 499 200 300 | account | kaggle.com/datasets/ankit8467/fetal-head-ultrasound-dataset-for-image-segment
-    --images *HC.png --masks *HC_Annotation.png --values 0 * --outline --patient [0-9]+(?=_[^/]*HC) --split 499 200 300
+    --images *HC.png --masks *HC_Annotation.png --values 0 * --outline --patient [0-9]+(?=_[^/]*HC)
 autopet-org | PET | organs | 18076 6386 10465 | form | github.com/YichiZhang98/SegAnyPET
     --images **PETCT_*/*/SUV.nii.gz --masks **PETCT_*_*_.nii.gz --classes background liver left-kidney right-kidney heart
     spleen aorta left-lower-lobe right-lower-lobe left-upper-lobe right-upper-lobe right-middle-lobe
@@ -228,11 +230,15 @@ phantom-organs | CT | organs | | | this script
     --images raw/CT/phantom-ct/* --masks labels/CT/* --classes air fat muscle gut lung liver kidney spleen bone blood lesion
 phantom-lesion | Photo | naevus or melanoma | | | this script
     --images raw/Photo/**'''[1:])}
-HINTS = {  # what to do with copies in formats that are not read here
-    'Thyroid-Cine-clip': 'python -c "import h5py, numpy as np; f = h5py.File(\'dataset.hdf5\'); clip = f[\'annot_id\'][:]; '
-    '[np.save(c.decode() + \'.npy\', f[\'image\'][:][clip == c][::10]) for c in np.unique(clip)]"',
-    'Eyepacs': 'take the original (train/*.jpeg, test/*.jpeg) from the Kaggle competition: this copy is a part of it',
-    'monusac': 'TODO'}
+HINTS = {  # for copies in formats that are not read here: what to take, or the line that converts them in their folder
+    'Thyroid-Cine-clip': """convert it: python -c "import h5py, numpy as np; f = h5py.File('dataset.hdf5'); clip = f['annot_id'][:]
+[np.save(c.decode() + '.npy', f['image'][np.flatnonzero(clip == c)[::10]]) for c in np.unique(clip)]\"""",
+    'Eyepacs': 'parquet is not read; take the original (train/*.jpeg, test/*.jpeg) from Kaggle, of which this copy is a part',
+    'monusac': """parquet is not read; make {train,test}/{images,masks}/*.png of it: python -c "import io, os, numpy, pandas, PIL.Image as I
+a = lambda b: numpy.array(I.open(io.BytesIO(b['bytes'] if isinstance(b, dict) else b)).convert('RGB'))
+[(os.makedirs(f'{s}/{k}', exist_ok=True), I.fromarray(a(r.image) if k == 'images' else numpy.uint8(numpy.max([0 * a(r.image)[..., 0]]
+ + [(a(m)[..., 0] > 0) * c for m, c in zip(r.instances, r.categories)], 0))).save(f'{s}/{k}/{i}.png')) for s in ('train', 'test')
+ for i, r in pandas.read_parquet(s + '.parquet').iterrows() for k in ('images', 'masks')]\""""}
 
 @functools.cache
 def pattern(glob):

@@ -9,7 +9,6 @@ Writes to --out: config.json, log.jsonl (one object a line), ckpt.pt, recon.png,
 first; the same command with --resume goes on from there as if nothing had happened.
 """
 import ctypes
-import dataclasses
 import json
 import math
 import os
@@ -17,13 +16,13 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -108,17 +107,16 @@ def setup(kind):
 def claim(checkpoint, o):
     """Refuse to write over another run's checkpoint unasked."""
     if checkpoint.exists() and not (o.resume or o.overwrite):
-        raise SystemExit(f'{checkpoint}: this folder holds a run already; go on with --resume, start anew with --overwrite, '
-                         'or choose another --out')
+        raise SystemExit(f'{checkpoint}: is of a run before; go on with --resume, start anew with --overwrite, or choose --out')
 
 def make_optimizer(model, lr, weight_decay):
     """AdamW with decay on weight matrices and kernels; none on norms, biases and tokens, told apart by name
     (stacked expert biases are two-dimensional)."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    decayed = {name for name in trained if name.endswith('.weight') and 'norm' not in name}
-    groups = [dict(params=[p for name, p in trained.items() if (name in decayed) == decay],
-                   weight_decay=weight_decay * decay) for decay in (True, False)]
-    assert sum(len(group['params']) for group in groups) == len(trained)
+    decayed, plain = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (decayed if name.endswith('.weight') and 'norm' not in name else plain).append(p)
+    groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=plain, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
 
 def save(path, **content):
@@ -129,8 +127,7 @@ def save(path, **content):
         os.replace(new, path)
     except (OSError, RuntimeError) as error:
         new.unlink(missing_ok=True)
-        raise SystemExit(f'{path}: could not be saved ({str(error).splitlines()[0]}); the checkpoint before it, if any, is '
-                         'untouched: make room and go on with --resume')
+        raise SystemExit(f'{path}: could not be saved ({str(error).splitlines()[0]}); what it was before is untouched')
 
 def reopen(out, first, config):
     """Make the run's folder, with config.json and a log.jsonl that forgets what came after step `first`: its path."""
@@ -152,56 +149,60 @@ def mutual_information(counts):
     bits = torch.xlogy(joint, joint / (rows * columns)).nan_to_num(0).sum() / math.log(2)
     return bits.item(), min(-torch.xlogy(rows, rows).sum().item() / math.log(2), math.log2(counts.shape[1]))
 
-def mask_noise(shards, o):
-    """One fixed draw (images, N - 1) for the held-out images, so that each has the same mask at every validation."""
-    return torch.rand(len(shards.val), (o.size // o.patch) ** 2, generator=torch.Generator().manual_seed(o.seed))
-
 @torch.no_grad()
-def validate(model, shards, o, rank, world, device, autocast):
-    """L_self per modality (D,) on the whole held-out images, and the experts' use by D modalities, without gate noise:
-    first choices (L, D, R) as counts and activation weights (L, D, R) as means (both None without experts)."""
-    L, R, noise = model.config.depth, model.config.experts, mask_noise(shards, o)
-    total = torch.zeros(len(shards.modalities), 2 + 2 * L * R, device=device)      # images, L_self, first choices, weights
-    mine = np.arange(rank, len(shards.val), world)
-    pieces = np.array_split(mine, math.ceil(len(mine) / o.batch)) if len(mine) else []
+def validate(model, shards, o, device, autocast, done):
+    """Look at the whole held-out images without gate noise: draw recon.png and experts.png, say what was found, and return
+    it for log.jsonl. One rank does it for all, in seconds."""
+    D, R, modality = len(shards.modalities), model.config.experts, shards.modality[shards.val]
+    # one fixed draw (images, N - 1), so that each image has the same mask at every validation
+    noise = torch.rand(len(modality), (o.size // o.patch) ** 2, generator=torch.Generator().manual_seed(o.seed))
+    kinds = F.one_hot(torch.from_numpy(modality), D).float()
+    losses = first = weights = 0        # sums over images or routed units: L_self (D,); first choices, omega (L, D, R)
+    pieces = np.split(np.arange(len(modality)), range(o.batch, len(modality), o.batch))
     for piece, images in zip(pieces, data.prefetch(lambda piece: shards.gather(shards.val[piece]), pieces)):
-        images = data.center(images.to(device), o.size)
+        images, kind = data.center(images.to(device), o.size), kinds[piece].to(device)
         with autocast:
-            losses, routing, _, _ = model(images, 0.0, noise[torch.from_numpy(piece)].to(device))
-        rows = [torch.ones_like(losses)[:, None], losses[:, None]]
-        if routing is not None:
-            first = torch.zeros_like(routing.weights).scatter(2, routing.weights.argmax(2, keepdim=True), 1)
-            rows += [use.unflatten(1, (len(images), -1)).mean(2).transpose(0, 1).flatten(1)     # (B, L * R)
-                     for use in (first, routing.weights)]
-        total.index_add_(0, torch.from_numpy(shards.modality[shards.val[piece]]).long().to(device), torch.cat(rows, 1))
-    if world > 1:
-        dist.all_reduce(total)
-    total = total.cpu()
-    first, weights = total[:, 2:].unflatten(1, (2, L, R)).permute(1, 2, 0, 3) if R else (None, None)
-    return total[:, 1] / total[:, 0], first, weights / total[:, :1].clamp(min=1) if R else None
-
-@torch.no_grad()
-def draw_reconstructions(path, model, shards, o, device):
-    """recon.png: of one held-out image a modality the image, what the encoder sees, and the prediction in place of what it
-    does not see, with the per-patch normalization undone (so a patch's mean and contrast come from the truth)."""
-    modality = shards.modality[shards.val]
-    shown = np.unique(modality)
-    picks = np.array([np.flatnonzero(modality == d)[(modality == d).sum() // 2] for d in shown])
+            loss, routing, _, _ = model(images, 0.0, noise[piece].to(device))
+        losses = losses + kind.T @ loss
+        if R:
+            kind = kind.repeat_interleave(routing.weights.shape[1] // len(piece), 0)        # (M, D)
+            first = first + kind.T @ F.one_hot(routing.weights.argmax(2), R).float()
+            weights = weights + kind.T @ routing.weights
+    losses = losses.cpu() / kinds.sum(0)        # not a number where no image is held out
+    entry = dict(val_mae=losses.nanmean().item(),
+                 val={name: loss for name, loss in zip(shards.modalities, losses.tolist()) if math.isfinite(loss)})
+    text = f'step {done}: validation L_self {entry["val_mae"]:.4f}'
+    if R:
+        bits, most = zip(*map(mutual_information, first.cpu()))
+        dead = [f'{layer + 1}.{expert}' for layer, expert in (weights.sum(1) == 0).nonzero().tolist()]
+        entry |= dict(bits=bits, bits_max=most[0], dead=dead)
+        text += (f', modality in the first expert {" ".join(f"{b:.2f}" for b in bits)} of {most[0]:.2f} bits, '
+                 f'dead experts (layer.expert, for no validation image activated): {" ".join(dead) or "none"}')
+        titles = [f'layer {layer}: {b:.2f} bits' for layer, b in enumerate(bits, 1)]
+        draw_tables(Path(o.out, 'experts.png'), F.normalize(weights, 1, 2).cpu(), shards.modalities, titles)     # Fig. 9
+    tqdm.write(text)
+    shown, picks = np.unique(modality, return_index=True)
     images = data.center(shards.gather(shards.val[picks]).to(device), o.size)
-    _, _, prediction, mask = model(images, 0.0, mask_noise(shards, o)[torch.from_numpy(picks)].to(device))
+    draw_reconstructions(Path(o.out, 'recon.png'), model, images, noise[picks], [shards.modalities[d] for d in shown])
+    return entry
+
+def draw_reconstructions(path, model, images, noise, names):
+    """Of images (B, 3, S, S) with mask noise (B, N - 1) each image, what the encoder sees, and the prediction in place of
+    what it does not see, with the per-patch normalization undone (so a patch's mean and contrast come from the truth)."""
+    _, _, prediction, mask = model(images, 0.0, noise.to(images.device))
     _, mean, std = model.targets(images)
-    hidden = model.unpatchify(mask[:, :, None].expand_as(prediction))
+    hidden = model.unpatchify(mask[:, :, None].expand_as(prediction)) > 0
     seen = data.denormalize(images).clamp(0, 1)
     guess = data.denormalize(model.unpatchify(prediction * std + mean)).clamp(0, 1)
     grey = (seen - seen[:, :1]).abs().amax((1, 2, 3), keepdim=True) < 1e-3      # three guesses at one channel: their mean
     guess = torch.where(grey, guess.mean(1, keepdim=True), guess)
-    rows = [seen, torch.where(hidden > 0, 0.5, seen), torch.where(hidden > 0, guess, seen)]
-    zoom = max(1, 128 // o.size)
-    pixels = torch.cat([torch.cat(list(row), 2) for row in rows], 1).mul(255).byte().permute(1, 2, 0).cpu().numpy()
+    rows = torch.stack([seen, torch.where(hidden, 0.5, seen), torch.where(hidden, guess, seen)])
+    pixels = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).mul(255).byte().cpu().numpy()      # (3 S, B S, 3)
+    zoom = max(1, 128 // images.shape[3])
     pixels = np.pad(pixels.repeat(zoom, 0).repeat(zoom, 1), ((16, 0), (0, 0), (0, 0)), constant_values=255)
     picture = Image.fromarray(pixels)
-    for column, d in enumerate(shown):
-        ImageDraw.Draw(picture).text((column * o.size * zoom + 4, 2), shards.modalities[d], fill='black')
+    for column, name in enumerate(names):
+        ImageDraw.Draw(picture).text((column * zoom * images.shape[3] + 4, 2), name, fill='black')
     picture.save(path)
 
 def draw_tables(path, tables, names, titles):
@@ -210,15 +211,15 @@ def draw_tables(path, tables, names, titles):
     across, width, height = min(L, 4), left + R * cell, top + D * cell
     picture = Image.new('RGB', (width * across + 10, height * math.ceil(L / across) + 10), 'white')
     draw = ImageDraw.Draw(picture)
-    for number, table in enumerate(tables.tolist()):
-        x0, y0 = width * (number % across) + left, height * (number // across) + top
-        draw.text((x0, y0 - 30), titles[number], fill='black')
-        for d, row in enumerate(table):
-            draw.text((x0 - left + 8, y0 + d * cell + 2), names[d][:12], fill='black')
-            for r, value in enumerate(row):
-                x, y, light = x0 + r * cell, y0 + d * cell, int(255 * (1 - value))
-                draw.text((x + 4, y0 - 14), str(r), fill='gray')
-                draw.rectangle((x, y, x + cell - 2, y + cell - 2), (light, light, 191 + light // 4), 'lightgray')
+    colours = (255 - tables[..., None] * torch.tensor([255, 255, 64])).byte().numpy()
+    for number, table in enumerate(colours):
+        x, y = width * (number % across) + left, height * (number // across) + top
+        picture.paste(Image.fromarray(table).resize((R * cell, D * cell), Image.Resampling.NEAREST), (x, y))
+        draw.text((x, y - 30), titles[number], fill='black')
+        for d in range(D):
+            draw.text((x - left + 8, y + d * cell + 2), names[d][:12], fill='black')
+        for r in range(R):
+            draw.text((x + r * cell + 4, y - 14), str(r), fill='gray')
     picture.save(path)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,19 +229,14 @@ def main():
     """One run, from the options to the last checkpoint."""
     o = data.parse_options(Options())
     if o.demo:
-        o = data.parse_options(dataclasses.replace(Options(), demo=True, **DEMO))
-    for name in ('batch', 'accumulate', 'log_every'):
-        if getattr(o, name) < 1:
-            raise SystemExit(f'--{name} {getattr(o, name)}: must be 1 or more')
+        o = data.parse_options(Options(demo=True, **DEMO))
+    if min(o.batch, o.accumulate, o.log_every) < 1:
+        raise SystemExit('--batch, --accumulate and --log_every must be 1 or more')
     rank, world, local, device = setup(o.device)
-    master, gpu = rank == 0, device.type == 'cuda'
-    say = print if master else lambda *_: None
-    autocast = torch.autocast('cuda', torch.bfloat16) if gpu and o.bf16 else nullcontext()
-    out = Path(o.out)
-    checkpoint = out / 'ckpt.pt'
+    master, gpu, checkpoint = rank == 0, device.type == 'cuda', Path(o.out, 'ckpt.pt')
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=gpu and o.bf16)
     claim(checkpoint, o)
 
-    # data
     if o.demo and master and not list(Path(o.data).glob('*/meta.json')):
         script = Path(__file__).with_name('prepare_medverse.py')
         subprocess.run([sys.executable, script, '--phantoms', '200', '--out', o.data, '--size', str(o.size)], check=True)
@@ -248,19 +244,19 @@ def main():
         dist.barrier()
     shards = data.Shards(o.data, o.val_share)
     global_batch = o.batch * o.accumulate * world
-    steps_in_epoch = len(shards.train) // global_batch
-    if not steps_in_epoch:
-        raise SystemExit(f'{o.data}: its {len(shards.train)} training images are fewer than one step takes '
-                         f'({o.batch} x {o.accumulate} x {world} processes); lower --batch')
-    steps = o.steps or o.epochs * steps_in_epoch
+    epoch_steps = len(shards.train) // global_batch
+    if not epoch_steps:
+        raise SystemExit(f'{o.data}: its {len(shards.train)} training images are fewer than the {global_batch} of one step')
+    steps = o.steps or o.epochs * epoch_steps
     warmup, lr = max(1, round(o.warmup * steps)), o.lr * global_batch / 512      # linear scaling, C.2.1
     val_every = o.val_every or max(1, steps // 10)
 
-    # model
     config = named_config(o.model, o.depth, size=o.size, patch=o.patch, experts=o.experts, top_k=o.top_k,
                           routing=o.routing, mask_ratio=o.mask_ratio)
+    L, R = config.depth, config.experts
     torch.manual_seed(o.seed)
     model = MAE(config).to(device)
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, lr, o.weight_decay)
     first = skipped = 0
     if o.resume and checkpoint.exists():
@@ -270,70 +266,37 @@ def main():
         load_weights(model, state, checkpoint)
         optimizer.load_state_dict(file['optimizer'])
         first, skipped = file['step'], file['skipped']
-        for name, value in file['options'].items():
-            if getattr(o, name) != value and name not in ('resume', 'overwrite', 'device'):
-                say(f'--{name} is {getattr(o, name)} now and was {value}')
     elif o.init:
         load_weights(model, read_checkpoint(o.init)[0], o.init)
     net = torch.compile(model) if gpu and o.compile else model
     if world > 1:
         net = DistributedDataParallel(net, device_ids=[local] if gpu else None, broadcast_buffers=False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    millions = sum(p.numel() for p in trained) / 1e6
-    say(f'{o.model}: {config.depth} blocks, {millions:.1f} M parameters trained and '
-        f'{sum(p.numel() for p in model.parameters()) / 1e6 - millions:.1f} M in directors; of {config.experts} experts, '
-        f'{config.top_k} are activated for each {config.routing}')
-    say(f'{o.data}: {len(shards.train)} training and {len(shards.val)} validation images of {len(shards.modalities)} '
-        f'modalities, stored at {shards.side} pixels and seen at {o.size}')
-    say(f'{steps} steps ({steps / steps_in_epoch:.1f} epochs) of {o.batch} x {o.accumulate} x {world} = {global_batch} '
-        f'images, learning rate up to {lr:.2e} after {warmup} steps, on {world} x {device.type} in '
-        f'{"bfloat16" if gpu and o.bf16 else "float32"}')
-
-    # files and signals; on a resume the log forgets what came after the checkpoint
     if master:
-        log = reopen(out, first, dict(options=asdict(o), model=asdict(config)))
+        log = reopen(checkpoint.parent, first, dict(options=asdict(o), model=asdict(config)))
         if not first:
             checkpoint.unlink(missing_ok=True)
-    stop = []
+        millions = [sum(p.numel() for p in model.parameters() if p.requires_grad == kind) / 1e6 for kind in (True, False)]
+        print(f'{o.model}: {L} blocks, {millions[0]:.1f} M parameters trained, {millions[1]:.1f} M in directors; {o.data}: '
+              f'{len(shards.train)} + {len(shards.val)} images of {len(shards.modalities)} modalities\n{steps} steps '
+              f'({steps / epoch_steps:.1f} epochs) of {o.batch} x {o.accumulate} x {world} = {global_batch} images, learning rate '
+              f'up to {lr:.2e} after {warmup} steps, on {world} x {device.type} in {"bfloat16" if gpu and o.bf16 else "float32"}')
+    stop = []       # signals that came
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stop.append(number))
 
-    def look(done):
-        """Validate: a line on the screen, new pictures, and what log.jsonl is to hold of it."""
-        losses, first, weights = validate(model, shards, o, rank, world, device, autocast)
-        if not master:
-            return {}
-        known = {name: loss for name, loss in zip(shards.modalities, losses.tolist()) if math.isfinite(loss)}
-        entry = dict(val_mae=losses.nanmean().item(), val=known)
-        text = f'step {done}: validation L_self {entry["val_mae"]:.4f}'
-        if first is not None:
-            bits, most = zip(*map(mutual_information, first))
-            dead = [f'{layer + 1}.{expert}' for layer, expert in (weights.sum(1) == 0).nonzero().tolist()]
-            entry |= dict(bits=bits, bits_max=most[0], dead=dead)
-            text += f', modality in the first expert {" ".join(f"{b:.2f}" for b in bits)} of {most[0]:.2f} bits'
-            text += f', dead experts (layer.expert, for no validation image activated) {" ".join(dead)}' if dead else ''
-            titles = [f'layer {layer}: {b:.2f} bits' for layer, b in enumerate(bits, 1)]
-            draw_tables(out / 'experts.png', weights, shards.modalities, titles)      # Fig. 9
-        tqdm.write(text)
-        draw_reconstructions(out / 'recon.png', model, shards, o, device)
-        return entry
-
     def load(number):
-        images = shards.gather(shards.plan(o.seed, number, o.batch, rank, world, steps_in_epoch * o.accumulate))
+        images = shards.gather(shards.plan(o.seed, number, o.batch, rank, world, epoch_steps * o.accumulate))
         return images.pin_memory() if gpu else images       # the copy to the GPU then waits for nothing
 
     batches = data.prefetch(load, range(first * o.accumulate, steps * o.accumulate))
-    L, R = config.depth, config.experts
+    no_experts = Routing(torch.zeros(L, device=device), *3 * [torch.zeros(L, 1, 0, device=device)])
     in_a_row = torch.zeros((), device=device)
-    skipped = in_a_row + skipped
-    bar = tqdm(total=steps, initial=first, unit='step', disable=not master, dynamic_ncols=True)
-    saved = logged = time.perf_counter()
-    waited = images_seen = 0
-    for step in range(first, steps):
+    skipped, waited, logged, saved = in_a_row + skipped, 0, (first, time.perf_counter()), time.perf_counter()
+    bar = tqdm(range(first, steps), initial=first, total=steps, unit='step', disable=not master, dynamic_ncols=True)
+    for step in bar:
         progress = step / steps
-        rate = learning_rate(step, steps, warmup, lr)
         sigma, balance = cosine(o.sigma, 0, progress), cosine(o.balance, 0, progress)
-        momentum = cosine(o.momentum, 1, progress)
+        rate, momentum = learning_rate(step, steps, warmup, lr), cosine(o.momentum, 1, progress)
         for group in optimizer.param_groups:
             group['lr'] = rate
 
@@ -344,21 +307,18 @@ def main():
             waited += time.perf_counter() - before
             seed_step(o.seed, step, rank * o.accumulate + micro)
             images = data.augment(images.to(device, non_blocking=True), o.size)
-            if world > 1:       # gradients travel with the last micro-batch only
-                net.require_backward_grad_sync = micro == o.accumulate - 1
+            net.require_backward_grad_sync = micro == o.accumulate - 1      # DDP's gradients travel with the last one only
             with autocast:
                 losses, routing, _, _ = net(images, torch.full((), sigma, device=device))
-            loss = losses.mean()
-            part = [loss[None], torch.full((1,), float(len(stop)), device=device)]
-            if routing:
-                part += [routing.co, *(use.mean(1).flatten() for use in (routing.scores, routing.chosen, routing.weights))]
-            part = torch.cat(part).detach()
+            loss, routing = losses.mean(), routing or no_experts
+            uses = torch.stack([routing.scores, routing.chosen, routing.weights]).mean(2)       # (3, L, R)
+            stopping = torch.full((), float(len(stop)), device=device)
+            part = torch.cat([loss[None], stopping[None], routing.co, uses.flatten()]).detach()
             if world > 1:       # the one small all-reduce of a step
                 dist.all_reduce(part)
                 part /= world
-            co = bal = 0
-            if routing:         # Eq. 8; the load of Eq. 18 is the global batch's, or with accumulation the micro-batch's
-                co, bal = layer_losses(routing, part[2 + L:].view(3, L, R)[1])
+            # Eq. 8; the load of Eq. 18 is the global batch's, or with accumulation the micro-batch's
+            co, bal = layer_losses(routing, part[2 + L:].view(3, L, R)[1])
             ((loss + o.co * co + balance * bal) / o.accumulate).backward()
             stats = stats + part / o.accumulate
 
@@ -367,33 +327,28 @@ def main():
         optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()     # fused AdamW skips the step by itself
         optimizer.step()
         optimizer.zero_grad()
-        if routing:
-            model.update_directors(stats[2 + L:].view(3, L, R)[2], momentum, finite)
+        scores, load_share, usage = stats[2 + L:].view(3, L, R)
+        if R:
+            model.update_directors(usage, momentum, finite)
         skipped, in_a_row = skipped + ~finite, (in_a_row + 1) * ~finite
-        images_seen += global_batch
-        bar.update()
 
         done = step + 1
         looking = done == 1 or done % val_every == 0 or done == steps
         if looking or done % o.log_every == 0:      # the only place that waits for the device
-            seconds, mae = time.perf_counter() - logged, stats[0].item()
-            entry = dict(step=step, loss=mae, mae=mae, co=0.0, bal=0.0, lr=rate, momentum=momentum, sigma=sigma,
-                         grad_norm=norm.item(), skipped=int(skipped), images_per_second=images_seen / seconds,
-                         waiting=waited / seconds)
-            if routing:
-                scores, load_share, _ = stats[2 + L:].view(3, L, R)
-                co, bal = layer_losses(Routing(stats[2:2 + L], scores[:, None], None, None), load_share)
-                entry |= dict(loss=mae + o.co * co.item() + balance * bal.item(), co=co.item(), bal=bal.item())
+            mae, seconds = stats[0].item(), time.perf_counter() - logged[1]
+            co, bal = (x.item() for x in layer_losses(Routing(stats[2:2 + L], scores[:, None], None, None), load_share))
+            entry = dict(step=step, loss=mae + o.co * co + balance * bal, mae=mae, co=co, bal=bal, lr=rate, momentum=momentum,
+                         sigma=sigma, grad_norm=norm.item(), skipped=int(skipped),
+                         images_per_second=global_batch * (done - logged[0]) / seconds, waiting=waited / seconds)
             bar.set_postfix_str(f'loss {entry["loss"]:.4f}, {entry["images_per_second"]:.0f} images/s')
-            if looking:
-                entry |= look(done)
             if master:
+                if looking:
+                    entry |= validate(model, shards, o, device, autocast, done)
                 with open(log, 'a') as file:
                     file.write(json.dumps(entry) + '\n')
             if in_a_row >= 10:
-                raise SystemExit(f'{out}: ten steps in a row, up to {step}, had a loss or gradient that is not finite; the '
-                                 'last checkpoint is untouched: lower --lr or look at the images')
-            logged, waited, images_seen = time.perf_counter(), 0, 0
+                raise SystemExit(f'{o.out}: ten steps in a row had a loss or gradient that is not finite; lower --lr')
+            waited, logged = 0, (done, time.perf_counter())
         # a signal reaches ranks at different steps: they act on the shared flag, and where reading it costs no extra wait
         stopping = (not gpu or done % o.log_every == 0) and stats[1] > 0
         if master and (stopping or done == steps or time.perf_counter() - saved > 60 * o.save_minutes):
@@ -401,9 +356,9 @@ def main():
                  config=asdict(config), options=asdict(o))
             saved = time.perf_counter()
         if stopping:
-            say(f'\n{checkpoint}: saved after {done} of {steps} steps; go on with --resume')
+            if master:
+                print(f'\n{checkpoint}: saved after {done} of {steps} steps; go on with --resume')
             sys.exit(128 + (stop or [signal.SIGTERM])[0])
-    bar.close()
     if world > 1:
         dist.destroy_process_group()
 

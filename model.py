@@ -81,17 +81,19 @@ class StackedLinear(nn.Module):
 
     def forward(self, x, expert):
         """Rows of x (M, N, in), sorted by expert, through the layers number `expert` (M,) -> (M, N, out)."""
-        if x.is_cuda and torch.is_autocast_enabled('cuda'):
-            return self.grouped(x.to(torch.get_autocast_dtype('cuda')), expert)     # autocast does not know grouped_mm
-        groups = x.split(torch.bincount(expert, minlength=len(self.weight)).tolist())
+        device = x.device.type
+        if torch.is_autocast_enabled(device):       # autocast does not know grouped_mm: cast by hand, once a step
+            x = x.to(torch.get_autocast_dtype(device))
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if x.dtype == torch.bfloat16 or device == 'cpu' and x.dtype == torch.float32:      # what grouped_mm is made for
+            # On a GPU one kernel, which finds the sizes of the groups on the device, so that the host does not wait for
+            # them. On a CPU a loop that writes each expert's gradient into its place in the stack.
+            ends = torch.searchsorted(expert, torch.arange(len(weight), device=x.device), right=True)      # (R,)
+            rows = F.grouped_mm(x.flatten(0, 1), weight.mT, offs=(ends * x.shape[1]).int())
+            return rows.unflatten(0, x.shape[:2]) + bias[expert, None]
+        groups = x.split(torch.bincount(expert, minlength=len(weight)).tolist())
         # unbind, not weight[r]: indexing would build a zero gradient of the whole stack for each expert
-        return torch.cat([F.linear(*layer) for layer in zip(groups, self.weight.unbind(0), self.bias.unbind(0))])
-
-    def grouped(self, x, expert):
-        """The same in one kernel: the sizes of the groups stay on the device, so no host waits."""
-        ends = torch.searchsorted(expert, torch.arange(len(self.weight), device=x.device), right=True)      # (R,)
-        rows = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=(ends * x.shape[1]).int())
-        return rows.unflatten(0, x.shape[:2]) + self.bias.to(x.dtype)[expert, None]
+        return torch.cat([F.linear(*layer) for layer in zip(groups, weight.unbind(0), bias.unbind(0))])
 
 class MLP(nn.Module):
     """Two linear layers; or, of two stacks, R such MLPs: `expert` (M,) then numbers the one for each row of x (M, N, C)."""

@@ -107,7 +107,7 @@ def setup(kind):
 def claim(checkpoint, o):
     """Refuse to write over another run's checkpoint unasked."""
     if checkpoint.exists() and not (o.resume or o.overwrite):
-        raise SystemExit(f'{checkpoint}: is of a run before; go on with --resume, start anew with --overwrite, or choose --out')
+        raise SystemExit(f'{checkpoint}: is here already; go on with --resume, start anew with --overwrite, or choose --out')
 
 def make_optimizer(model, lr, weight_decay):
     """AdamW with decay on weight matrices and kernels; none on norms, biases and tokens, told apart by name
@@ -322,9 +322,10 @@ def main():
             ((loss + o.co * co + balance * bal) / o.accumulate).backward()
             stats = stats + part / o.accumulate
 
-        norm = torch.nn.utils.clip_grad_norm_(trained, o.clip)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
         finite = torch.isfinite(norm) & torch.isfinite(stats).all()         # the same on every rank
-        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()     # fused AdamW skips the step by itself
+        # fused AdamW divides by the one and skips the step for the other, without another pass over the gradients
+        optimizer.grad_scale, optimizer.found_inf = (norm / o.clip).clamp(min=1), (~finite).float()
         optimizer.step()
         optimizer.zero_grad()
         scores, load_share, usage = stats[2 + L:].view(3, L, R)

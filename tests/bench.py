@@ -49,7 +49,7 @@ class ObviousDEX(nn.Module):
             parameters[0].mul_(momentum).add_(average, alpha=1 - momentum)
         self.usage = 0.99 * self.usage + 0.01 * usage
 
-def step(model, optimizer, images, seed):
+def step(model, optimizer, images, seed, ours):
     """One training step: its loss, its seconds, and those of GEMA in it."""
     torch.manual_seed(seed)
     begin = time.perf_counter()
@@ -57,7 +57,11 @@ def step(model, optimizer, images, seed):
     co, balance = layer_losses(routing, routing.chosen.mean(1))
     loss = losses.mean() + 0.1 * co + 0.001 * balance
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if ours:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.requires_grad])
+        optimizer.grad_scale, optimizer.found_inf = norm.clamp(min=1), (~torch.isfinite(norm)).float()
+    else:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
     before = time.perf_counter()
@@ -79,7 +83,7 @@ def worker(name, pipe, batch):
     optimizer = make_optimizer(model, 1e-5, 1e-6) if name == 'ours' else fused
     images = torch.randn(batch, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     while (seed := pipe.recv()) is not None:
-        pipe.send(step(model, optimizer, images, seed))
+        pipe.send(step(model, optimizer, images, seed, name == 'ours'))
 
 def main(steps=12, warmup=1, batch=8):
     names, pipes = ['ours', 'obvious', 'obvious, fused AdamW'], {}

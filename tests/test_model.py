@@ -76,18 +76,23 @@ def test_bf16_autocast_keeps_every_choice_and_is_within_its_error():
     assert torch.equal(low_routing.chosen, routing.chosen) and torch.equal(low_routing.weights, routing.weights)
     assert 1e-5 < (low - y).norm() / y.norm() < 0.01
 
-@pytest.mark.parametrize('dtype, error', [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_grouped_kernel_equals_the_loop_over_experts(dtype, error):
+@pytest.mark.parametrize('dtype, error', [(torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float64, 1e-9)])
+def test_stacked_experts_equal_a_loop_over_rows(dtype, error):
+    """Through grouped_mm, and in float64, which it does not know, through a loop over the stack."""
     torch.manual_seed(0)
     experts = shake(MLP(StackedLinear(Linear(16, 64), 4), StackedLinear(Linear(64, 16), 4)))
+    experts = experts.double() if dtype == torch.float64 else experts
     expert = torch.tensor([0, 0, 0, 1, 3, 3])       # expert 2 has nothing to do
-    x = torch.randn(6, 5, 16, requires_grad=True)
+    x = torch.randn(6, 5, 16, dtype=experts.fc1.weight.dtype, requires_grad=True)
     coefficients, inputs = torch.randn(6, 5, 16), [x, *experts.parameters()]
 
-    def grouped(x):
-        return experts.fc2.grouped(F.gelu(experts.fc1.grouped(x.to(dtype), expert)), expert).float()
+    def naive(row, r):
+        return F.linear(F.gelu(F.linear(row, experts.fc1.weight[r], experts.fc1.bias[r])), experts.fc2.weight[r], experts.fc2.bias[r])
 
-    ours, loop = grouped(x), experts(x, expert)
+    with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours = experts(x, expert)
+    assert ours.dtype == dtype
+    ours, loop = ours.to(x.dtype), torch.stack([naive(row, r) for row, r in zip(x, expert)])
     assert (ours - loop).norm() < error * loop.norm()
     for a, b in zip(*(torch.autograd.grad((y * coefficients).sum(), inputs) for y in (ours, loop))):
         assert (a - b).norm() < error * b.norm()

@@ -3,6 +3,7 @@
     python pretrain.py --demo                           phantoms and a small model, minutes on a laptop's CPU
     python pretrain.py --model tiny --size 128 --batch 32 --device cpu
     torchrun --nproc_per_node=2 pretrain.py             the paper's run, on two GPUs
+    python pretrain.py --bench --device cpu --depth 3 --batch 8      how fast a step is, and what it is spent on
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py   on each of two
 
 Writes to --out: config.json, log.jsonl (one object a line), ckpt.pt, recon.png, experts.png. Ctrl-C and SIGTERM save
@@ -12,11 +13,14 @@ import ctypes
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +29,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.benchmark import Timer
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from model import MAE, Routing, layer_losses, load_weights, named_config, read_checkpoint
+from model import DEX, MAE, Routing, layer_losses, load_weights, named_config, read_checkpoint
 
 @dataclass
 class Options:
@@ -66,7 +72,9 @@ class Options:
     device: str = ''                # cpu, cuda or mps; empty: the best there is
     seed: int = 0                   # of weights, order, augmentation, masks and noise
     bf16: bool = True               # bfloat16 autocast, on CUDA only
-    compile: bool = True            # torch.compile, on CUDA only
+    compile: bool = True            # torch.compile, on CUDA in bfloat16 only
+    checkpoint: bool = False        # compute activations anew in the backward pass: less memory, a third more time
+    bench: bool = False             # time steps of this run, and of the plain masked autoencoder, instead of training
     # looking after it
     log_every: int = 10             # steps between lines of log.jsonl
     val_every: int = 0              # steps between validations; 0: ten a run
@@ -225,23 +233,27 @@ def draw_tables(path, tables, names, titles):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
-def main():
-    """One run, from the options to the last checkpoint."""
-    o = data.parse_options(Options())
-    if o.demo:
-        o = data.parse_options(Options(demo=True, **DEMO))
-    if min(o.batch, o.accumulate, o.log_every) < 1:
-        raise SystemExit('--batch, --accumulate and --log_every must be 1 or more')
-    rank, world, local, device = setup(o.device)
-    master, gpu, checkpoint = rank == 0, device.type == 'cuda', Path(o.out, 'ckpt.pt')
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=gpu and o.bf16)
-    claim(checkpoint, o)
+def now(gpu):
+    """This moment; on CUDA an event in the queue of work, which the host does not wait for."""
+    moment = torch.cuda.Event(enable_timing=True) if gpu else time.perf_counter()
+    if gpu:
+        moment.record()
+    return moment
 
-    if o.demo and master and not list(Path(o.data).glob('*/meta.json')):
-        script = Path(__file__).with_name('prepare_medverse.py')
-        subprocess.run([sys.executable, script, '--phantoms', '200', '--out', o.data, '--size', str(o.size)], check=True)
-    if world > 1:
-        dist.barrier()
+def spent(marks):
+    """Seconds of each phase, from marks [(phase that ends here, moment)]."""
+    seconds = {}
+    for (_, begin), (phase, end) in zip(marks, marks[1:]):
+        passed = end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1000
+        seconds[phase] = seconds.get(phase, 0) + passed
+    return seconds
+
+def train(o, rank, world, local, device):
+    """One run, from the options to the last checkpoint. Yields each step's marks, so that --bench can take turns."""
+    master, gpu, path = rank == 0, device.type == 'cuda', Path(o.out, 'ckpt.pt')
+    bf16 = gpu and o.bf16
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    claim(path, o)
     shards = data.Shards(o.data, o.val_share)
     global_batch = o.batch * o.accumulate * world
     epoch_steps = len(shards.train) // global_batch
@@ -259,40 +271,48 @@ def main():
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, lr, o.weight_decay)
     first = skipped = 0
-    if o.resume and checkpoint.exists():
-        state, old, file = read_checkpoint(checkpoint)
+    if o.resume and path.exists():
+        state, old, file = read_checkpoint(path)
         if old != config:
-            raise SystemExit(f'{checkpoint}: was trained as {old}, not as these options ask ({config})')
-        load_weights(model, state, checkpoint)
+            raise SystemExit(f'{path}: was trained as {old}, not as these options ask ({config})')
+        load_weights(model, state, path)
         optimizer.load_state_dict(file['optimizer'])
         first, skipped = file['step'], file['skipped']
     elif o.init:
         load_weights(model, read_checkpoint(o.init)[0], o.init)
-    net = torch.compile(model) if gpu and o.compile else model
-    if world > 1:
-        net = DistributedDataParallel(net, device_ids=[local] if gpu else None, broadcast_buffers=False)
+    for block in (*model.blocks, *model.decoder_blocks) if o.checkpoint else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    net = torch.compile(model, fullgraph=True) if bf16 and o.compile else model
+    if world > 1:       # sends the gradients of a block while those of the block below are computed
+        net = DistributedDataParallel(net, [local] if gpu else None, forward_sync_buffers=False)
     if master:
-        log = reopen(checkpoint.parent, first, dict(options=asdict(o), model=asdict(config)))
+        log = reopen(path.parent, first, dict(options=asdict(o), model=asdict(config)))
         if not first:
-            checkpoint.unlink(missing_ok=True)
-        millions = [sum(p.numel() for p in model.parameters() if p.requires_grad == kind) / 1e6 for kind in (True, False)]
-        print(f'{o.model}: {L} blocks, {millions[0]:.1f} M parameters trained, {millions[1]:.1f} M in directors; {o.data}: '
+            path.unlink(missing_ok=True)
+        count, millions = sum(p.numel() for p in trained) / 1e6, sum(p.numel() for p in model.parameters()) / 1e6
+        print(f'{o.model}: {L} blocks, {count:.1f} M parameters trained, {millions - count:.1f} M in directors; {o.data}: '
               f'{len(shards.train)} + {len(shards.val)} images of {len(shards.modalities)} modalities\n{steps} steps '
-              f'({steps / epoch_steps:.1f} epochs) of {o.batch} x {o.accumulate} x {world} = {global_batch} images, learning rate '
-              f'up to {lr:.2e} after {warmup} steps, on {world} x {device.type} in {"bfloat16" if gpu and o.bf16 else "float32"}')
+              f'({steps / epoch_steps:.1f} epochs) of {o.batch} x {o.accumulate} x {world} = {global_batch} images, learning '
+              f'rate up to {lr:.2e} after {warmup} steps, on {world} x {device.type} in {"bfloat16" if bf16 else "float32"}')
     stop = []       # signals that came
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stop.append(number))
 
+    copies = torch.cuda.Stream() if gpu else None
+
     def load(number):
+        """Images (B, 3, S, S) on the device, on CUDA copied while earlier ones are computed, and the event of their arrival."""
         images = shards.gather(shards.plan(o.seed, number, o.batch, rank, world, epoch_steps * o.accumulate))
-        return images.pin_memory() if gpu else images       # the copy to the GPU then waits for nothing
+        if not gpu:
+            return images.to(device), None
+        with torch.cuda.stream(copies):     # from pinned memory the host need not wait for a copy
+            return images.pin_memory().to(device, non_blocking=True), copies.record_event()
 
     batches = data.prefetch(load, range(first * o.accumulate, steps * o.accumulate))
     no_experts = Routing(torch.zeros(L, device=device), *3 * [torch.zeros(L, 1, 0, device=device)])
     in_a_row = torch.zeros((), device=device)
-    skipped, waited, logged, saved = in_a_row + skipped, 0, (first, time.perf_counter()), time.perf_counter()
-    bar = tqdm(range(first, steps), initial=first, total=steps, unit='step', disable=not master, dynamic_ncols=True)
+    skipped, history, logged, saved = in_a_row + skipped, [], (first, time.perf_counter()), time.perf_counter()
+    bar = tqdm(range(first, steps), initial=first, total=steps, unit='step', disable=o.bench or not master)
     for step in bar:
         progress = step / steps
         sigma, balance = cosine(o.sigma, 0, progress), cosine(o.balance, 0, progress)
@@ -300,13 +320,16 @@ def main():
         for group in optimizer.param_groups:
             group['lr'] = rate
 
+        marks = [('between', now(gpu))]
         stats = 0       # means over the global batch: L_self, whether to stop, L_co (L,); scores, load, usage (L, R) each
         for micro in range(o.accumulate):
-            before = time.perf_counter()
-            images = next(batches)
-            waited += time.perf_counter() - before
+            images, arrived = next(batches)
+            if gpu:
+                torch.cuda.current_stream().wait_event(arrived)
+                images.record_stream(torch.cuda.current_stream())       # its memory is not free before this stream is done
+            marks.append(('data', now(gpu)))
             seed_step(o.seed, step, rank * o.accumulate + micro)
-            images = data.augment(images.to(device, non_blocking=True), o.size)
+            images = data.augment(images, o.size)
             net.require_backward_grad_sync = micro == o.accumulate - 1      # DDP's gradients travel with the last one only
             with autocast:
                 losses, routing, _, _ = net(images, torch.full((), sigma, device=device))
@@ -319,7 +342,9 @@ def main():
                 part /= world
             # Eq. 8; the load of Eq. 18 is the global batch's, or with accumulation the micro-batch's
             co, bal = layer_losses(routing, part[2 + L:].view(3, L, R)[1])
+            marks.append(('forward', now(gpu)))
             ((loss + o.co * co + balance * bal) / o.accumulate).backward()
+            marks.append(('backward', now(gpu)))
             stats = stats + part / o.accumulate
 
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
@@ -328,9 +353,12 @@ def main():
         optimizer.grad_scale, optimizer.found_inf = (norm / o.clip).clamp(min=1), (~finite).float()
         optimizer.step()
         optimizer.zero_grad()
+        marks.append(('optimizer', now(gpu)))
         scores, load_share, usage = stats[2 + L:].view(3, L, R)
         if R:
             model.update_directors(usage, momentum, finite)
+        marks.append(('GEMA', now(gpu)))
+        history += marks
         skipped, in_a_row = skipped + ~finite, (in_a_row + 1) * ~finite
 
         done = step + 1
@@ -340,7 +368,7 @@ def main():
             co, bal = (x.item() for x in layer_losses(Routing(stats[2:2 + L], scores[:, None], None, None), load_share))
             entry = dict(step=step, loss=mae + o.co * co + balance * bal, mae=mae, co=co, bal=bal, lr=rate, momentum=momentum,
                          sigma=sigma, grad_norm=norm.item(), skipped=int(skipped),
-                         images_per_second=global_batch * (done - logged[0]) / seconds, waiting=waited / seconds)
+                         images_per_second=global_batch * (done - logged[0]) / seconds, waiting=spent(history)['data'] / seconds)
             bar.set_postfix_str(f'loss {entry["loss"]:.4f}, {entry["images_per_second"]:.0f} images/s')
             if master:
                 if looking:
@@ -349,17 +377,105 @@ def main():
                     file.write(json.dumps(entry) + '\n')
             if in_a_row >= 10:
                 raise SystemExit(f'{o.out}: ten steps in a row had a loss or gradient that is not finite; lower --lr')
-            waited, logged = 0, (done, time.perf_counter())
+            history, logged = [], (done, time.perf_counter())
         # a signal reaches ranks at different steps: they act on the shared flag, and where reading it costs no extra wait
         stopping = (not gpu or done % o.log_every == 0) and stats[1] > 0
         if master and (stopping or done == steps or time.perf_counter() - saved > 60 * o.save_minutes):
-            save(checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), step=done, skipped=int(skipped),
+            save(path, model=model.state_dict(), optimizer=optimizer.state_dict(), step=done, skipped=int(skipped),
                  config=asdict(config), options=asdict(o))
             saved = time.perf_counter()
         if stopping:
             if master:
-                print(f'\n{checkpoint}: saved after {done} of {steps} steps; go on with --resume')
+                print(f'\n{path}: saved after {done} of {steps} steps; go on with --resume')
             sys.exit(128 + (stop or [signal.SIGTERM])[0])
+        yield config, marks
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How fast it is
+
+GATES = ((128, 8), (256, 8), (512, 8), (1024, 8), (256, 1), (256, 32), (256, 128))      # pixels of a side, images
+PEAK = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, 'L40S': 362, '4090': 165}   # TFLOP/s in bfloat16
+
+def flops(c):
+    """Operations in the matrix products of MAE(c)'s training step for one image: two for each weight and token in the forward
+    pass, and as many again in each of two backward passes, but for what learns nothing."""
+    patches, pixels, top_k = (c.size // c.patch) ** 2, 3 * c.patch ** 2, c.top_k if c.experts else 1
+    seen, tokens = int(patches * (1 - c.mask_ratio)) + 1, patches + 1
+
+    def block(tokens, width, mlps):         # queries, keys, values, projection; MLPs; scores and mixing of attention
+        return tokens * width * (4 * width + 8 * width * mlps + 2 * tokens)
+
+    encoder = c.depth * (block(seen, c.width, top_k) + c.width * c.experts * (seen if c.routing == 'token' else 1))
+    decoder = c.decoder_depth * block(tokens, c.decoder_width, 1) + c.decoder_width * (seen * c.width + tokens * pixels)
+    embedding, director = patches * pixels * c.width, c.depth * seen * 8 * c.width ** 2 * (c.experts > 0)
+    return 6 * (encoder + decoder) + 4 * embedding + 2 * director       # images have no gradient, directors do not learn
+
+def spread(values):
+    return '{1:.3f} (quartiles {0:.3f} to {2:.3f})'.format(*np.percentile(values, (25, 50, 75)))
+
+def bench(o, rank, world, local, device, warm=5, count=20):
+    """Time the real loop, in turns with that of the plain masked autoencoder of the same size, then both gates (Fig. 8)."""
+    gpu, memory = device.type == 'cuda', []
+    with tempfile.TemporaryDirectory() as folder:
+        o = replace(o, steps=1000, val_share=0.0, resume=False)
+        if not list(Path(o.data).glob('*/meta.json')):      # noise does as well
+            number, source = 4 * o.batch * o.accumulate * world + 1, Path(folder, 'data', 'noise')
+            source.mkdir(parents=True)
+            np.save(source / '0.npy', np.random.default_rng(0).integers(0, 256, (number, o.size, o.size, 3), np.uint8))
+            (source / 'meta.json').write_text(json.dumps(dict(modality='noise', count=number)))
+            o = replace(o, data=f'{folder}/data')
+        runs = [train(replace(o, experts=R, out=f'{folder}/{R}'), rank, world, local, device) for R in (o.experts, 0)]
+        for run in runs:
+            for _ in range(warm):
+                next(run)
+            rss = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            memory.append(torch.cuda.max_memory_allocated() if gpu else rss)
+        steps = [[next(run) for run in runs] for _ in range(count)]
+    if gpu:
+        torch.cuda.synchronize()
+    if rank > 0:
+        return
+    peak = world * next((value for name, value in PEAK.items() if gpu and name in torch.cuda.get_device_name()), math.inf)
+    speeds = []
+    for name, column in zip(('DEX', 'MAE'), zip(*steps)):
+        work, phases = flops(column[0][0]) / 1e12, [spent(marks) for _, marks in column]
+        seconds = np.array([sum(step.values()) for step in phases])
+        images = o.batch * o.accumulate * world / seconds
+        speeds.append(work * images)        # TFLOP/s
+        shares = [f'{phase} {100 * np.median([step[phase] for step in phases] / seconds):.1f}%' for phase in phases[0]]
+        print(f'{name}: {spread(images)} images/s, {1000 * work:.1f} GFLOP an image, MFU {np.median(speeds[-1]) / peak:.3f}; a step '
+              f'{spread(seconds)} s: {", ".join(shares)}')
+    print(f'FLOP-normalised efficiency of DEX against MAE {spread(speeds[0] / speeds[1])}; DEX takes {memory[0] / 1e9:.1f} GB')
+    print('gate and dispatch in one layer: pixels, images; MFLOP and milliseconds image-wise; the same token-wise')
+    c = column[0][0]
+    for side, batch in GATES if o.experts else ():
+        x, cells = torch.randn(batch, (side // c.patch) ** 2 + 1, c.width, device=device), []
+        for routing, units in (('image', batch), ('token', batch * x.shape[1])):
+            dex = DEX(c.width, o.experts, o.top_k, routing).to(device).requires_grad_(False)
+            dex.experts.forward = lambda x, expert: x       # what is left is the gate, the gathering and the mixing
+            timer = Timer('dex(x)', globals=dict(dex=dex, x=x), num_threads=torch.get_num_threads())
+            seconds = timer.blocked_autorange(min_run_time=0.5).median
+            cells.append(f'{2e-6 * units * c.width * o.experts:10.3f} {1000 * seconds:8.2f}')
+        print(f'{side:5} {batch:4}', *cells)
+
+def main():
+    """Options, processes and the demo's data; then train, or measure."""
+    o = data.parse_options(Options())
+    if o.demo:
+        o = data.parse_options(Options(demo=True, **DEMO))
+    if min(o.batch, o.accumulate, o.log_every) < 1:
+        raise SystemExit('--batch, --accumulate and --log_every must be 1 or more')
+    place = rank, world, _, _ = setup(o.device)
+    if o.demo and rank == 0 and not list(Path(o.data).glob('*/meta.json')):
+        script = Path(__file__).with_name('prepare_medverse.py')
+        subprocess.run([sys.executable, script, '--phantoms', '200', '--out', o.data, '--size', str(o.size)], check=True)
+    if world > 1:
+        dist.barrier()
+    if o.bench:
+        bench(o, *place)
+    else:
+        for _ in train(o, *place):
+            pass
     if world > 1:
         dist.destroy_process_group()
 

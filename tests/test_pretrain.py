@@ -2,22 +2,27 @@
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_source
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import model
 import pretrain
-from model import MAE, SIZES, Config, read_checkpoint
+from model import MAE, SIZES, Config, layer_losses, read_checkpoint
 
 TINY = dict(model='tiny', depth=2, experts=4, size=32, patch=8, batch=4, steps=6, warmup=0.34, lr=0.1, log_every=1,
             device='cpu')
@@ -365,3 +370,66 @@ def test_a_published_encoder_starts_a_run(sources, finished, tmp_path):
     torch.save(dict(model=state), tmp_path / 'encoder.pth')
     ours = train(sources[0], tmp_path / 'out', init=tmp_path / 'encoder.pth', steps=1, lr=0)
     assert same(ours['model']['blocks.1.attn.qkv.weight'], state['blocks.1.attn.qkv.weight'])
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How fast it is
+
+@pytest.mark.parametrize('change', [dict(experts=0), dict(top_k=1), dict(top_k=3, routing='token'), dict(mask_ratio=0.5)])
+def test_counted_operations_are_those_that_torch_counts(change, monkeypatch):
+    def loop(x, weights, offs):         # torch counts no grouped_mm, and of attention its plain form alone
+        return torch.cat([rows @ weight for rows, weight in zip(x.tensor_split(offs[:-1].tolist()), weights)])
+
+    monkeypatch.setattr(model.F, 'grouped_mm', loop)
+    network = MAE(replace(MODEL, **change))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        losses, routing, _, _ = network(torch.randn(6, 3, 32, 32))
+        (losses.mean() + (layer_losses(routing, routing.chosen.mean(1))[1] if routing else 0)).backward()
+    assert counter.get_total_flops() == 6 * pretrain.flops(network.config)
+
+def test_operations_of_the_known_sizes():
+    assert pretrain.flops(Config(experts=0)) == pytest.approx(77.0e9, rel=1e-3)
+    assert pretrain.flops(Config()) == pytest.approx(106.5e9, rel=1e-3)
+
+@pytest.mark.parametrize('change, checkpoint', [(dict(), False), (dict(routing='token'), True), (dict(experts=0), False)])
+def test_the_network_compiles_whole_in_bf16_with_the_same_results(change, checkpoint):
+    torch.manual_seed(0)
+    network, images, found = MAE(replace(MODEL, **change)), torch.randn(4, 3, 32, 32), []
+    compiled = torch.compile(network, fullgraph=True, backend='aot_eager')
+    for net in (network, compiled):
+        if net is compiled and checkpoint:
+            for block in (*network.blocks, *network.decoder_blocks):
+                block.forward = partial(pretrain.checkpoint, block.forward, use_reentrant=False)
+        torch.manual_seed(1)
+        network.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16):
+            losses, routing, _, _ = net(images, torch.full((), 0.5), torch.rand(4, 16))
+        (losses.mean() + (layer_losses(routing, routing.chosen.mean(1))[0] if routing else 0)).backward()
+        found.append([losses.detach()] + [p.grad for p in network.parameters() if p.requires_grad])
+    assert all((a - b).norm() <= 0.01 * a.norm() for a, b in zip(*found))
+
+def test_bench_times_both_networks_and_both_gates(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pretrain, 'GATES', ((32, 2), (64, 1)))
+    argv = ['pretrain.py', '--bench', *arguments(tmp_path / 'none', tmp_path / 'out')]
+    monkeypatch.setattr(sys, 'argv', argv)
+    pretrain.main()
+    lines = capsys.readouterr().out.splitlines()
+    dex, mae = (next(line for line in lines if line.startswith(name)) for name in ('DEX:', 'MAE:'))
+    for line, config in ((dex, MODEL), (mae, replace(MODEL, experts=0))):
+        assert f'{pretrain.flops(config) / 1e9:.1f} GFLOP' in line and 'MFU 0.000' in line     # no chip, no guess
+        phases = [float(word) for word in re.findall(r'([0-9.]+)%', line)]
+        assert len(phases) == 5 and 60 < sum(phases) < 140      # medians need not add up
+    assert 'efficiency' in lines[-4] and [line.split()[:2] for line in lines[-2:]] == [['32', '2'], ['64', '1']]
+    assert not (tmp_path / 'out').exists()
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+def test_a_steady_step_never_waits_for_the_gpu(sources, tmp_path):
+    o = replace(pretrain.Options(), **dict(TINY, data=str(sources[0]), out=str(tmp_path), device='cuda', steps=1000, log_every=1000))
+    run = pretrain.train(o, *pretrain.setup('cuda'))
+    for _ in range(5):      # compiles, validates, fills the caches
+        next(run)
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        for _ in range(10):
+            next(run)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')

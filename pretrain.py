@@ -284,7 +284,7 @@ def train(o, rank, world, local, device):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     net = torch.compile(model, fullgraph=True) if bf16 and o.compile else model
     if world > 1:       # sends the gradients of a block while those of the block below are computed
-        net = DistributedDataParallel(net, [local] if gpu else None, forward_sync_buffers=False)
+        net = DistributedDataParallel(net, [local] if gpu else None, broadcast_buffers=False)
     if master:
         log = reopen(path.parent, first, dict(options=asdict(o), model=asdict(config)))
         if not first:

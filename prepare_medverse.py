@@ -14,12 +14,14 @@ at any moment and started again. A task is images in pairs with masks (segmentat
 
 Letters: H, W sides as published, S side as stored, c channels, n slices of a volume or images of a shard.
 """
+import contextlib
 import csv
 import functools
+import glob
 import json
-import math
 import multiprocessing
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -28,11 +30,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-import xml.etree.ElementTree
 from collections import deque
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,15 +45,16 @@ from data import Task, parse_options
 
 Image.MAX_IMAGE_PIXELS = None  # slides and fundus photographs are large, not decompression bombs
 MODALITIES = ('CT', 'PET', 'MR', 'X-ray', 'Ultrasound', 'Fundus', 'OCT', 'Pathology', 'Endoscope', 'Photo')
-VOLUMES = ('CT', 'PET', 'MR')  # without a window, clipped to percentiles: the z-score of raw PET cancels in the min-max
+RULES = {  # of volumes: values that become 0 and 255, else percentiles; least share of a slice above 0.02 of them; in words
+    'CT': ((-200, 400), (), 0.05, 'HU clipped to [-200, 400]'),
+    'MR': ((), (1, 99), 0.05, '1st..99th percentile'),
+    'PET': ((), (1, 99), 0.01, '1st..99th percentile or SUV in [0, 20]'),  # the paper's z-score cancels in its min-max
+    'SUV': ((0, 20), (), 0.01, 'SUV in [0, 20]'),  # PET in standardized uptake values
+    '': ((), (0, 100), 0, 'minimum..maximum')}
 PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm')
 VIDEOS = ('.avi', '.mp4')
-IMAGES = (*PICTURES, *VIDEOS, '.nii', '.nii.gz', '.npy', '.mhd', '.img', '.dcm')
-PROGRAMS = {'.avi': 'ffmpeg', '.mp4': 'ffmpeg', '.dcm': 'dcm2niix'}  # which read them; Debian has both
+IMAGES = (*PICTURES, *VIDEOS, '.nii', '.nii.gz', '.npy', '.mhd', '.img')
 REASONS = ('corrupt', 'small', 'blank', 'duplicate', 'other')
-WINDOW = {'CT': (-200, 400), 'SUV': (0, 20)}  # HU; PET in standardized uptake values
-FOREGROUND = {'CT': 0.05, 'MR': 0.05, 'PET': 0.01, 'SUV': 0.01}  # least share of a slice that is above 0.02 of the range
-RULES = {'CT': 'HU clipped to [-200, 400]', 'MR': '1st..99th percentile', 'PET': '1st..99th percentile or SUV in [0, 20]'}
 
 @dataclass
 class Config:
@@ -71,7 +72,7 @@ class Config:
     task: str = ''  # its name
     modality: str = ''  # sets the intensity window of its volumes
     images: str = ''  # glob of the images below RAW (default *images/*.** where masks are found, else all)
-    masks: tuple = ()  # glob of the masks (default *masks/*.**), which are pairs where the *'s agree, or a glob for each class
+    masks: tuple = ()  # glob of the masks (default *masks/*.**), pairs where the *'s agree, or a glob for each class
     skip: str = ''  # glob of what is neither
     labels: tuple = ()  # CSV below RAW and its columns of file, class and patient (default the first two); or a glob as masks
     classes: tuple = ()  # names of the classes (default background foreground, or the folders' names)
@@ -81,18 +82,18 @@ class Config:
     patient: str = ''  # regular expression: what it finds in a path is the patient, whom no split shares (default the path)
     split: tuple = ()  # for train, val and test each a share (default 50 20 30), a glob or a .txt of names
 
-class Source(NamedTuple):
-    """A folder of images for pretraining: a row of Table 2, below RAW/<name>/, or any RAW/<Modality>/<name>/."""
+class Row(NamedTuple):
+    """A data set of Table 2, below RAW/<name>/, or any RAW/<Modality>/<name>/; or a task of Table 3."""
     name: str
     modality: str
-    anatomy: str = ''
-    count: str = ''  # kept images, by the paper
+    content: str = ''
+    count: str = ''  # kept images, or images of train, val and test, by the paper
     access: str = ''  # open, account or form (an application); with ? where the layout could not be confirmed
     link: str = ''
-    images: str = '**'  # glob of the files, see `pattern`
+    images: str = '**'  # glob of its files, see `pattern`; of a task, options of this script
     skip: str = ''  # glob of those among them to leave: masks, crops, copies
 
-SOURCES = [Source(*line.split(' | ')) for line in '''\
+SOURCES = [Row(*line.split(' | ')) for line in '''\
 AutoPET-CT | CT | whole body | 558473 | form | autopet.grand-challenge.org/Dataset | **/CT.nii.gz
 ImageCAS | CT | heart | 257496 | account | kaggle.com/datasets/xiaoweixumedicalai/imagecas | **img.nii.gz
 TopBrain-CT | CT | brain | 5647 | open | zenodo.org/records/16623496 | **imagesTr*_ct/*_0000.nii.gz
@@ -134,47 +135,33 @@ SegPath | Pathology | 8 kinds of cells | 158687 | open | dakomura.github.io/SegP
 HyperKvasir | Endoscope | stomach, intestines | 110079 | open | datasets.simula.no/hyper-kvasir | **labeled-images/**.jpg
 Cataract-101 | Endoscope | eye | 42157 | open | ftp.itec.aau.at/datasets/ovid/cat-101 | **videos/*.mp4
 PitVis2023 | Endoscope | pituitary | 96272 | open | rdr.ucl.ac.uk 26531686 | **video_*.mp4
-Endoscapes-CVS | Endoscope | gall bladder | 55783 | open | github.com/CAMMA-public/Endoscapes | **{train,val,test}/*.jpg | **{_seg,12_5,25}/**
+Endoscapes-CVS | Endoscope | gall bladder | 55783 | open | github.com/CAMMA-public | **{train,val,test}/*.jpg | **{12_5,25}/**
 PSI-AVA | Endoscope | prostate | 72160 | open | github.com/BCV-Uniandes/TAPIR | **keyframes/**.jpg
 ISIC-2024 | Photo | skin | 401059 | open | challenge2024.isic-archive.com | **.jpg'''.splitlines()]
 
-class TaskRow(NamedTuple):
-    """A row of Table 3."""
-    name: str
-    modality: str
-    target: str
-    count: str  # images of train, val and test, by the paper
-    access: str  # as a Source's
-    link: str
-    rules: str  # options of this script (in a shell, put the globs in quotes)
-
-TASKS = {row.split(' | ')[0]: TaskRow(*re.split(r' ?\| ?|\n', row, maxsplit=6)) for row in re.split(r'\n(?=\S)', r'''
+TASKS = {row.split(' ')[0]: Row(*re.split(r' ?\| ?|\n', row, maxsplit=6)) for row in re.split(r'\n(?=\S)', '''\
 whs-ct | CT | heart structures | 5176 0 4096 | form | zmiclab.github.io/zxh/0/mmwhs
-    --images **ct_**/*_image.nii.gz --masks **ct_**/*_label.nii.gz
+    --images **ct_**/*_image.nii.gz --masks **ct_**/*_label.nii.gz --values 0 205 420+421 500 550 600 820 850
     --classes background myocardium left-atrium left-ventricle right-atrium right-ventricle aorta pulmonary-artery
-    --values 0 205 420+421 500 550 600 820 850
 kipa22 | CT | kidney cancer structures | 13846 5864 5959 | account | kipa22.grand-challenge.org
     --images *image/* --masks *label/* --classes background renal-vein kidney renal-artery tumour
 sisvse | Endoscope | surgical scene | 2718 336 1456 | form | sisvse.github.io
-    --images **images/real/*.jpg --masks **semantic_masks/real_{train,val}_1/*.png
+    --images **images/real/*.jpg --masks **semantic_masks/real_{train,val}_1/*.png --patient [^/_]+(?=_[^/]*$)
     --classes 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31
-    --patient [^/_]+(?=_[^/]*$) --split 2718 336 **/real_val_1/**
+    --split 2718 336 **/real_val_1/**
 cholecseg8k | Endoscope | cholecystectomy | 4320 1120 2640 | account | kaggle.com/datasets/newslab/cholecseg8k
-    --images *_endo.png --masks *_endo_watershed_mask.png --classes background abdominal-wall liver gastrointestinal-tract
-    fat grasper connective-tissue blood cystic-duct hook gallbladder hepatic-vein liver-ligament
-    --values 0+50+255 11 21 13 12 31 23 24 25 32 22 33 5 --patient video[0-9]+
+    --images *_endo.png --masks *_endo_watershed_mask.png --values 0+50+255 11 21 13 12 31 23 24 25 32 22 33 5
+    --patient video[0-9]+ --classes background abdominal-wall liver gastrointestinal-tract fat grasper connective-tissue
+    blood cystic-duct hook gallbladder hepatic-vein liver-ligament
 idrid | Fundus | lesions, optic disc | 54 0 27 | account | idrid.grand-challenge.org
-    --images '**Original Images/*/*.jpg'
-    --masks **Groundtruths/*/**/*_OD.tif **Groundtruths/*/**/*_MA.tif **Groundtruths/*/**/*_HE.tif **Groundtruths/*/**/*_EX.tif
-    **Groundtruths/*/**/*_SE.tif
+    --images '**Original Images/*/*.jpg' --split '**Training Set/**' '' '**Testing Set/**'
+    --masks **truths/*/**/*_OD.tif **truths/*/**/*_MA.tif **truths/*/**/*_HE.tif **truths/*/**/*_EX.tif **truths/*/**/*_SE.tif
     --classes background optic-disc microaneurysms haemorrhages hard-exudates soft-exudates
-    --split '**Training Set/**' '' '**Testing Set/**'
 fives | Fundus | vessels | 200 100 500 | open | figshare.com/articles/19688169
     --images *Original/* --masks '*{Ground,Groud} truth/*' --values 0 * --split 200 100 500
 feta21 | MR | fetal brain | 5120 5120 10240 | account | feta.grand-challenge.org/feta-2021
-    --images **/*_T2w.nii.gz --masks **/*_dseg.nii.gz
+    --images **/*_T2w.nii.gz --masks **/*_dseg.nii.gz --patient sub-[0-9]+ --split 20 20 40
     --classes background external-fluid grey-matter white-matter ventricles cerebellum deep-grey-matter brainstem
-    --patient sub-[0-9]+ --split 20 20 40
 candi | MR | brain tissues | 5120 2560 5504 | account | nitrc.org/projects/candi_share
     --images **/*_procimg.nii.gz --masks **/*_seg.nii.gz
     --values * 2 3 4 7 8 10 11 12 13 14 15 16 17 18 24 28 41 42 43 46 47 49 50 51 52 53 54 60 --split 40 20 43
@@ -187,19 +174,18 @@ tnbc | Pathology | nuclei | 20 10 20 | open | zenodo.org/records/1175282
 lsc | Pathology | lymphomas | 188 73 113 | open | andrewjanowczyk.com use case 7
     --images **{CLL,FL,MCL}/*.tif --patient .*(?=_)
 bcss | Pathology | tissues | 75 30 46 | open | github.com/PathologyDataScience/BCSS
-    --images **{images,rgbs_colorNormalized}/*.png --masks **masks/*.png
+    --images **{images,rgbs_colorNormalized}/*.png --masks **masks/*.png --patient TCGA-[^-]+-[^-]+
     --classes background tumour stroma inflammatory necrosis other --values '' 1+19+20 2 3+10+11 4 * 0
-    --patient TCGA-[^-]+-[^-]+
 monusac | Pathology | nuclei | 167 42 101 | open | huggingface.co/datasets/RationAI/MoNuSAC
     --images *images/*.png --masks *masks/*.png --classes background epithelial lymphocyte macrophage neutrophil
     --split 167 42 **test/**
 scr | X-ray | chest structures | 25 47 175 | form | jsrt.or.jp and isi.uu.nl/Research/Databases/SCR
-    --images **All247images/*.IMG --masks '**masks/left lung/*.gif' '**masks/right lung/*.gif' **masks/heart/*.gif
-    '**masks/left clavicle/*.gif' '**masks/right clavicle/*.gif'
-    --classes background left-lung right-lung heart left-clavicle right-clavicle --split 25 47 175
+    --images **All247images/*.IMG --classes background left-lung right-lung heart left-clavicle right-clavicle
+    --masks '**/left lung/*.gif' '**/right lung/*.gif' **/heart/*.gif '**/left clavicle/*.gif' '**/right clavicle/*.gif'
+    --split 25 47 175
 pdcxr | X-ray | pneumonia | 3659 1573 624 | open | data.mendeley.com/datasets/rscbjbr9sj
     --images **chest_xray/**.jpeg --patient person[0-9]+ --split 3659 1573 **chest_xray/test/**
-dca1 | X-ray | coronary arteries | 25 25 84 | account? | kaggle.com/datasets/bard2024/database-x-ray-coronary-angiograms-dca1
+dca1 | X-ray | coronary arteries | 25 25 84 | account? | kaggle.com/datasets/bard2024 dca1
     --images **/*.pgm --masks **/*_gt.pgm --values 0 * --split 25 25 84
 dias | X-ray | brain arteries | 30 10 20 | open? | zenodo.org/records/11637181
     --images *images/image_s*_i**.png --masks *labels/label_s*.png --values 0 * --frames
@@ -213,32 +199,33 @@ uns | Ultrasound | nerve | 2758 1078 1799 | account | kaggle.com/c/ultrasound-ne
 tn5000 | Ultrasound | thyroid nodule | 3500 500 1000 | open | figshare.com/articles/28455641
     --images **JPEGImages/*.jpg --labels **Annotations/*.xml --classes malignant benign --values 1 0
     --split Main/train.txt Main/val.txt Main/test.txt
-fhu | Ultrasound | fetal head | 499 200 300 | account | kaggle.com/datasets/ankit8467/fetal-head-ultrasound-dataset-for-image-segment
+fhu | Ultrasound | fetal head | 499 200 300 | account | kaggle.com/datasets/ankit8467
     --images *HC.png --masks *HC_Annotation.png --values 0 * --outline --patient [0-9]+(?=_[^/]*HC)
 autopet-org | PET | organs | 18076 6386 10465 | form | github.com/YichiZhang98/SegAnyPET
-    --images **PETCT_*/*/SUV.nii.gz --masks **PETCT_*_*_.nii.gz --classes background liver left-kidney right-kidney heart
-    spleen aorta left-lower-lobe right-lower-lobe left-upper-lobe right-upper-lobe right-middle-lobe
-    --values 0 1 2 3 4 5 6 7 8 9 10 11+12 --patient PETCT_[^/_]+ --modality SUV
-slsc-s | Photo | skin lesion | 6675 1911 964 | open | huggingface.co/datasets/makhresearch/skin-lesion-segmentation-classification
+    --images **PETCT_*/*/SUV.nii.gz --masks **PETCT_*_*_.nii.gz --values 0 1 2 3 4 5 6 7 8 9 10 11+12
+    --patient PETCT_[^/_]+ --modality SUV --classes background liver left-kidney right-kidney heart spleen aorta
+    left-lower-lobe right-lower-lobe left-upper-lobe right-upper-lobe right-middle-lobe
+slsc-s | Photo | skin lesion | 6675 1911 964 | open | huggingface.co/datasets/makhresearch
     --images *images/*.jpg --masks *labels/*.txt --split **train/** **valid/** **test/**
-slsc-c | Photo | 7 skin diseases | 6675 1911 964 | open | huggingface.co/datasets/makhresearch/skin-lesion-segmentation-classification
+slsc-c | Photo | 7 skin diseases | 6675 1911 964 | open | huggingface.co/datasets/makhresearch
     --images *images/*.jpg --labels *labels/*.txt --classes BKL NV DF MEL VASC BCC AKIEC
     --split **train/** **valid/** **test/**
-phantom-vessels | Fundus | vessels | | | this script
-    --images raw/Fundus/phantom-fundus/* --masks labels/Fundus/*
+phantom-vessels | Fundus | vessels | | | this script | --images raw/Fundus/phantom-fundus/* --masks labels/Fundus/*
 phantom-organs | CT | organs | | | this script
     --images raw/CT/phantom-ct/* --masks labels/CT/* --classes air fat muscle gut lung liver kidney spleen bone blood lesion
-phantom-lesion | Photo | naevus or melanoma | | | this script
-    --images raw/Photo/**'''[1:])}
+phantom-lesion | Photo | naevus or melanoma | | | this script | --images raw/Photo/**''')}
 HINTS = {  # for copies in formats that are not read here: what to take, or the line that converts them in their folder
-    'Thyroid-Cine-clip': """convert it: python -c "import h5py, numpy as np; f = h5py.File('dataset.hdf5'); clip = f['annot_id'][:]
+    'Thyroid-Cine-clip': """convert it: python -c "import h5py, numpy as np
+f = h5py.File('dataset.hdf5'); clip = f['annot_id'][:]
 [np.save(c.decode() + '.npy', f['image'][np.flatnonzero(clip == c)[::10]]) for c in np.unique(clip)]\"""",
     'Eyepacs': 'parquet is not read; take the original (train/*.jpeg, test/*.jpeg) from Kaggle, of which this copy is a part',
-    'monusac': """parquet is not read; make {train,test}/{images,masks}/*.png of it: python -c "import io, os, numpy, pandas, PIL.Image as I
+    'monusac': """parquet is not read; make {train,test}/{images,masks}/*.png of it: python -c "
+import io, os, numpy, pandas, PIL.Image as I
 a = lambda b: numpy.array(I.open(io.BytesIO(b['bytes'] if isinstance(b, dict) else b)).convert('RGB'))
-[(os.makedirs(f'{s}/{k}', exist_ok=True), I.fromarray(a(r.image) if k == 'images' else numpy.uint8(numpy.max([0 * a(r.image)[..., 0]]
- + [(a(m)[..., 0] > 0) * c for m, c in zip(r.instances, r.categories)], 0))).save(f'{s}/{k}/{i}.png')) for s in ('train', 'test')
- for i, r in pandas.read_parquet(s + '.parquet').iterrows() for k in ('images', 'masks')]\""""}
+m = lambda r: [(a(b)[..., 0] > 0) * c for b, c in zip(r.instances, r.categories)] + [0 * a(r.image)[..., 0]]
+[(os.makedirs(f'{s}/{k}', exist_ok=True), I.fromarray(p).save(f'{s}/{k}/{i}.png')) for s in ('train', 'test')
+ for i, r in pandas.read_parquet(s + '.parquet').iterrows()
+ for k, p in (('images', a(r.image)), ('masks', numpy.uint8(numpy.max(m(r), 0))))]\""""}
 
 @functools.cache
 def pattern(glob):
@@ -258,25 +245,38 @@ def matches(names, glob):
             found.setdefault(match.groups() or name, []).append(name)
     return found
 
-def read(path, draft=0):
-    """All arrays of a file, each (n, H, W) or (n, H, W, 3) with upright slices: numbers in the units of the file, or uint8 grey
-    levels. A uint8 array with n = 1 is a picture. draft: the side (px) that is enough of a JPEG, 0 for all of it. A DICOM
-    series is its folder."""
+def list_names(home):
+    """Paths of all files below a folder, relative to it, links followed; a series of DICOM files is named by its folder."""
+    names = {name.rpartition('/')[0] or '.' if name.lower().endswith('.dcm') else name
+             for name in glob.glob('**', root_dir=home, recursive=True, include_hidden=True) if (home / name).is_file()}
+    return sorted(names, key=lambda name: name.split('/'))
+
+def is_image(home, name):
+    """Whether it is to be read as images; refuses what needs a program that is missing (Debian has both)."""
+    series = (home / name).is_dir()
+    program = 'dcm2niix' if series else 'ffmpeg' if name.lower().endswith(VIDEOS) else ''
+    if program and not shutil.which(program):
+        sys.exit(f'{home / name}: this is read by the program {program}, which is missing: apt-get install {program}')
+    return series or name.lower().endswith(IMAGES)
+
+def read(path, draft=0, raw=False):
+    """All arrays of a file, each (n, H, W) or (n, H, W, 3) with upright slices: numbers in the units of the file, or uint8
+    grey levels. A uint8 array with n = 1 is a picture. draft: the side (px) that is enough of a JPEG, 0 for all of it; raw:
+    pictures of 16 bits stay as they are. A DICOM series is its folder."""
     name = path.name.lower()
     if path.is_dir():
         return read_series(path)
     if name.endswith('.npy'):
-        array = np.load(path)
+        array = np.load(path, mmap_mode='r')
         array = array[None] if array.shape[2:] in ((), (3,)) else array
         if array.ndim != 3 and array.shape[3:] != (3,):
             raise ValueError(f'shape {array.shape} is none of (H, W), (H, W, 3), (n, H, W), (n, H, W, 3)')
         return [array if array.dtype == np.uint8 else array.astype(np.float32)]
     if name.endswith('.mhd'):
         return list(cut(*read_meta_image(path)))
-    if name.endswith('.img'):  # a film of JSRT: square, no header, 12 bits in big-endian 16, high values dark
-        film = np.fromfile(path, '>u2')
-        film = np.rint((1 - film / 4095).clip(0, 1) * 255).astype(np.uint8)
-        return [film.reshape(1, math.isqrt(film.size), -1)]
+    if name.endswith('.img') and not any(map(os.path.exists, (path.with_suffix('.hdr'), path.with_suffix('.HDR')))):
+        film = np.fromfile(path, '>u2').reshape(1, 2048, 2048)  # of JSRT: no header, 12 bits in 16, high values are dark
+        return [np.rint((1 - film / 4095).clip(0, 1) * 255).astype(np.uint8)]
     if not name.endswith(PICTURES):
         image = nib.load(path)  # get_fdata() would scale in float64; what needs no scaling stays in its 8 or 16 bits
         scaled = (image.dataobj.slope, image.dataobj.inter) != (1, 0) or image.get_data_dtype() == np.uint8
@@ -290,14 +290,14 @@ def read(path, draft=0):
             if frame.mode[0] not in 'IF':  # everything but I;16, I and F has 8 bits
                 frame = frame.convert('L' if frame.mode in ('1', 'L', 'LA') else 'RGB')
             frames.append(np.asarray(frame)[None])
-    if frames[0].dtype in (np.uint8, np.float32):
+    if raw or frames[0].dtype in (np.uint8, np.float32):
         return frames
     highest = max(frame.max() for frame in frames)
     white = 4095 if highest < 4096 else max(highest, 65535)  # many detectors deliver 12 bits in a 16-bit file
     return [np.rint(frame.clip(0) * np.float32(255 / white)).astype(np.uint8) for frame in frames]
 
 def read_series(folder):
-    """As `read`, of the MR, CT and PET volumes that dcm2niix makes of a folder of DICOM files (a collection may hold others)."""
+    """As `read`, of the MR, CT and PET volumes that dcm2niix makes of a folder of DICOM files (others may lie among them)."""
     with tempfile.TemporaryDirectory() as new:
         subprocess.run(['dcm2niix', '-z', 'n', '-o', new, folder], check=True, capture_output=True)
         found = [path for path in sorted(Path(new).glob('*.nii'))
@@ -307,18 +307,18 @@ def read_series(folder):
 def read_meta_image(path):
     """(array (x, y, z), affine to RAS in mm) of a MetaImage header (.mhd) and the raw file that it names."""
     header = dict(re.findall(r'^(\w+) *= *(.*?)\s*$', path.read_text(), re.M))
-    kind = {'MET_UCHAR': 'u1', 'MET_SHORT': 'i2', 'MET_USHORT': 'u2', 'MET_INT': 'i4', 'MET_FLOAT': 'f4'}[header['ElementType']]
-    order = '>' if 'true' in (header.get('BinaryDataByteOrderMSB', '') + header.get('ElementByteOrderMSB', '')).lower() else '<'
-    size, spacing, turn = (np.array(header.get(key, default).split(), float) for key, default in
-                           (('DimSize', ''), ('ElementSpacing', '1 1 1'), ('TransformMatrix', '1 0 0 0 1 0 0 0 1')))
-    affine = np.diag([-1.0, -1, 1, 1]) @ np.pad(turn.reshape(3, 3).T * spacing, (0, 1))  # MetaImage is LPS
-    affine[3, 3] = 1
-    return np.fromfile(path.with_name(header['ElementDataFile']), order + kind).reshape(np.int64(size), order='F'), affine
+    kinds = {'MET_UCHAR': 'u1', 'MET_SHORT': 'i2', 'MET_USHORT': 'u2', 'MET_INT': 'i4', 'MET_FLOAT': 'f4'}
+    big = 'true' in (header.get('BinaryDataByteOrderMSB', '') + header.get('ElementByteOrderMSB', '')).lower()
+    numbers = lambda key, default: np.array(header.get(key, default).split(), float)
+    turn = numbers('TransformMatrix', '1 0 0 0 1 0 0 0 1').reshape(3, 3).T * numbers('ElementSpacing', '1 1 1')
+    affine = np.diag([0.0, 0, 0, 1])
+    affine[:3, :3] = np.diag([-1, -1, 1]) @ turn  # MetaImage is LPS
+    array = np.fromfile(path.with_name(header['ElementDataFile']), '<>'[big] + kinds[header['ElementType']])
+    return array.reshape(np.int64(numbers('DimSize', '')), order='F'), affine
 
 def polygons(path, height, width):
-    """[(class, bool (H, W))] of a file with a polygon a line: class x1 y1 x2 y2 ..., in shares of the sides. Four numbers are a
-    box: centre and sides."""
-    found = []
+    """Yield (class, bool (H, W)) for each line of a file, a polygon: class x1 y1 x2 y2 ..., in shares of the sides. Four
+    numbers are a box: centre and sides."""
     for line in path.read_text().splitlines():
         number, *corners = map(float, line.split())
         if len(corners) == 4:
@@ -326,8 +326,7 @@ def polygons(path, height, width):
             corners = x - w / 2, y - h / 2, x + w / 2, y - h / 2, x + w / 2, y + h / 2, x - w / 2, y + h / 2
         canvas = Image.new('1', (width, height))
         ImageDraw.Draw(canvas).polygon([*zip(np.multiply(corners[::2], width), np.multiply(corners[1::2], height))], fill=1)
-        found.append((int(number), np.array(canvas)))
-    return found
+        yield int(number), np.array(canvas)
 
 def cut(volume, affine):
     """Array (x, y[, z[, time ...]]) as a view (time, n, H, W): slices across the coarsest spacing (within 1% of it: axial),
@@ -348,9 +347,13 @@ def normalize(volume, modality):
     sample = volume.flat[::volume.size // 1_000_000 | 1]  # odd: a width of 2^k would be sampled in a few columns only
     sample = sample[np.isfinite(sample)]
     if sample.size and np.ptp(sample):
-        low, high = map(float, WINDOW.get(modality) or np.percentile(sample, (1, 99) if modality in VOLUMES else (0, 100)))
+        window, percentiles, *_ = RULES.get(modality, RULES[''])
+        low, high = map(float, window or np.percentile(sample, percentiles))
         for i, image in enumerate(volume):  # slice by slice, which bounds the memory
-            image = np.nan_to_num(image, nan=low, posinf=low, neginf=low) if image.dtype.kind == 'f' else image.astype(np.float32)
+            if image.dtype.kind == 'f':
+                image = np.nan_to_num(image, nan=low, posinf=low, neginf=low)
+            else:
+                image = image.astype(np.float32)
             pixels[i] = np.rint((image.clip(low, high) - low) * (255 / (high - low or np.inf)))
     return pixels
 
@@ -360,33 +363,33 @@ def resize(image, size):
     grey = len({band.tobytes() for band in image.split()}) == 1
     return np.asarray(image.getchannel(0) if grey else image).reshape(size, size, -1)
 
-def slices(path, modality, size, min_side):
-    """All that a file holds, in a worker: a list of (reason, detail, pixels, picture), one alone for an unusable file.
-    Kept are those without a reason, as pixels uint8 (S, S, c); `picture` is false for the slices of a volume."""
-    try:
-        arrays = read(path, draft=max(2 * size, min_side))
-    except Exception as error:  # decoders fail on broken files in every way there is; dropped.csv tells which
-        return [('corrupt', f'{type(error).__name__}: {error}', None, False)]
-    found = []
-    for array in arrays:
-        picture = array.dtype == np.uint8 and len(array) == 1
-        least = 0 if picture else FOREGROUND.get(modality, 0)
-        for image in normalize(array, modality):
-            blank = np.mean(image > 0.02 * 255) < least if least else np.ptp(image) < 8
-            reason = 'small' if min(image.shape[:2]) < min_side else 'blank' if blank else ''
-            found.append((reason, '{1} x {0} px'.format(*image.shape), None if reason else resize(image, size), picture))
-    return found or [('corrupt', 'holds no image', None, False)]
-
 def frames(path, size):
-    """As `slices`, of every 30th frame (C.1.1) of a video, streamed while ffmpeg decodes it once from start to end."""
+    """Yield every 30th frame (C.1.1) of a video as uint8 (1, S, S, 3), while ffmpeg decodes it once from start to end."""
     command = ['ffmpeg', '-v', 'fatal', '-i', path, '-vf', f'framestep=30,scale={size}:{size}:flags=bicubic',
                '-fps_mode', 'passthrough', '-f', 'rawvideo', '-pix_fmt', 'rgb24', '-']
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         while len(frame := process.stdout.read(size * size * 3)) == size * size * 3:
-            blank = np.ptp(frame := np.frombuffer(frame, np.uint8).reshape(size, size, 3)) < 8
-            yield 'blank' if blank else '', 'frame', None if blank else resize(frame, size), False
+            yield np.frombuffer(frame, np.uint8).reshape(1, size, size, 3)
     if process.returncode:
-        yield 'corrupt', 'ffmpeg cannot decode it to its end', None, False
+        raise ValueError('ffmpeg cannot decode it to its end')
+
+def slices(path, modality, size, min_side):
+    """In a worker: yield (reason, detail, pixels, picture) for each image of a file, one alone for an unusable file. Kept are
+    those without a reason, as pixels uint8 (S, S, c); `picture` is false for the slices of a volume and frames of a video."""
+    try:
+        film, count = path.name.lower().endswith(VIDEOS), 0
+        for array in frames(path, size) if film else read(path, draft=max(2 * size, min_side)):
+            volume = array.dtype != np.uint8 or len(array) > 1
+            least = volume and RULES.get(modality, RULES[''])[2]
+            for count, image in enumerate(normalize(array, modality), count + 1):
+                blank = np.mean(image > 0.02 * 255) < least if least else np.ptp(image) < 8
+                reason = 'small' if min(image.shape[:2]) < min_side and not film else 'blank' if blank else ''
+                detail = '{1} x {0} px'.format(*image.shape)
+                yield reason, detail, None if reason else resize(image, size), not volume and not film
+        if not count:
+            raise ValueError('it holds no image')
+    except Exception as error:  # decoders fail on broken files in every way there is; dropped.csv tells which
+        yield 'corrupt', f'{type(error).__name__}: {error}', None, False
 
 def find_twin(pixels, name, seen):
     """Name of an earlier picture that uint8 (S, S, c) nearly repeats, or None; then `seen` {hash: [(name, grid)]} learns it.
@@ -400,82 +403,105 @@ def find_twin(pixels, name, seen):
                 return twin
     seen.setdefault(bits, []).append((name, grid))
 
+# --- the engine: calls in worker processes, results that wait on the disk, folders that appear when they are whole --------
+
 def follow_parent():
     """Start of a worker: Ctrl-C is for the main process alone, and whatever ends that, even kill -9, ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
 
-def in_order(pool, workers, work, calls, title):
-    """Yield work(*call) for each of the calls, in their order; two calls a worker are under way, which bounds the memory."""
+def spill(folder, work, *call):
+    """In a worker: write what work(*call) yields to a file below `folder`, item by item, and return the file's path."""
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        for item in work(*call):
+            pickle.dump(item, file)
+    return Path(file.name)
+
+def items(path):
+    """Yield what `spill` wrote."""
+    with open(path, 'rb') as file:
+        while file.peek(1):
+            yield pickle.load(file)
+
+def in_order(pool, workers, folder, work, calls, title):
+    """Yield for each of the calls, in their order, the file of what work(*call) yields; two a worker are under way."""
     jobs = deque()
-    for done in tqdm(range(len(calls)), title, unit='file', disable=not calls):
-        jobs.extend(pool.submit(work, *call) for call in calls[done + len(jobs):done + 2 * workers])
+    for done in tqdm(range(len(calls)), title, unit='file'):
+        jobs.extend(pool.submit(spill, folder, work, *call) for call in calls[done + len(jobs):done + 2 * workers])
         yield jobs.popleft().result()
 
+@contextlib.contextmanager
+def whole(folder, pool):
+    """Yield FOLDER.part to write in, which becomes FOLDER in the end, or goes away where the program is stopped."""
+    part = Path(f'{folder}.part')
+    shutil.rmtree(part, ignore_errors=True)  # what a killed run left behind
+    part.mkdir(parents=True)
+    try:
+        yield part
+        os.replace(part, folder)
+    except BaseException:
+        pool.shutdown(cancel_futures=True)  # so that no worker writes there any more
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+# --- sources for pretraining ----------------------------------------------------------------------------------------------
+
 def prepare(source, home, out, config, pool):
-    """Write a Source, the files below `home`, to OUT/<name>, or OUT/<name>-<Modality> if another modality has the name. Returns
-    its meta.json as a dict, None where there is nothing to read; a finished source is left alone."""
-    files = sorted({path.parent if path.suffix.lower() == '.dcm' else path for path in home.rglob('*') if path.is_file()})
-    names = [path.relative_to(home).as_posix() for path in files]
-    wanted = {path for path, name in zip(files, names) if pattern(source.images).fullmatch(name)
-              and not pattern(source.skip).fullmatch(name) and path.name[0] != '.'
-              and (path.is_dir() or name.lower().endswith(IMAGES))}
+    """Write a source, the files below `home`, to OUT/<name>, or OUT/<name>-<Modality> if another modality has the name.
+    Returns its meta.json as a dict, None where there is nothing to read; a finished source is left alone."""
+    names = list_names(home)
+    wanted = [name for name in names if pattern(source.images).fullmatch(name) and not pattern(source.skip).fullmatch(name)
+              and (home / name).name[0] != '.' and is_image(home, name)]
     if not wanted:
         print(f'{home}: {HINTS.get(source.name, "no image that can be read matches " + source.images)}; it is left out')
         return None
-    for program in {PROGRAMS.get('.dcm' if path.is_dir() else path.suffix.lower()) for path in wanted} - {None}:
-        if not shutil.which(program):
-            sys.exit(f'{home}: its files are read by the program {program}, which is missing: apt-get install {program}')
     for folder in out / source.name, out / f'{source.name}-{source.modality}':
         meta = json.loads((folder / 'meta.json').read_text()) if folder.exists() else {}
         if meta.get('modality', source.modality) == source.modality:
             break
     if meta:
-        print(f'{folder}: finished before, {meta["files"]} files (now {len(files)}), {meta["size"]} px; delete it to redo')
+        print(f'{folder}: finished before, {meta["files"]} files (now {len(names)}), {meta["size"]} px; delete it to redo')
         return meta
-    part = folder.with_name(folder.name + '.part')
-    shutil.rmtree(part, ignore_errors=True)  # what a killed run left behind
-    part.mkdir(parents=True)
-    buffers, shards, dropped, seen = {1: [], 3: []}, [], dict.fromkeys(REASONS, 0), {}
-
-    def write_shard(images):  # (n, S, S, c)
-        shards.append({'file': f'{len(shards):05d}.npy', 'count': len(images), 'channels': images[0].shape[2]})
-        np.save(part / shards[-1]['file'], images)
-        images.clear()
-
-    rules = ['SUV' if source.modality == 'PET' and 'suv' in f'{home.name}/{name}'.lower() else source.modality for name in names]
-    calls = [(path, rule, config.size, config.min_side) for path, rule in zip(files, rules)
-             if path in wanted and not path.name.lower().endswith(VIDEOS)]
-    results = in_order(pool, config.workers, slices, calls, folder.name)
-    with open(part / 'dropped.csv', 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
-        log = csv.writer(file)
-        log.writerow(('path', 'slice', 'reason', 'detail'))
-        for path, name in zip(files, names):
-            found = ([('other', 'no image by its name', None, False)] if path not in wanted else
-                     frames(path, config.size) if path.name.lower().endswith(VIDEOS) else next(results))
-            for index, (reason, detail, pixels, picture) in enumerate(found):
-                # Neighbouring slices of a volume are alike by nature, and Table 2 keeps them.
-                if picture and not reason and (twin := find_twin(pixels, name, seen)):
-                    reason, detail = 'duplicate', f'of {twin}'
-                if reason:
-                    dropped[reason] += 1
-                    log.writerow((name, index, reason, detail))
-                    continue
-                images = buffers[pixels.shape[2]]
-                images.append(pixels)
-                if len(images) * pixels.nbytes >= config.shard << 20:
-                    write_shard(images)
+    shards, buffers, seen, chosen = [], {1: [], 3: []}, {}, {*wanted}
+    dropped = dict.fromkeys(REASONS, 0) | {'other': len(names) - len(wanted)}
+    calls = [(home / name, 'SUV' if source.modality == 'PET' and 'suv' in f'{home.name}/{name}'.lower() else source.modality,
+              config.size, config.min_side) for name in wanted]
+    with whole(folder, pool) as part:
+        with open(part / 'dropped.csv', 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+            log = csv.writer(file)
+            log.writerow(('path', 'slice', 'reason', 'detail'))
+            log.writerows((name, 0, 'other', 'no image by its name') for name in names if name not in chosen)
+            for path, name in zip(in_order(pool, config.workers, part, slices, calls, folder.name), wanted):
+                for index, (reason, detail, pixels, picture) in enumerate(items(path)):
+                    # Neighbouring slices of a volume are alike by nature, and Table 2 keeps them.
+                    if picture and not reason and (twin := find_twin(pixels, name, seen)):
+                        reason, detail = 'duplicate', f'of {twin}'
+                    if reason:
+                        dropped[reason] += 1
+                        log.writerow((name, index, reason, detail))
+                        continue
+                    images = buffers[pixels.shape[2]]
+                    images.append(pixels)
+                    if len(images) * pixels.nbytes >= config.shard << 20:
+                        write_shard(part, shards, images)
+                path.unlink()
         for images in filter(None, buffers.values()):
-            write_shard(images)
-    count = sum(shard['count'] for shard in shards)
-    channels = sorted({shard['channels'] for shard in shards})
-    meta = {'source': folder.name, 'modality': source.modality, 'count': count, 'size': config.size, 'channels': channels,
-            'normalization': f'volumes: {RULES.get(source.modality, "minimum..maximum")}; pictures: / 255, 16 bits / 4095 or 65535',
-            'foreground': f'slices: {FOREGROUND[source.modality]} of the pixels above 0.02' if source.modality in FOREGROUND else 'any',
-            'files': len(files), 'read': count + sum(dropped.values()), 'dropped': dropped, 'shards': shards}
-    (part / 'meta.json').write_text(json.dumps(meta, indent=1))
-    os.replace(part, folder)
+            write_shard(part, shards, images)
+        _, _, least, words = RULES.get(source.modality, RULES[''])
+        count = sum(shard['count'] for shard in shards)
+        meta = {'source': folder.name, 'modality': source.modality, 'count': count, 'size': config.size,
+                'channels': sorted({shard['channels'] for shard in shards}),
+                'normalization': f'volumes: {words}; pictures: / 255, 16 bits / 4095 or 65535',
+                'foreground': f'slices: {least} of the pixels above 0.02' if least else 'any',
+                'files': len(names), 'read': count + sum(dropped.values()), 'dropped': dropped, 'shards': shards}
+        (part / 'meta.json').write_text(json.dumps(meta, indent=1))
     return meta
+
+def write_shard(part, shards, images):
+    """Move the images, a list of uint8 (S, S, c), to the next file, and note it in `shards`."""
+    shards.append({'file': f'{len(shards):05d}.npy', 'count': len(images), 'channels': images[0].shape[2]})
+    np.save(part / shards[-1]['file'], images)
+    images.clear()
 
 def home_of(row, raw):
     """The folder of a row of Table 2 or 3 below RAW, or None; some rows come in one download, as RAW/AutoPET."""
@@ -483,114 +509,140 @@ def home_of(row, raw):
     return next((raw / name for name in (row.name, *shared) if (raw / name).is_dir()), None)
 
 def find_sources(raw, config):
-    """[(Source, its folder)] below RAW: the rows of Table 2 by their names, then RAW/<Modality>/<source>. Names what else lies
-    there, ends the program if it is all there is."""
-    names = {name.lower(): name for name in MODALITIES}
+    """[(row of a source, its folder)] below RAW: the rows of Table 2 by their names, then RAW/<Modality>/<source>. Names what
+    else lies there, ends the program if it is all there is."""
+    known = {name.lower(): name for name in MODALITIES}
     found = [(row, home) for row in SOURCES if (home := home_of(row, raw))]
-    tops = {home for _, home in found} | {path for path in raw.glob('*') if path.name.lower() in names}
-    below = [path for top in tops if top.name.lower() in names for path in sorted(top.glob('*'))]
-    found += [(Source(path.name, names[path.parent.name.lower()]), path) for path in sorted(below) if path.is_dir()]
-    if others := {*raw.glob('*')} - tops | {path for path in below if not path.is_dir()}:
-        print(f'warning: {len(others)} files and folders are no known data set RAW/<name>/ and no RAW/<Modality>/<source>/, as '
-              f'{min(others)}', file=sys.stderr)
+    tops = {path for path in raw.glob('*') if path.name.lower() in known}
+    below = sorted(path for top in tops for path in top.glob('*'))
+    others = {*raw.glob('*')} - tops - {home for _, home in found} | {path for path in below if not path.is_dir()}
+    found += [(Row(path.name, known[path.parent.name.lower()]), path) for path in below if path.is_dir()]
+    if others:
+        print(f'warning: {len(others)} files and folders are no known data set RAW/<name>/ and no RAW/<Modality>/<source>/, '
+              f'as {min(others)}', file=sys.stderr)
     if config.source:
         found = [(row._replace(images=config.images or row.images, skip=config.skip or row.skip), home)
                  for row, home in found if row.name == config.source]
     if not found:
         sys.exit(f'no images: --raw {raw} has no folder {config.source or "of a known data set (see --list)"} and no '
                  f'<Modality>/<source>/, with <Modality> of {", ".join(MODALITIES)}')
+    homes = {}
+    for row, home in found:
+        if homes.setdefault((row.name, row.modality), home) != home:
+            sys.exit(f'{home} and {homes[row.name, row.modality]} would both be {row.name}: rename or move one of them')
     return found
 
 def list_tables(raw):
-    """Print the rows of Tables 2 and 3: whether they lie below RAW, how to get them, and where the layout is not confirmed."""
+    """Print the rows of Tables 2 and 3: whether they lie below RAW, how to get them, and whose layout is not confirmed."""
     for row in (*SOURCES, *TASKS.values()):
         unsure = ' (layout unsure: give --images, --masks)' if row.access.endswith('?') else ''
-        print(f'{row.name:<26}{row.modality:<12}{row[2]:<26}{row.count:>17}  {"found" if home_of(row, raw) else "-":<7}'
+        print(f'{row.name:<26}{row.modality:<12}{row.content:<26}{row.count:>17}  {"found" if home_of(row, raw) else "-":<7}'
               f'{row.access.strip("?")}{unsure}, {row.link}')
 
 # --- labelled tasks -------------------------------------------------------------------------------------------------------
 
 def find_labelled(raw, config):
     """{path of an image below RAW: (its frames, its answer, its patient)}. The answer is a class, or the paths of its masks,
-    None for an absent one. Of the tasks of Table 3, images without a mask are left out with a word."""
-    def fail(name, trouble):
-        sys.exit(f'{raw / name}: {trouble}; complete the pairs or mend --images, --masks')
-
-    names = [path.relative_to(raw).as_posix() for path in sorted(raw.rglob('[!.]*')) if path.is_file()]
-    names = [name for name in names if not pattern(config.skip).fullmatch(name)]
-    in_files = '*' in ''.join(config.labels)
-    layers = [matches(names, glob) for glob in config.masks or config.labels * in_files or ('*masks/*.**',)]
+    None for an absent one."""
+    names = [name for name in list_names(raw) if (raw / name).name[0] != '.' and not pattern(config.skip).fullmatch(name)]
+    in_files, table = '*' in ''.join(config.labels), {}
+    layers = [matches(names, rule) for rule in config.masks or config.labels * in_files or ('*masks/*.**',)]
     taken = {name for layer in layers for found in layer.values() for name in found}
-    images = matches([name for name in names if name not in taken and name.lower().endswith(IMAGES)],
+    images = matches([name for name in names if name not in taken and is_image(raw, name)],
                      config.images or ('*images/*.**' if taken else '**'))
     if not images or not taken and (config.masks or in_files):
         sys.exit(f'{raw}: {HINTS.get(config.task) or "no image or no mask here matches --images, --masks or --labels"}')
-    answers, patients = {}, {}
-    for layer in layers:
-        for key, found in layer.items():
-            if key not in images or len(found) > 1:
-                fail(found[-1], f'is of the same image as {found[0]}' if key in images else 'no image goes with it')
-    for key, found in images.items() if taken else ():
-        masks = tuple(layer.get(key, (None,))[0] for layer in layers)
-        if not any(masks) and config.task not in TASKS:
-            fail(found[0], 'no mask goes with it')
-        if len(found) > 1 and not config.frames:
-            fail(found[1], f'has the same mask as {found[0]}')
-        if any(masks):
-            answers[found[0]] = found, masks
-    if taken and len(answers) < len(images):
-        print(f'{raw}: {len(images) - len(answers)} images without a mask are left out')
-    if not taken:
-        answers = {name: ([name], Path(name).parent.name) for found in images.values() for name in found}
     if config.labels and not in_files:
-        with open(next(raw.rglob(config.labels[0])), newline='') as file:
-            header, *rows = csv.reader(file)
-        columns = [header.index(column) for column in config.labels[1:]] or [0, 1]
-        rows = {Path(row[columns[0]]).stem: [row[column] for column in columns[1:]] for row in rows}
-        answers = {name: ([name], rows[Path(name).stem][0]) for name in answers if Path(name).stem in rows}
-        patients = {name: rows[Path(name).stem][1] for name in answers if len(columns) > 2}
-    for name in answers if config.patient else ():
-        patients[name] = (re.search(config.patient, name) or [name])[0]
-    return {name: (*answer, patients.get(name, name)) for name, answer in answers.items()}
+        table = read_table(raw, config.labels)
+        answers = {name: ([name], table[Path(name).stem][0])
+                   for found in images.values() for name in found if Path(name).stem in table}
+    elif taken:
+        answers = pair(raw, images, layers, config)
+    else:
+        answers = {name: ([name], Path(name).parent.name) for found in images.values() for name in found}
+    if missing := sum(map(len, images.values())) - sum(len(frames) for frames, _ in answers.values()):
+        print(f'{raw}: {missing} images without a mask or label are left out')
+    patients = {name: table[Path(name).stem][1:] or [name] for name in answers} if table else {}
+    if config.patient:
+        patients = {name: re.search(config.patient, name) or [name] for name in answers}
+    return {name: (*answer, patients.get(name, [name])[0]) for name, answer in answers.items()}
+
+def pair(raw, images, layers, config):
+    """{first frame: (frames, masks)} of images {key: names} and layers of masks [{key: names}], which belong together where
+    their keys are the same. Of the tasks of Table 3, images without a mask are left out."""
+    answers = {}
+    for key in dict.fromkeys(key for group in (images, *layers) for key in group):
+        frames, masks = images.get(key, []), [layer.get(key, []) for layer in layers]
+        if any(masks) and frames and max(map(len, masks)) == 1 and (len(frames) == 1 or config.frames):
+            answers[frames[0]] = frames, tuple(found[0] if found else None for found in masks)
+        elif any(masks) or config.task not in TASKS:
+            trouble = ('no image goes with it' if not frames else 'no mask goes with it' if not any(masks) else
+                       'they go together, where one image and one mask should')
+            sys.exit(f'{raw}/{", ".join(sum(masks, frames))}: {trouble}; complete the pairs or mend --images, --masks')
+    return answers
+
+def find_file(raw, end):
+    """The file below RAW whose path ends so."""
+    if found := [name for name in list_names(raw) if f'/{name}'.endswith(f'/{end}')]:
+        return raw / found[0]
+    sys.exit(f'{raw}: there is no file {end} here; mend --labels or --split')
+
+def read_table(raw, labels):
+    """{stem of a file's name: its class and, if there is a third column, its patient} of a CSV file below RAW."""
+    path, table = find_file(raw, labels[0]), {}
+    with open(path, newline='', encoding='utf-8-sig') as file:  # Excel begins a file with a mark
+        reader = csv.DictReader(file)
+        for row in reader:
+            name, *answer = (row.get(column) for column in labels[1:] or reader.fieldnames[:2])
+            if None in (name, *answer) or table.setdefault(Path(name).stem, answer) != answer:
+                sys.exit(f'{path}, line {reader.line_num}: {name} has no {" or no ".join(labels[1:])}, or another one than '
+                         f'above; the columns are {reader.fieldnames}')
+    return table
 
 def split(files, raw, config):
     """{'train', 'val', 'test': names} by the three rules of --split. A glob takes the images it matches or whose masks it
-    matches, a list (.txt below RAW) those whose stems it holds; numbers share out the other patients, n of each class: to test
-    ceil of its share and to val floor, as the counts of Table 3 imply."""
-    given = {name.split('/')[0] for name in files} <= {'train', 'val', 'test'}
-    rules = config.split or (('train/**', 'val/**', 'test/**') if given else ('50', '20', '30'))
-    rules, splits, patients, classes = dict(zip(('train', 'val', 'test'), rules)), {}, {}, {}
-    lists = {part: {*next(raw.rglob(rule)).read_text().split()} for part, rule in rules.items() if rule.endswith('.txt')}
+    matches, a list (.txt below RAW) those whose stems it holds; numbers share out the other patients, n of each class: to
+    test ceil of its share and to val floor, as the counts of Table 3 imply."""
+    splits, others, groups = {'train': [], 'val': [], 'test': []}, {}, {}
+    given = {name.split('/')[0] for name in files} <= {*splits}
+    rules = dict(zip(splits, config.split or (('train/**', 'val/**', 'test/**') if given else ('50', '20', '30'))))
+    shares = {part: int(rule) for part, rule in rules.items() if rule.isdigit()}
+    lists = {part: {*find_file(raw, rule).read_text().split()} for part, rule in rules.items() if rule.endswith('.txt')}
     for name, (_, answer, patient) in files.items():
         paths = [name] if isinstance(answer, str) else [name, *filter(None, answer)]
-        part = next((part for part, rule in rules.items() if Path(name).stem in lists.get(part, ())
-                     or any(map(pattern(rule).fullmatch, paths))), patient)
-        (splits if part in rules else patients).setdefault(part, []).append(name)
-    for patient, names in patients.items():
+        for part, rule in rules.items():
+            if Path(name).stem in lists.get(part, ()) or any(map(pattern(rule).fullmatch, paths)):
+                splits[part].append(name)
+                break
+        else:
+            others.setdefault(patient, []).append(name)
+    whole_share = sum(shares.values())
+    if others and not whole_share:
+        sys.exit(f'{raw / min(others.values())[0]}: no rule of --split takes it; give three globs, lists or numbers')
+    for patient, names in others.items():
         answer = files[names[0]][1]
-        classes.setdefault(answer if isinstance(answer, str) else '', []).append(patient)
-    rng, shares = np.random.default_rng(config.seed), {part: int(rule) for part, rule in rules.items() if rule.isdigit()}
-    for _, group in sorted(classes.items()):
-        n, whole = len(group), sum(shares.values())
-        test, val = -(-n * shares.get('test', 0) // whole), n * shares.get('val', 0) // whole
-        for place, patient in enumerate(rng.permutation(group)):
-            part = 'test' if place < test else 'val' if place < test + val else 'train'
-            splits.setdefault(part, []).extend(patients[patient])
-    return {part: sorted(splits.get(part, [])) for part in rules}
+        groups.setdefault(answer if isinstance(answer, str) else '', []).append(patient)
+    rng = np.random.default_rng(config.seed)
+    for _, group in sorted(groups.items()):
+        test = -(-len(group) * shares.get('test', 0) // whole_share)
+        val = len(group) * shares.get('val', 0) // whole_share
+        for part, drawn in zip(('test', 'val', 'train'), np.split(rng.permutation(group), (test, test + val))):
+            splits[part] += [name for patient in drawn for name in others[patient]]
+    return {part: sorted(names) for part, names in splits.items()}
 
 def class_table(config):
     """{value in a mask: class} of --values, where a class may have several values (420+421) or all others (*); what stands
     after the last class is not scored, nor is 255, unless it is given a class."""
     table = {}
     for number, entry in enumerate(config.values or map(str, range(len(config.classes)))):
-        table |= {value if value == '*' else int(value): number if number < len(config.classes) else 255
-                  for value in entry.split('+') if value}
+        for value in filter(None, entry.split('+')):
+            table[value if value == '*' else int(value)] = number if number < len(config.classes) else 255
     return table if '*' in table else {255: 255} | table
 
 def read_class(path):
     """The number of an image's class in a VOC file (.xml, the name of its first object), or that of the largest polygon."""
     if path.suffix == '.xml':
-        return int(xml.etree.ElementTree.parse(path).findtext('object/name'))
+        return int(re.search(r'<object>.*?<name>(.*?)</name>', path.read_text(), re.S)[1])
     return max(polygons(path, 256, 256), key=lambda found: found[1].sum())[0]
 
 def read_masks(path, shape):
@@ -598,50 +650,51 @@ def read_masks(path, shape):
     polygons of a .txt become one mask of the shape of the image."""
     if path.suffix == '.txt':
         return [np.any([mask for _, mask in polygons(path, *shape[:2])], axis=0).astype(np.uint8)]
-    masks = [mask for volume in read(path) for mask in volume]
+    masks = [mask for volume in read(path, raw=True) for mask in volume]
     for mask in masks:
         if mask.ndim == 3 and np.ptp(mask, 2).any() and len(np.unique(mask.reshape(-1, 3), axis=0)) > 2:
             raise ValueError('the mask has several colours, where each pixel should hold the number of its class')
     return [mask.max(2) if mask.ndim == 3 else mask for mask in masks]
 
-def labelled(raw, frames, answer, config):
-    """In a worker: all (pixels uint8 (S, S, c), mask uint8 (S, S) or number of the class) of an image or a volume."""
-    try:
-        images = [[image for volume in read(raw / frame) for image in normalize(volume, config.modality)] for frame in frames]
-        images = [np.minimum.reduce(same) for same in zip(*images)]  # of several frames, the darkest of each pixel
-        table = class_table(config)
-        if isinstance(answer, str) or config.labels:
-            label = config.classes.index(answer) if isinstance(answer, str) else table[read_class(raw / answer[0])]
-            return [(resize(image, config.size), label) for image in images]
-        layers = [path and read_masks(raw / path, images[0].shape) for path in answer]
-        if len(layers) == 1:
-            masks = layers[0]
-            if [mask.shape for mask in masks] != [image.shape[:2] for image in images]:
-                raise ValueError(f'{len(masks)} masks of {masks[0].shape} for {len(images)} images of {images[0].shape}')
-            for i, mask in enumerate(masks):
-                values, place = np.unique(mask, return_inverse=True)
-                found = [table.get(value, table.get('*')) for value in values.tolist()]
-                if None in found:
-                    strange = [value for value, number in zip(values.tolist(), found) if number is None]
-                    raise ValueError(f'values {strange[:9]}, while --classes and --values know {[*table]}')
-                masks[i] = np.uint8(found)[place].reshape(mask.shape)
-                masks[i] = np.uint8(fill(masks[i] > 0)) if config.outline else masks[i]
-        else:  # a file for each class, painted in their order; an absent one has nothing to paint
-            masks = [np.zeros_like(layer, np.uint8) for layer in next(filter(None, layers))]
-            for number, layer in enumerate(layers, 1):
-                for mask, part in zip(masks, layer or ()):
-                    mask[part > 0] = number
-        square = (config.size, config.size)
-        return [(resize(image, config.size), np.asarray(Image.fromarray(mask).resize(square, Image.Resampling.NEAREST)))
-                for image, mask in zip(images, masks)]
-    except Exception as error:  # decoders fail in every way there is
-        sys.exit(f'{raw / frames[0]}: cannot be read with {answer} ({type(error).__name__}: {error}); mend or remove the pair')
+def classify(mask, table):
+    """Values (H, W) as classes uint8, by the table of `class_table`."""
+    values, place = np.unique(mask, return_inverse=True)
+    numbers = {value: table.get(value, table.get('*')) for value in values.tolist()}
+    if strange := [value for value, number in numbers.items() if number is None]:
+        raise ValueError(f'values {strange[:9]}, while --classes and --values know {[*table]}')
+    return np.uint8([*numbers.values()])[place].reshape(mask.shape)
 
 def fill(outline):
     """bool (H, W) of a closed convex outline -> with its inside: all that has outline on both sides in its row or column."""
     run = np.logical_or.accumulate
     rows, columns = (run(outline, axis) & np.flip(run(np.flip(outline, axis), axis), axis) for axis in (0, 1))
     return rows | columns
+
+def labelled(raw, frames, answer, config):
+    """In a worker: yield (pixels uint8 (S, S, c), mask uint8 (S, S) or number of the class) for each image or slice."""
+    try:
+        images = [[image for volume in read(raw / frame) for image in normalize(volume, config.modality)] for frame in frames]
+        images = [np.minimum.reduce(same) for same in zip(*images)]  # of several frames, the darkest of each pixel
+        table, square = class_table(config), (config.size, config.size)
+        if isinstance(answer, str) or config.labels:
+            label = config.classes.index(answer) if isinstance(answer, str) else table[read_class(raw / answer[0])]
+            yield from ((resize(image, config.size), label) for image in images)
+            return
+        layers = [read_masks(raw / path, images[0].shape) if path else [] for path in answer]
+        masks = max(layers, key=len)
+        if len(masks) != len(images) or len(layers) == 1 and any(m.shape != i.shape[:2] for m, i in zip(masks, images)):
+            raise ValueError(f'{len(masks)} masks of {masks[0].shape} for {len(images)} images of {images[0].shape}')
+        for index, image in enumerate(images):
+            if len(layers) == 1:
+                mask = classify(masks[index], table)
+                mask = np.uint8(fill(mask > 0)) if config.outline else mask
+            else:  # a file for each class, painted in their order; an absent one has nothing to paint
+                mask = np.zeros_like(masks[index], np.uint8)
+                for number, layer in enumerate(layers, 1):
+                    mask[layer[index] > 0 if layer else False] = number
+            yield resize(image, config.size), np.asarray(Image.fromarray(mask).resize(square, Image.Resampling.NEAREST))
+    except Exception as error:  # decoders fail in every way there is
+        sys.exit(f'{raw / frames[0]}: cannot be read with {answer} ({type(error).__name__}: {error}); mend or remove them')
 
 def prepare_task(config, raw, folder, pool):
     """Write the labelled images below RAW to `folder`: {train,val,test}/images.npy and masks.npy or labels.npy, meta.json,
@@ -652,42 +705,40 @@ def prepare_task(config, raw, folder, pool):
     kinds = {answer for _, answer, _ in files.values() if isinstance(answer, str)} or {*config.labels}
     config.classes = config.classes or (tuple(sorted(kinds)) if kinds else config.values if len(config.values) > 2 else
                                         ('background', 'foreground'))
-    splits, counts, part = split(files, raw, config), {}, folder.with_name(folder.name + '.part')
-    shutil.rmtree(part, ignore_errors=True)
-    for name, chosen in splits.items():
-        calls = [(raw, *files[file][:2], config) for file in chosen]
-        pairs = (pair for found in in_order(pool, config.workers, labelled, calls, name) for pair in found)
-        counts[name] = write_split(part / name, pairs, config.size, kinds)
-    meta = {'kind': 'classification' if kinds else 'segmentation', 'classes': config.classes, 'modality': config.modality,
-            'size': config.size, 'counts': counts}
-    (part / 'split.json').write_text(json.dumps(splits, indent=1))
-    (part / 'meta.json').write_text(json.dumps(meta, indent=1))
-    Task(part)  # ends the program if the classes and splits would not do for training
-    os.replace(part, folder)
+    splits, counts, shown = split(files, raw, config), {}, set()
+    with whole(folder, pool) as part:
+        for name, chosen in splits.items():
+            (part / name).mkdir()
+            calls = [(raw, *files[file][:2], config) for file in chosen]
+            paths = [*in_order(pool, config.workers, part, labelled, calls, name)]
+            counts[name] = write_split(part / name, paths, config.size, kinds, shown)
+        meta = {'kind': 'classification' if kinds else 'segmentation', 'classes': config.classes, 'modality': config.modality,
+                'size': config.size, 'counts': counts}
+        (part / 'split.json').write_text(json.dumps(splits, indent=1))
+        (part / 'meta.json').write_text(json.dumps(meta, indent=1))
+        Task(part)  # ends the program if the classes and splits would not do for training
+    if missing := [name for number, name in enumerate(config.classes) if number not in shown]:
+        print(f'warning: no image shows {", ".join(missing)}; mend --classes or --values?', file=sys.stderr)
     print(f'{folder}: {meta["kind"]} into {", ".join(config.classes)}; images: {counts}'
           + (f', in the paper {TASKS[config.task].count or "none"}' if config.task in TASKS else ''))
 
-def write_split(folder, pairs, size, classify):
-    """Write images.npy and masks.npy or labels.npy of the pairs; returns their number. Because neither that nor whether all
-    are grey is known before the end, batches of 256 wait in files of their own."""
-    folder.mkdir(parents=True)
-    batches, count, channels = [], 0, 1
-    while batch := [*islice(pairs, 256)]:
-        c = max(pixels.shape[2] for pixels, _ in batch)
-        batches.append(folder / f'{count}.npz')
-        np.savez(batches[-1], images=[np.broadcast_to(pixels, (size, size, c)) for pixels, _ in batch],
-                 answers=[answer for _, answer in batch])
-        count, channels = count + len(batch), max(channels, c)
-    for key, name, shape, kind in (('images', 'images', (size, size, channels), np.uint8),
-                                   ('answers', *(('labels', (), np.int64) if classify else ('masks', (size, size), np.uint8)))):
+def write_split(folder, paths, size, classify, shown):
+    """Write images.npy and masks.npy or labels.npy of the pairs in the files, which are removed; returns their number, and
+    adds the classes they show to `shown`. Grey images get three channels where others are in colour."""
+    channels = []
+    for pixels, answer in (pair for path in paths for pair in items(path)):
+        channels.append(pixels.shape[2])
+        shown.update(np.bincount(np.ravel(answer)).nonzero()[0].tolist())
+    answers = ('labels', (), np.int64) if classify else ('masks', (size, size), np.uint8)
+    for place, (name, shape, kind) in enumerate((('images', (size, size, max(channels, default=1)), np.uint8), answers)):
         with open(folder / f'{name}.npy', 'wb') as file:
-            np.lib.format.write_array_header_1_0(file, dict(descr=np.dtype(kind).str, fortran_order=False, shape=(count, *shape)))
-            for batch in batches:  # grey fills the channels of colour
-                array = np.load(batch)[key]
-                file.write(np.broadcast_to(array, (len(array), *shape)).astype(kind).tobytes())
-    for batch in batches:
-        batch.unlink()
-    return count
+            header = {'descr': np.dtype(kind).str, 'fortran_order': False, 'shape': (len(channels), *shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for pair in (pair for path in paths for pair in items(path)):
+                file.write(np.broadcast_to(pair[place], shape).astype(kind).tobytes())
+    for path in paths:
+        path.unlink()
+    return len(channels)
 
 # --- phantoms: ten modalities simulated from their physics, with masks and classes ---------------------------------------
 # Tissues = mask classes: air 0, fat 1, muscle 2, gut 3, lung 4, liver 5, kidney 6, spleen 7, bone 8, blood 9, lesion 10
@@ -834,7 +885,7 @@ def write_phantom(folder, modality, n, seed, side=160):
     source = 'phantom-' + modality.lower() + '-suv' * (modality == 'PET')
     for place, array in ((folder / 'raw' / modality / source / kind, image), (folder / 'labels' / modality / kind, mask)):
         place.mkdir(parents=True, exist_ok=True)
-        if modality in VOLUMES:
+        if modality in RULES:
             nib.save(nib.Nifti1Image(array, np.diag((400 / side, 400 / side, 20, 1))), place / f'{n:04d}.nii.gz')  # mm
         else:
             Image.fromarray(np.uint8(np.clip(array, 0, 255))).save(place / f'{n:04d}.png')
@@ -843,58 +894,73 @@ def write_phantom(folder, modality, n, seed, side=160):
 
 def report_overlaps(home):
     """Tell which prepared tasks below `home` test on images of prepared sources, which a network would have seen before."""
-    for task, sources in (('fhu', ('HC18',)), ('autopet-org', ('AutoPET-CT', 'AutoPET-PET', 'AutoPET-SUV'))):
-        for source in sources:
-            if (home / task).exists() and (home / 'medverse' / source).exists():
-                print(f'note: the images of {home / task} are also in {home / "medverse" / source}, so a network pretrained there '
-                      'has seen the test images, though not their masks')
+    for task, source in (('fhu', 'HC18'), *(('autopet-org', f'AutoPET-{kind}') for kind in ('CT', 'PET', 'SUV'))):
+        if (home / task).exists() and (home / 'medverse' / source).exists():
+            print(f'note: the images of {home / task} are also in {home / "medverse" / source}, so a network pretrained '
+                  'there has seen the test images, though not their masks')
+
+def print_counts(rows, metas):
+    """Print a table of what was read, kept and dropped of each source, beside what the paper kept."""
+    table = [(m['modality'], m['source'], m['files'], m['read'], m['count'], *m['dropped'].values()) for m in metas]
+    papers = [f'{int(row.count):>10}{m["count"] - int(row.count):>+10}' if row.count else '' for row, m in zip(rows, metas)]
+    titles = ('modality', 'source', 'files', 'read', 'kept', *REASONS)
+    total = ('all', f'{len(table)} sources', *map(sum, list(zip(*table))[2:]))
+    for line, paper in zip((titles, *table, total), (f'{"paper":>10}{"more":>10}' * any(papers), *papers, '')):
+        print(f'{line[0]:<11}{line[1]:<30}' + ''.join(f'{cell:>10}' for cell in line[2:]) + paper)
+    print('every file accounted for: read = kept + dropped')
+
+def check(config):
+    """End the program with a sentence on options that cannot be meant."""
+    lost = [name for name in ('images', 'skip') * (not config.source) + ('masks', 'labels') if getattr(config, name)]
+    for wrong, words in (
+            (min(config.size, config.min_side, config.shard) < 1 or config.workers < 0,
+             '--size, --min_side and --shard must be 1 or more, --workers 0 or more'),
+            (config.modality not in ('', 'SUV', *MODALITIES),
+             f'--modality {config.modality}: it must be SUV or one of {", ".join(MODALITIES)}'),
+            (lost and not config.task, f'--{" --".join(lost)} would not be used: give --source NAME or --task NAME'),
+            (not (config.raw or config.list or config.phantoms or config.task.startswith('phantom-')),
+             'where are the images? give --raw RAW, a folder of <Modality>/<source>/** or of a task, or --phantoms N')):
+        if wrong:
+            sys.exit(words)
 
 def main():
     """Simulate the phantoms if they are asked for, then prepare a task or every source below RAW."""
     config = parse_options(Config())
-    if min(config.size, config.min_side, config.shard) < 1 or config.workers < 0:
-        sys.exit('--size, --min_side and --shard must be 1 or more, --workers 0 or more')
+    if row := TASKS.get(config.task):  # its rules, then the command line again over them
+        defaults = replace(Config(), modality=row.modality, split=('50', '20', '30'))
+        config = parse_options(parse_options(defaults, shlex.split(row.images)))
+    check(config)
     if config.list:
         return list_tables(Path(config.raw))
-    if row := TASKS.get(config.task):  # its rules, then the command line again over them
-        config = parse_options(parse_options(replace(Config(), modality=row.modality, split=('50', '20', '30')), shlex.split(row.rules)))
     config.workers = config.workers or os.cpu_count()
     out, home = Path(config.out or f'data/{config.task or "medverse"}'), Path(config.raw or 'data/phantoms')
     if config.task.startswith('phantom-'):
         config.phantoms = config.phantoms or 200 * (not home.exists())
-    elif not config.raw and not config.phantoms:
-        sys.exit('where are the images? give --raw RAW, a folder of <Modality>/<source>/** or of a task, or --phantoms N')
     pool = ProcessPoolExecutor(config.workers, initializer=follow_parent)
     try:
         calls = [(home, modality, n, config.seed) for modality in MODALITIES
-                 for n in range(-(-config.phantoms // (8 if modality in VOLUMES else 1)))]
-        deque(in_order(pool, config.workers, write_phantom, calls, 'phantoms'), 0)  # runs them all
+                 for n in range(-(-config.phantoms // (8 if modality in RULES else 1)))]
+        deque(tqdm(pool.map(write_phantom, *zip(*calls)), 'phantoms', len(calls), disable=not calls), 0)  # runs them all
         if config.task:
             prepare_task(config, home, out, pool)
-            return report_overlaps(out.parent)
-        sources = find_sources(home / 'raw' if config.phantoms else home, config)
-        metas = [prepare(*source, out, config, pool) for source in sources]
+        else:
+            found = [(row, prepare(row, folder, out, config, pool))
+                     for row, folder in find_sources(home / 'raw' if config.phantoms else home, config)]
+            if not (done := [pair for pair in found if pair[1]]):
+                sys.exit(1)
+            print_counts(*zip(*done))
     except BrokenProcessPool:
         sys.exit('a worker was killed, most likely for its memory: start again with fewer --workers; finished sources stay')
     except OSError as error:
         sys.exit(f'{error}: make room in {out} or choose another --out, and start again; finished sources stay')
+    except re.error as error:
+        sys.exit(f'--patient {config.patient}: no regular expression ({error})')
     except KeyboardInterrupt:
         print('stopped: start again to go on with the unfinished sources', file=sys.stderr)
         sys.exit(130)
     finally:
         pool.shutdown(cancel_futures=True)
-        for part in [*out.glob('*.part'), out.with_name(out.name + '.part')]:
-            shutil.rmtree(part, ignore_errors=True)
-    rows = [(m['modality'], m['source'], m['files'], m['read'], m['count'], *m['dropped'].values()) for m in metas if m]
-    papers = [f'{int(source.count):>10}{m["count"] - int(source.count):>+10}' if source.count else ''
-              for (source, _), m in zip(sources, metas) if m]
-    rows.append(('all', f'{len(rows)} sources', *map(sum, list(zip(*rows))[2:])))
-    for row, paper in zip([('modality', 'source', 'files', 'read', 'kept', *REASONS), *rows],
-                          [f'{"paper":>10}{"more":>10}' * any(papers), *papers, '']):
-        print(f'{row[0]:<11}{row[1]:<30}' + ''.join(f'{cell:>10}' for cell in row[2:]) + paper)
-    print('every file accounted for: read = kept + dropped')
     report_overlaps(out.parent)
-    sys.exit(not any(metas))
 
 if __name__ == '__main__':
     main()

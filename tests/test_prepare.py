@@ -4,10 +4,12 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from unittest import mock
 
@@ -231,7 +233,7 @@ def test_npy_shapes(tmp_path):
     assert (kept(tmp_path / 'a.npy', 'MR', size=96)[0][..., 0] == texture(9)).all()  # uint8 is 0..255, whatever the modality
     for shape in (40,), (2, 3, 40, 50), (1, 2, 3, 40, 50):
         np.save(tmp_path / 'a.npy', np.ones(shape, np.uint8))
-        assert prep.slices(tmp_path / 'a.npy', 'MR', SIZE, 8)[0][0] == 'corrupt'
+        assert [reason for reason, *_ in prep.slices(tmp_path / 'a.npy', 'MR', SIZE, 8)] == ['corrupt']
 
 # --- duplicates ----------------------------------------------------------------------------------------------------------
 
@@ -510,3 +512,69 @@ def test_four_modalities_see_the_same_body(tmp_path):
         for modality in prep.MODALITIES[:4]:
             prep.write_phantom(tmp_path, modality, 0, seed=3, side=64)      # no lesions are drawn for a healthy body
     assert len({call.args[0].random() for call in torso.call_args_list}) == 1   # all have drawn the same numbers
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What users' folders and options hold
+
+def test_a_file_of_an_odd_kind_does_not_stop_the_others(tmp_path):
+    folder = tmp_path / 'raw/MR/odd'
+    save_nifti(folder / 'a.nii.gz', texture(1, 40, 40)[..., None].repeat(3, 2).astype(np.int16), (1, 1, 5))
+    colour = np.zeros((40, 40, 3), [('R', 'u1'), ('G', 'u1'), ('B', 'u1')])
+    nib.save(nib.Nifti1Image(colour, np.eye(4)), folder / 'colour.nii.gz')
+    nib.save(nib.Nifti1Image(np.ones((40, 40, 3), np.complex64), np.eye(4)), folder / 'complex.nii.gz')
+    np.save(folder / 'none.npy', np.ones((0, 40, 40), np.uint8))
+    assert call(tmp_path / 'raw', tmp_path / 'out')[0] == 0
+    assert meta_of(tmp_path / 'out', 'odd')['count'] == 3
+    assert dropped(tmp_path / 'out', 'odd')['colour.nii.gz'] == dropped(tmp_path / 'out', 'odd')['none.npy'] == 'corrupt'
+
+def test_an_analyze_pair_is_no_film(tmp_path):
+    volume = np.random.default_rng(0).integers(0, 900, (256, 256, 64)).astype(np.int16)  # as many bytes as a film of JSRT
+    nib.save(nib.AnalyzeImage(volume, np.diag([1, 1, 3, 1])), tmp_path / 'scan.img')
+    array, = prep.read(tmp_path / 'scan.img')
+    assert array.shape == (64, 256, 256) and array.max() == volume.max()
+
+def test_linked_folders_are_followed(tmp_path):
+    (tmp_path / 'disk').mkdir()
+    Image.fromarray(texture(0)).save(tmp_path / 'disk/0.png')
+    (tmp_path / 'raw/Photo/skin').mkdir(parents=True)
+    (tmp_path / 'raw/Photo/skin/more').symlink_to(tmp_path / 'disk')
+    assert call(tmp_path / 'raw', tmp_path / 'out')[0] == 0
+    assert meta_of(tmp_path / 'out', 'skin')['count'] == 1
+
+def test_two_folders_of_one_name_are_not_mixed_up(tmp_path):
+    for folder in 'ACDC', 'MR/ACDC':
+        save_nifti(tmp_path / 'raw' / folder / 'training/a_frame01.nii.gz', texture(0)[..., None].astype(np.int16))
+    code, printed = call(tmp_path / 'raw', tmp_path / 'out')
+    assert code == 1 and 'raw/ACDC' in printed and 'MR/ACDC' in printed and not (tmp_path / 'out').exists()
+
+def test_other_folders_in_out_are_left_alone(tmp_path):
+    (tmp_path / 'raw/Photo/skin').mkdir(parents=True)
+    Image.fromarray(texture(0)).save(tmp_path / 'raw/Photo/skin/0.png')
+    (tmp_path / 'out/other.part').mkdir(parents=True)  # of another process, or not ours at all
+    assert call(tmp_path / 'raw', tmp_path / 'out')[0] == 0
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['other.part', 'skin']
+
+def test_here_as_out(tmp_path, monkeypatch):
+    (tmp_path / 'raw/Photo/skin').mkdir(parents=True)
+    Image.fromarray(texture(0)).save(tmp_path / 'raw/Photo/skin/0.png')
+    monkeypatch.chdir(tmp_path)
+    assert call('raw', '.')[0] == 0 and (tmp_path / 'skin/meta.json').exists()
+
+def test_results_do_not_wait_in_memory(tmp_path):
+    """A long volume leaves the worker slice by slice, and comes back so."""
+    np.save(tmp_path / 'long.npy', np.random.default_rng(0).integers(0, 256, (300, 16, 16), np.uint8))
+    tracemalloc.start()
+    path = prep.spill(tmp_path, prep.slices, tmp_path / 'long.npy', 'MR', 256, 8)
+    assert sum(pixels.size for _, _, pixels, _ in prep.items(path)) == 300 * 256 ** 2
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 10 * 256 ** 2 and path.stat().st_size > 300 * 256 ** 2
+
+@pytest.mark.parametrize('options, words', [
+    (['--images', '**.png'], '--images .* --source'), (['--masks', '*_mask.png'], '--masks .* --task'),
+    (['--task', 'mine', '--modality', 'ct'], '--modality ct: .*CT'), (['--task', 'mine', '--patient', '['], r'--patient \[')])
+def test_options_that_cannot_be_meant(tmp_path, options, words):
+    (tmp_path / 'raw/Photo/skin').mkdir(parents=True)
+    Image.fromarray(texture(0)).save(tmp_path / 'raw/Photo/skin/0.png')
+    code, printed = call(tmp_path / 'raw', tmp_path / 'out', *options)
+    assert code == 1 and re.search(words, printed) and not (tmp_path / 'out').exists(), printed

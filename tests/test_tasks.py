@@ -186,3 +186,41 @@ def test_real_outlines_and_one_bit_masks(tmp_path):
                               '--values', '0', '255', '--patient', r'Image_\d+')
     assert vessels.meta['counts'] == dict(train=14, val=4, test=10)
     assert 0.05 < vessels.answers['test'].mean() < 0.12
+
+def test_masks_of_sixteen_bits_keep_their_numbers(tmp_path):
+    for i in range(4):
+        save(tmp_path / f'raw/images/{i}.png', texture(i))
+        save(tmp_path / f'raw/masks/{i}.png', np.uint16(blob(i)) * 300)
+    task, split = prepared(tmp_path / 'raw', tmp_path / 'out', '--values', '0', '300')
+    assert np.array_equal(task.answers['train'], [nearest(blob(int(name[7]))) for name in split['train']])
+
+def test_masks_that_show_none_of_a_class_are_told(tmp_path):
+    for i in range(4):
+        save(tmp_path / f'raw/images/{i}.png', texture(i))
+        save(tmp_path / f'raw/masks/{i}.png', blob(i) * 255)     # which is not scored where --values do not name it
+    printed = call(tmp_path / 'raw', tmp_path / 'out', '--task', 'mini')[1]
+    assert 'no image shows foreground' in printed and '--values' in printed
+    assert 'no image shows' not in call(tmp_path / 'raw', tmp_path / 'other', '--task', 'mini', '--values', '0', '255')[1]
+
+def test_masks_of_fewer_slices_than_the_image_are_refused(tmp_path):
+    for i in range(4):
+        save_nifti(tmp_path / f'raw/{i}/scan.nii', np.repeat(texture(i)[..., None], 4, 2).astype(np.int16), (1, 1, 3))
+        for kind in 'ab':
+            save_nifti(tmp_path / f'raw/{i}/{kind}.nii', np.repeat(blob(i)[..., None], 3, 2), (1, 1, 3))
+    assert '3 masks' in failed(tmp_path / 'raw', tmp_path / 'out', '--images', '*/scan.nii', '--masks', '*/a.nii', '*/b.nii',
+                               '--classes', 'none', 'a', 'b')
+
+def test_bad_tables_and_splits_end_in_a_sentence(tmp_path):
+    raw, out = tmp_path / 'raw', tmp_path / 'out'
+    write_classes(raw, '{kind}/{i}-{kind}.png')
+    rows = [f'{i}-{kind}.png,{kind}' for kind in ('dog', 'cat') for i in range(10)]
+    (raw / 'answers.csv').write_text('\ufefffile,kind\n' + '\n'.join(rows[1:]) + '\n\n', encoding='utf-8')  # as Excel writes it
+    code, printed = call(raw, tmp_path / 'fine', '--task', 'mini', '--labels', 'answers.csv', 'file', 'kind')
+    assert code == 0 and re.search(r'\b1 images without', printed)
+    assert 'none.csv' in failed(raw, out, '--labels', 'none.csv')
+    assert re.search("no breed.*'kind'", failed(raw, out, '--labels', 'answers.csv', 'file', 'breed'))
+    (raw / 'twice.csv').write_text('\n'.join(['file,kind', *rows, 'a/0-dog.png,cat']))
+    assert '0-dog.png has' in failed(raw, out, '--labels', 'twice.csv')
+    (raw / 'train.txt').write_text('0-dog 0-cat')
+    for rules in ('none.txt', 'train.txt', 'train.txt'), ('train.txt',) * 3, ('0.5', '0.2', '0.3'), ('0', '0', '0'):
+        assert re.search('none.txt|no rule of --split', failed(raw, out, '--split', *rules))

@@ -349,11 +349,9 @@ def normalize(volume, modality):
     if sample.size and np.ptp(sample):
         window, percentiles, *_ = RULES.get(modality, RULES[''])
         low, high = map(float, window or np.percentile(sample, percentiles))
+        finite = functools.partial(np.nan_to_num, nan=low, posinf=low, neginf=low)
         for i, image in enumerate(volume):  # slice by slice, which bounds the memory
-            if image.dtype.kind == 'f':
-                image = np.nan_to_num(image, nan=low, posinf=low, neginf=low)
-            else:
-                image = image.astype(np.float32)
+            image = finite(image) if image.dtype.kind == 'f' else image.astype(np.float32)
             pixels[i] = np.rint((image.clip(low, high) - low) * (255 / (high - low or np.inf)))
     return pixels
 
@@ -384,8 +382,8 @@ def slices(path, modality, size, min_side):
             for count, image in enumerate(normalize(array, modality), count + 1):
                 blank = np.mean(image > 0.02 * 255) < least if least else np.ptp(image) < 8
                 reason = 'small' if min(image.shape[:2]) < min_side and not film else 'blank' if blank else ''
-                detail = '{1} x {0} px'.format(*image.shape)
-                yield reason, detail, None if reason else resize(image, size), not volume and not film
+                pixels = None if reason else resize(image, size)
+                yield reason, f'{image.shape[1]} x {image.shape[0]} px', pixels, not volume and not film
         if not count:
             raise ValueError('it holds no image')
     except Exception as error:  # decoders fail on broken files in every way there is; dropped.csv tells which
@@ -552,20 +550,18 @@ def find_labelled(raw, config):
                      config.images or ('*images/*.**' if taken else '**'))
     if not images or not taken and (config.masks or in_files):
         sys.exit(f'{raw}: {HINTS.get(config.task) or "no image or no mask here matches --images, --masks or --labels"}')
+    singles = [name for found in images.values() for name in found]
     if config.labels and not in_files:
         table = read_table(raw, config.labels)
-        answers = {name: ([name], table[Path(name).stem][0])
-                   for found in images.values() for name in found if Path(name).stem in table}
-    elif taken:
-        answers = pair(raw, images, layers, config)
+        answers = {name: ([name], table[Path(name).stem][0]) for name in singles if Path(name).stem in table}
     else:
-        answers = {name: ([name], Path(name).parent.name) for found in images.values() for name in found}
-    if missing := sum(map(len, images.values())) - sum(len(frames) for frames, _ in answers.values()):
+        answers = pair(raw, images, layers, config) if taken else {name: ([name], Path(name).parent.name) for name in singles}
+    if missing := len(singles) - sum(len(frames) for frames, _ in answers.values()):
         print(f'{raw}: {missing} images without a mask or label are left out')
-    patients = {name: table[Path(name).stem][1:] or [name] for name in answers} if table else {}
+    patients = {name: table[Path(name).stem][1:] for name in answers} if table else {}
     if config.patient:
-        patients = {name: re.search(config.patient, name) or [name] for name in answers}
-    return {name: (*answer, patients.get(name, [name])[0]) for name, answer in answers.items()}
+        patients = {name: re.search(config.patient, name) for name in answers}
+    return {name: (*answer, (patients.get(name) or [name])[0]) for name, answer in answers.items()}
 
 def pair(raw, images, layers, config):
     """{first frame: (frames, masks)} of images {key: names} and layers of masks [{key: names}], which belong together where
@@ -616,8 +612,7 @@ def split(files, raw, config):
                 break
         else:
             others.setdefault(patient, []).append(name)
-    whole_share = sum(shares.values())
-    if others and not whole_share:
+    if others and not (whole_share := sum(shares.values())):
         sys.exit(f'{raw / min(others.values())[0]}: no rule of --split takes it; give three globs, lists or numbers')
     for patient, names in others.items():
         answer = files[names[0]][1]
@@ -912,16 +907,14 @@ def print_counts(rows, metas):
 def check(config):
     """End the program with a sentence on options that cannot be meant."""
     lost = [name for name in ('images', 'skip') * (not config.source) + ('masks', 'labels') if getattr(config, name)]
-    for wrong, words in (
-            (min(config.size, config.min_side, config.shard) < 1 or config.workers < 0,
-             '--size, --min_side and --shard must be 1 or more, --workers 0 or more'),
-            (config.modality not in ('', 'SUV', *MODALITIES),
-             f'--modality {config.modality}: it must be SUV or one of {", ".join(MODALITIES)}'),
-            (lost and not config.task, f'--{" --".join(lost)} would not be used: give --source NAME or --task NAME'),
-            (not (config.raw or config.list or config.phantoms or config.task.startswith('phantom-')),
-             'where are the images? give --raw RAW, a folder of <Modality>/<source>/** or of a task, or --phantoms N')):
-        if wrong:
-            sys.exit(words)
+    if min(config.size, config.min_side, config.shard) < 1 or config.workers < 0:
+        sys.exit('--size, --min_side and --shard must be 1 or more, --workers 0 or more')
+    if config.modality not in ('', 'SUV', *MODALITIES):
+        sys.exit(f'--modality {config.modality}: it must be SUV or one of {", ".join(MODALITIES)}')
+    if lost and not config.task:
+        sys.exit(f'--{" --".join(lost)} would not be used: give --source NAME or --task NAME')
+    if not (config.raw or config.list or config.phantoms or config.task.startswith('phantom-')):
+        sys.exit('where are the images? give --raw RAW, a folder of <Modality>/<source>/** or of a task, or --phantoms N')
 
 def main():
     """Simulate the phantoms if they are asked for, then prepare a task or every source below RAW."""

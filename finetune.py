@@ -242,7 +242,7 @@ def train(o):
     out = Path(o.out or f'out/{o.task}-{method}-{o.seed}')
     checkpoint, best_file, results_file = products = [out / name for name in ('ckpt.pt', 'best.pt', 'results.json')]
     for product in products:
-        claim(product, o)
+        claim(product, replace(o, resume=o.resume and (checkpoint.exists() or not results_file.exists())))
 
     torch.manual_seed(o.seed)
     model = build(config, task.meta, o.pool, o.features).to(device)
@@ -305,7 +305,8 @@ def train(o):
         loss.backward()
         finite = torch.isfinite(torch.nn.utils.clip_grad_norm_(trained, 1.0))       # the same on every rank
         optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()         # fused AdamW skips the step by itself
-        optimizer.step()
+        if device.type != 'mps' or finite:      # whose AdamW skips nothing
+            optimizer.step()
         optimizer.zero_grad()
         skipped += ~finite
         if (step + 1) % epoch_steps and step + 1 < steps:
@@ -454,9 +455,9 @@ def main():
         else:
             train(o)
     except OSError as error:
-        raise SystemExit(f'{error}; what was saved before is whole: make room, and go on with --resume')
+        raise SystemExit(f'{error}; what was saved before is whole')
     except KeyboardInterrupt:
-        print('stopped; a training goes on with --resume from its last checkpoint, at the end of an epoch', file=sys.stderr)
+        print('stopped; training goes on with --resume, from the end of an epoch', file=sys.stderr)
         sys.exit(130)
 
 if __name__ == '__main__':

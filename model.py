@@ -86,8 +86,8 @@ class StackedLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(device))
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         if x.dtype == torch.bfloat16 or device == 'cpu' and x.dtype == torch.float32:      # what grouped_mm is made for
-            # On a GPU one kernel, which finds the sizes of the groups on the device, so that the host does not wait for
-            # them. On a CPU a loop that writes each expert's gradient into its place in the stack.
+            # On an H100 or newer one kernel, which finds the sizes of the groups on the device, so that the host does not
+            # wait for them (with older GPUs it does); on a CPU a loop that writes each expert's gradient into the stack.
             ends = torch.searchsorted(expert, torch.arange(len(weight), device=x.device), right=True)      # (R,)
             rows = F.grouped_mm(x.flatten(0, 1), weight.mT, offs=(ends * x.shape[1]).int())
             return rows.unflatten(0, x.shape[:2]) + bias[expert, None]

@@ -13,6 +13,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -143,7 +144,8 @@ def reopen(out, first, config):
     (out / 'config.json').write_text(json.dumps(config, indent=1))
     log = out / 'log.jsonl'
     lines = log.read_text().splitlines() if first and log.exists() else []
-    log.write_text(''.join(line + '\n' for line in lines if line.endswith('}') and json.loads(line)['step'] < first))
+    steps = [re.match(r'\{"step": (\d+),.*\}$', line) for line in lines]      # none of a last line that was cut short
+    log.write_text(''.join(step[0] + '\n' for step in steps if step and int(step[1]) < first))
     return log
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,10 +253,12 @@ def spent(marks):
 def train(o, rank, world, local, device):
     """One run, from the options to the last checkpoint. Yields each step's marks, so that --bench can take turns."""
     master, gpu, path = rank == 0, device.type == 'cuda', Path(o.out, 'ckpt.pt')
-    bf16 = gpu and o.bf16
+    bf16 = gpu and o.bf16 and torch.cuda.is_bf16_supported(including_emulation=False)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     claim(path, o)
     shards = data.Shards(o.data, o.val_share)
+    if not len(shards.val) and not o.bench:
+        raise SystemExit(f'{o.data}: no image can be held out for validation; at least one source needs two images')
     global_batch = o.batch * o.accumulate * world
     epoch_steps = len(shards.train) // global_batch
     if not epoch_steps:
@@ -305,6 +309,7 @@ def train(o, rank, world, local, device):
         images = shards.gather(shards.plan(o.seed, number, o.batch, rank, world, epoch_steps * o.accumulate))
         if not gpu:
             return images.to(device), None
+        torch.cuda.set_device(device)       # a thread begins on the first GPU
         with torch.cuda.stream(copies):     # from pinned memory the host need not wait for a copy
             return images.pin_memory().to(device, non_blocking=True), copies.record_event()
 
@@ -351,7 +356,10 @@ def train(o, rank, world, local, device):
         finite = torch.isfinite(norm) & torch.isfinite(stats).all()         # the same on every rank
         # fused AdamW divides by the one and skips the step for the other, without another pass over the gradients
         optimizer.grad_scale, optimizer.found_inf = (norm / o.clip).clamp(min=1), (~finite).float()
-        optimizer.step()
+        if device.type == 'mps':        # whose AdamW looks at neither
+            torch._foreach_div_([p.grad for p in trained], optimizer.grad_scale)
+        if device.type != 'mps' or finite:
+            optimizer.step()
         optimizer.zero_grad()
         marks.append(('optimizer', now(gpu)))
         scores, load_share, usage = stats[2 + L:].view(3, L, R)
@@ -380,12 +388,14 @@ def train(o, rank, world, local, device):
             history, logged = [], (done, time.perf_counter())
         # a signal reaches ranks at different steps: they act on the shared flag, and where reading it costs no extra wait
         stopping = (not gpu or done % o.log_every == 0) and stats[1] > 0
-        if master and (stopping or done == steps or time.perf_counter() - saved > 60 * o.save_minutes):
+        if master and not o.bench and (stopping or done == steps or time.perf_counter() - saved > 60 * o.save_minutes):
             save(path, model=model.state_dict(), optimizer=optimizer.state_dict(), step=done, skipped=int(skipped),
                  config=asdict(config), options=asdict(o))
             saved = time.perf_counter()
         if stopping:
-            if master:
+            if world > 1:       # torchrun would kill the rank that saves, 30 s after another has left
+                dist.barrier()
+            if master and not o.bench:
                 print(f'\n{path}: saved after {done} of {steps} steps; go on with --resume')
             sys.exit(128 + (stop or [signal.SIGTERM])[0])
         yield config, marks
@@ -463,8 +473,8 @@ def main():
     o = data.parse_options(Options())
     if o.demo:
         o = data.parse_options(Options(demo=True, **DEMO))
-    if min(o.batch, o.accumulate, o.log_every) < 1:
-        raise SystemExit('--batch, --accumulate and --log_every must be 1 or more')
+    if min(o.batch, o.accumulate, o.log_every) < 1 or o.clip <= 0 or o.seed < 0:
+        raise SystemExit('--batch, --accumulate and --log_every must be 1 or more, --clip above 0 (inf: off), --seed not negative')
     place = rank, world, _, _ = setup(o.device)
     if o.demo and rank == 0 and not list(Path(o.data).glob('*/meta.json')):
         script = Path(__file__).with_name('prepare_medverse.py')

@@ -3,7 +3,7 @@
     python prepare_medverse.py --list --raw RAW         the data sets of Tables 2 and 3, and which of them lie below RAW
     python prepare_medverse.py --raw RAW --out data/medverse
     python prepare_medverse.py --phantoms 200 --out data/phantoms-64 --size 64
-    python prepare_medverse.py --task fives --raw RAW/FIVES
+    python prepare_medverse.py --task fives --raw RAW/fives
     python prepare_medverse.py --task mine --raw MINE --images '*scans/*.png' --masks '*masks/*.png' --values 0 255
 
 RAW/<name>/** holds a data set of Table 2 as it was unpacked, RAW/<Modality>/<source>/** any others: PNG JPEG TIFF BMP GIF PGM

@@ -251,7 +251,8 @@ def spent(marks):
     return seconds
 
 def train(o, rank, world, local, device):
-    """One run, from the options to the last checkpoint. Yields each step's marks, so that --bench can take turns."""
+    """One run, from the options to the last checkpoint. Yields the Config and each step's marks, so that
+    --bench can take turns."""
     master, gpu, path = rank == 0, device.type == 'cuda', Path(o.out, 'ckpt.pt')
     bf16 = gpu and o.bf16 and torch.cuda.is_bf16_supported(including_emulation=False)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)

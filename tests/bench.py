@@ -62,9 +62,9 @@ class ObviousDEX(nn.Module):
         self.usage = 0.99 * self.usage + 0.01 * usage
 
 def step(model, trained, optimizer, images, seed, ours, bf16):
-    """One training step: its loss, its seconds, and those of GEMA in it."""
+    """One training step: its loss, its seconds, those of GEMA in it, and the CPU's (which others on the machine prolong less)."""
     torch.manual_seed(seed)
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
         losses, routing, _, _ = model(images, torch.tensor(0.5))
     loss = losses.mean()
@@ -83,7 +83,7 @@ def step(model, trained, optimizer, images, seed, ours, bf16):
     if routing:
         model.update_directors(routing.weights.detach().mean(1), 0.99, torch.tensor(True))
     end = time.perf_counter()
-    return loss.item(), end - begin, end - before
+    return loss.item(), end - begin, end - before, time.process_time() - cpu
 
 def step_worker(name, pipe, batch, bf16):
     """Build one of the implementations, then do a step for each seed that comes."""
@@ -107,33 +107,35 @@ def quartiles(values):
     low, middle, high = statistics.quantiles(values, n=4)
     return f'{middle:.3f} (quartiles {low:.3f} to {high:.3f})'
 
-def steps(bf16=False, count=20, warmup=2, batch=8):
+def steps(bf16=False, count=12, warmup=2, batch=8):
     names, pipes, work = ['ours', 'obvious', 'obvious, fused AdamW', 'dense'], {}, {}
     context = multiprocessing.get_context('spawn')
     for name in names:      # a process each, so that none lives on memory that another has made warm
         pipes[name], theirs = context.Pipe()
         context.Process(target=step_worker, args=(name, theirs, batch, bf16), daemon=True).start()
         work[name] = pipes[name].recv()
-    seconds, gema = {name: [] for name in names}, {name: [] for name in names}
+    seconds, gema, cpu = ({name: [] for name in names} for _ in range(3))
     for number in range(warmup + count):
         for name in names:      # one at a time, in turn
             pipes[name].send(number)
-            loss, whole, part = pipes[name].recv()
+            loss, whole, part, busy = pipes[name].recv()
             if number == 0:
                 print(f'{name}: loss {loss:.6f} at the first step', flush=True)
             if number >= warmup:
                 seconds[name].append(whole)
                 gema[name].append(part)
+                cpu[name].append(busy)
     for name in names:
         pipes[name].send(None)
         share = quartiles([100 * a / b for a, b in zip(gema[name], seconds[name])])
         print(f'{name:<22} step {quartiles(seconds[name])} s, GEMA {share}% of it')
-    for name in names[1:3]:
-        ratio = quartiles([a / b for a, b in zip(seconds['ours'], seconds[name])])
-        medians = statistics.median(seconds['ours']) / statistics.median(seconds[name])
-        print(f'ours / {name}: {ratio}, of the medians {medians:.3f}; {count} steps each')
-    gain = work['ours'] / work['dense']
-    print(f'FLOP-normalised efficiency against dense: {quartiles([gain * b / a for a, b in zip(seconds["ours"], seconds["dense"])])}')
+    for what, times in (('seconds', seconds), ('CPU seconds', cpu)):
+        for name in names[1:3]:
+            ratio = quartiles([a / b for a, b in zip(times['ours'], times[name])])
+            medians = statistics.median(times['ours']) / statistics.median(times[name])
+            print(f'{what}, ours / {name}: {ratio}, of the medians {medians:.3f}; {count} steps each')
+        gain = [work['ours'] / work['dense'] * b / a for a, b in zip(times['ours'], times['dense'])]
+        print(f'{what}, FLOP-normalised efficiency against dense: {quartiles(gain)}')
 
 def rank_worker(rank, world, threads, port, batch, pipe):
     """One process of a group: a step of the real loop whenever something comes."""
@@ -153,7 +155,7 @@ def rank_worker(rank, world, threads, port, batch, pipe):
             pipe.send(time.perf_counter() - begin)
         os._exit(0)
 
-def ranks(batch, count=12, warmup=2):
+def ranks(batch, count=6, warmup=1):
     groups, context = {1: [], 2: []}, multiprocessing.get_context('spawn')
     for world in groups:
         with socket.socket() as free:
@@ -174,7 +176,8 @@ def ranks(batch, count=12, warmup=2):
           f'throughput of two / of one {quartiles([a / b for a, b in zip(one, two)])}, {count} steps each')
 
 def images_per_second(folder, count=20000, batch=224):
-    """Random batches through the two prefetching threads, as training takes them, with one more copy for pinning."""
+    """Random batches through the two prefetching threads, as training takes them."""
+    pretrain.setup('cpu')
     source = Path(folder, 'noise')
     if not source.exists():
         source.mkdir(parents=True)
@@ -197,15 +200,15 @@ def images_per_second(folder, count=20000, batch=224):
             shards.map.cache_clear()        # a mapped page cannot be dropped
 
             def load(number):
-                groups = shards.gather(shards.plan(epoch, number, batch, 0, 1, 10 ** 6))
-                return [(where.clone(), images.clone()) for where, images in groups]
+                return shards.gather(shards.plan(epoch, number, batch, 0, 1, 10 ** 6))
 
-            begin, seen = time.perf_counter(), 0
-            for groups in data.prefetch(load, range(each)):
-                seen += sum(len(where) for where, _ in groups)
-            rates.append(seen / (time.perf_counter() - begin))
+            begin, busy, seen = time.perf_counter(), time.process_time(), 0
+            for images in data.prefetch(load, range(each)):
+                seen += len(images)
+            rates.append((seen / (time.perf_counter() - begin), seen / (time.process_time() - busy)))
+    print(f'3 channels at 256 pixels, {each} batches of {batch} in each of 8 rounds')
     for state, rates in rounds.items():
-        print(f'{state}: {quartiles(rates)} images/s of 3 channels at 256 pixels, {len(rates)} rounds of {each} batches of {batch}')
+        print(f'{state}: {quartiles([a for a, _ in rates])} images/s, {quartiles([b for _, b in rates])} per CPU second')
 
 def memory(batches=(1, 3)):
     """Bytes kept for the backward pass of DEX-B under bfloat16 autocast, without compiling; two batches give a line."""

@@ -171,6 +171,8 @@ def ranks(batch, count=6, warmup=1):
             for pipe in pipes:
                 pipe.send(number)
             seconds[world].append(max(pipe.recv() for pipe in pipes))
+    for pipe in (*groups[1], *groups[2]):
+        pipe.send(None)
     one, two = (times[warmup:] for times in seconds.values())
     print(f'{batch} images a step: one process of two threads {quartiles(one)} s, two of one thread {quartiles(two)} s; '
           f'throughput of two / of one {quartiles([a / b for a, b in zip(one, two)])}, {count} steps each')

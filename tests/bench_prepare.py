@@ -33,7 +33,7 @@ def write_files(raw):
             path = raw / kind / 'Photo' / 'source' / f'{i}.{kind}'
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(grain).save(path)
-    for i in range(12):
+    for i in range(40):
         coarse = rng.integers(-1000, 1000, (32, 32, 160)).repeat(8, 0).repeat(8, 1) + rng.integers(-20, 20, (256, 256, 160))
         path = raw / 'nii.gz' / 'CT' / 'source' / f'{i}.nii.gz'
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -380,7 +380,7 @@ def slices(path, modality, size, min_side):
             volume = array.dtype != np.uint8 or len(array) > 1
             least = volume and RULES.get(modality, RULES[''])[2]
             for count, image in enumerate(normalize(array, modality), count + 1):
-                blank = np.mean(image > 0.02 * 255) < least if least else np.ptp(image) < 8
+                blank = np.count_nonzero(image > 5) < least * image.size if least else np.ptp(image) < 8  # 5 is 0.02 of 255
                 reason = 'small' if min(image.shape[:2]) < min_side and not film else 'blank' if blank else ''
                 pixels = None if reason else resize(image, size)
                 yield reason, f'{image.shape[1]} x {image.shape[0]} px', pixels, not volume and not film

@@ -43,6 +43,7 @@ from unetr import UNETR
 
 @dataclass
 class Options:
+    """The options; the comment beside each is its --help."""
     # files
     task: str = 'phantom-vessels'   # folder below data that holds the prepared task
     data: str = 'data'              # folder of the tasks

@@ -62,6 +62,7 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 class Attention(nn.Module):
+    """Self-attention of all tokens, x (B, N, C) -> (B, N, C)."""
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads

@@ -58,6 +58,7 @@ REASONS = ('corrupt', 'small', 'blank', 'duplicate', 'other')
 
 @dataclass
 class Config:
+    """The options; the comment beside each is its --help."""
     raw: str = ''  # folder of the downloads: RAW/<Modality>/<source>/**, or of one task; with --phantoms where to write them
     out: str = ''  # folder of the prepared sources, by default data/medverse, or of the task, by default data/<task>
     list: bool = False  # print the tables of data sets instead

@@ -39,6 +39,7 @@ from model import DEX, MAE, Routing, layer_losses, load_weights, named_config, r
 
 @dataclass
 class Options:
+    """The options, by default the paper's run; the comment beside each is its --help."""
     # files
     data: str = 'data/medverse'     # folder of prepared sources
     out: str = 'out/pretrain'       # folder of this run
@@ -454,8 +455,8 @@ def bench(o, rank, world, local, device, warm=5, count=20):
         images = o.batch * o.accumulate * world / seconds
         speeds.append(work * images)        # TFLOP/s
         shares = [f'{phase} {100 * np.median([step[phase] for step in phases] / seconds):.1f}%' for phase in phases[0]]
-        print(f'{name}: {spread(images)} images/s, {1000 * work:.1f} GFLOP an image, MFU {np.median(speeds[-1]) / peak:.3f}; a step '
-              f'{spread(seconds)} s: {", ".join(shares)}')
+        print(f'{name}: {spread(images)} images/s, {1000 * work:.1f} GFLOP an image, MFU '
+              f'{np.median(speeds[-1]) / peak:.3f}; a step {spread(seconds)} s: {", ".join(shares)}')
     print(f'FLOP-normalised efficiency of DEX against MAE {spread(speeds[0] / speeds[1])}; DEX takes {memory[0] / 1e9:.1f} GB')
     print('gate and dispatch in one layer: pixels, images; MFLOP and milliseconds image-wise; the same token-wise')
     c = column[0][0]
@@ -475,7 +476,8 @@ def main():
     if o.demo:
         o = data.parse_options(Options(demo=True, **DEMO))
     if min(o.batch, o.accumulate, o.log_every) < 1 or o.clip <= 0 or o.seed < 0:
-        raise SystemExit('--batch, --accumulate and --log_every must be 1 or more, --clip above 0 (inf: off), --seed not negative')
+        raise SystemExit('--batch, --accumulate and --log_every must be 1 or more, --clip above 0 (inf: off) and --seed not '
+                         'negative')
     place = rank, world, _, _ = setup(o.device)
     if o.demo and rank == 0 and not list(Path(o.data).glob('*/meta.json')):
         script = Path(__file__).with_name('prepare_medverse.py')

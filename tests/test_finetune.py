@@ -2,11 +2,8 @@
 import csv
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import nibabel as nib
 import numpy as np

@@ -129,6 +129,12 @@ def make_optimizer(model, lr, weight_decay):
     groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=plain, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
 
+def total_norm(gradients):
+    """Norm of all gradients together. On a CPU by dot products, which read them faster and lose fewer digits than norms."""
+    if gradients[0].device.type == 'cpu':
+        return torch.stack([g.flatten().dot(g.flatten()) for g in gradients]).sum().sqrt()
+    return torch.nn.utils.get_total_norm(gradients)
+
 def save(path, **content):
     """Write a checkpoint beside the old one, then move it into place: at any moment there is a whole one."""
     new = path.with_suffix('.new')
@@ -290,7 +296,7 @@ def train(o, rank, world, local, device):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     net = torch.compile(model, fullgraph=True) if bf16 and o.compile else model
     if world > 1:       # sends the gradients of a block while those of the block below are computed
-        net = DistributedDataParallel(net, [local] if gpu else None, broadcast_buffers=False)
+        net = DistributedDataParallel(net, [local] if gpu else None, broadcast_buffers=False, gradient_as_bucket_view=True)
     if master:
         log = reopen(path.parent, first, dict(options=asdict(o), model=asdict(config)))
         if not first:
@@ -354,7 +360,7 @@ def train(o, rank, world, local, device):
             marks.append(('backward', now(gpu)))
             stats = stats + part / o.accumulate
 
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        norm = total_norm([p.grad for p in trained])
         finite = torch.isfinite(norm) & torch.isfinite(stats).all()         # the same on every rank
         # fused AdamW divides by the one and skips the step for the other, without another pass over the gradients
         optimizer.grad_scale, optimizer.found_inf = (norm / o.clip).clamp(min=1), (~finite).float()

@@ -73,7 +73,7 @@ def step(model, trained, optimizer, images, seed, ours, bf16):
         loss = loss + 0.1 * co + 0.001 * balance
     loss.backward()
     if ours:        # as pretrain.py has it
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        norm = pretrain.total_norm([p.grad for p in trained])
         optimizer.grad_scale, optimizer.found_inf = norm.clamp(min=1), (~torch.isfinite(norm)).float()
     else:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

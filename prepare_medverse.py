@@ -35,6 +35,7 @@ from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import nibabel as nib
 import numpy as np
@@ -54,6 +55,7 @@ RULES = {  # of volumes: values that become 0 and 255, else percentiles; least s
 PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm')
 VIDEOS = ('.avi', '.mp4')
 IMAGES = (*PICTURES, *VIDEOS, '.nii', '.nii.gz', '.npy', '.mhd', '.img')
+SHARD = 256 << 20  # bytes of a full shard
 REASONS = ('corrupt', 'small', 'blank', 'duplicate', 'other')
 
 @dataclass
@@ -65,7 +67,6 @@ class Config:
     source: str = ''  # prepare only this source; --images and --skip then replace those of its row
     size: int = 256  # side of the stored images, px
     min_side: int = 32  # images whose shorter side is below this are dropped, px
-    shard: int = 256  # size of a shard file, MiB (one of grey and one of colour images are held in memory)
     workers: int = 0  # processes, 0 = one per core
     phantoms: int = 0  # simulate this many images a modality under RAW/raw, their masks under RAW/labels, and prepare them
     seed: int = 0  # of the phantoms and of a task's split; preparing sources draws nothing
@@ -215,18 +216,11 @@ phantom-vessels | Fundus | vessels | | | this script | --images raw/Fundus/phant
 phantom-organs | CT | organs | | | this script
     --images raw/CT/phantom-ct/* --masks labels/CT/* --classes air fat muscle gut lung liver kidney spleen bone blood lesion
 phantom-lesion | Photo | naevus or melanoma | | | this script | --images raw/Photo/**''')}
-HINTS = {  # for copies in formats that are not read here: what to take, or the line that converts them in their folder
-    'Thyroid-Cine-clip': """convert it: python -c "import h5py, numpy as np
-f = h5py.File('dataset.hdf5'); clip = f['annot_id'][:]
-[np.save(c.decode() + '.npy', f['image'][np.flatnonzero(clip == c)[::10]]) for c in np.unique(clip)]\"""",
-    'Eyepacs': 'parquet is not read; take the original (train/*.jpeg, test/*.jpeg) from Kaggle, of which this copy is a part',
-    'monusac': """parquet is not read; make {train,test}/{images,masks}/*.png of it: python -c "
-import io, os, numpy, pandas, PIL.Image as I
-a = lambda b: numpy.array(I.open(io.BytesIO(b['bytes'] if isinstance(b, dict) else b)).convert('RGB'))
-m = lambda r: [(a(b)[..., 0] > 0) * c for b, c in zip(r.instances, r.categories)] + [0 * a(r.image)[..., 0]]
-[(os.makedirs(f'{s}/{k}', exist_ok=True), I.fromarray(p).save(f'{s}/{k}/{i}.png')) for s in ('train', 'test')
- for i, r in pandas.read_parquet(s + '.parquet').iterrows()
- for k, p in (('images', a(r.image)), ('masks', numpy.uint8(numpy.max(m(r), 0))))]\""""}
+HINTS = {  # for copies in formats that are not read here: which other to take, or how to convert it
+    'Thyroid-Cine-clip': 'HDF5 is not read: convert it by python -c "import h5py, numpy; '
+                         'numpy.save(\'clips.npy\', h5py.File(\'dataset.hdf5\')[\'image\'][::10])"',
+    'Eyepacs': 'parquet is not read: take the original from Kaggle (train/*.jpeg, test/*.jpeg), of which this copy is a part',
+    'monusac': 'parquet is not read: make {train,test}/{images,masks}/*.png of it by the lines in the README'}
 
 @functools.cache
 def pattern(glob):
@@ -240,9 +234,9 @@ def pattern(glob):
 
 def matches(names, glob):
     """{what the stars stand for: the names} of those that match the glob; without stars a name stands for itself."""
-    found, rule = {}, pattern(glob)
+    found = {}
     for name in names:
-        if match := rule.fullmatch(name):
+        if match := pattern(glob).fullmatch(name):
             found.setdefault(match.groups() or name, []).append(name)
     return found
 
@@ -258,31 +252,36 @@ def is_image(home, name):
     program = 'dcm2niix' if series else 'ffmpeg' if name.lower().endswith(VIDEOS) else ''
     if program and not shutil.which(program):
         sys.exit(f'{home / name}: this is read by the program {program}, which is missing: apt-get install {program}')
-    return series or name.lower().endswith(IMAGES)
+    return series or name.lower().endswith(IMAGES) and '/.' not in f'/{name}'
 
-def read(path, draft=0, raw=False):
-    """All arrays of a file, each (n, H, W) or (n, H, W, 3) with upright slices: numbers in the units of the file, or uint8
-    grey levels. A uint8 array with n = 1 is a picture. draft: the side (px) that is enough of a JPEG, 0 for all of it; raw:
-    pictures of 16 bits stay as they are. A DICOM series is its folder."""
+# --- from files to images -------------------------------------------------------------------------------------------------
+
+def read(path, draft=0):
+    """All arrays of a file, each (n, H, W) or (n, H, W, 3) with upright slices, in the units of the file; a picture is uint8,
+    uint16 or float32 with n = 1. draft: the side (px) that is enough of a JPEG, 0 for all of it. A DICOM series is its
+    folder, of which dcm2niix makes volumes."""
     name = path.name.lower()
     if path.is_dir():
-        return read_series(path)
+        with tempfile.TemporaryDirectory() as new:
+            subprocess.run(['dcm2niix', '-z', 'n', '-o', new, path], check=True, capture_output=True)
+            volumes = [volume for volume in sorted(Path(new).glob('*.nii'))  # other kinds of files may lie among them
+                       if json.loads(volume.with_suffix('.json').read_text()).get('Modality') in ('MR', 'CT', 'PT')]
+            return [array.copy() for volume in volumes for array in read(volume)]  # a copy, since the file will be gone
     if name.endswith('.npy'):
         array = np.load(path, mmap_mode='r')
         array = array[None] if array.shape[2:] in ((), (3,)) else array
         if array.ndim != 3 and array.shape[3:] != (3,):
             raise ValueError(f'shape {array.shape} is none of (H, W), (H, W, 3), (n, H, W), (n, H, W, 3)')
-        return [array if array.dtype == np.uint8 else array.astype(np.float32)]
+        return [array]
     if name.endswith('.mhd'):
         return list(cut(*read_meta_image(path)))
     if name.endswith('.img') and not any(map(os.path.exists, (path.with_suffix('.hdr'), path.with_suffix('.HDR')))):
         film = np.fromfile(path, '>u2').reshape(1, 2048, 2048)  # of JSRT: no header, 12 bits in 16, high values are dark
-        return [np.rint((1 - film / 4095).clip(0, 1) * 255).astype(np.uint8)]
+        return [4095 - film.clip(0, 4095)]
     if not name.endswith(PICTURES):
         image = nib.load(path)  # get_fdata() would scale in float64; what needs no scaling stays in its 8 or 16 bits
-        scaled = (image.dataobj.slope, image.dataobj.inter) != (1, 0) or image.get_data_dtype() == np.uint8
-        volume = np.asarray(image.dataobj, dtype=np.float32 if scaled else None)
-        return list(cut(volume, image.affine))  # a volume for each time point
+        scaled = (image.dataobj.slope, image.dataobj.inter) != (1, 0) or image.get_data_dtype() in (np.uint8, np.uint16)
+        return list(cut(np.asarray(image.dataobj, dtype=np.float32 if scaled else None), image.affine))
     frames = []
     with Image.open(path) as image:
         image.draft(None, (draft, draft) if draft else None)  # a JPEG decodes fast at 1/2, 1/4 or 1/8
@@ -290,44 +289,19 @@ def read(path, draft=0, raw=False):
             frame = ImageOps.exif_transpose(frame)
             if frame.mode[0] not in 'IF':  # everything but I;16, I and F has 8 bits
                 frame = frame.convert('L' if frame.mode in ('1', 'L', 'LA') else 'RGB')
-            frames.append(np.asarray(frame)[None])
-    if raw or frames[0].dtype in (np.uint8, np.float32):
-        return frames
-    highest = max(frame.max() for frame in frames)
-    white = 4095 if highest < 4096 else max(highest, 65535)  # many detectors deliver 12 bits in a 16-bit file
-    return [np.rint(frame.clip(0) * np.float32(255 / white)).astype(np.uint8) for frame in frames]
-
-def read_series(folder):
-    """As `read`, of the MR, CT and PET volumes that dcm2niix makes of a folder of DICOM files (others may lie among them)."""
-    with tempfile.TemporaryDirectory() as new:
-        subprocess.run(['dcm2niix', '-z', 'n', '-o', new, folder], check=True, capture_output=True)
-        found = [path for path in sorted(Path(new).glob('*.nii'))
-                 if json.loads(path.with_suffix('.json').read_text()).get('Modality') in ('MR', 'CT', 'PT')]
-        return [array.copy() for path in found for array in read(path)]  # a copy, since the file will be gone
+            pixels = np.asarray(frame)[None]
+            frames.append(pixels.clip(0, 65535).astype(np.uint16) if pixels.dtype == np.int32 else pixels)
+    return frames
 
 def read_meta_image(path):
     """(array (x, y, z), affine to RAS in mm) of a MetaImage header (.mhd) and the raw file that it names."""
     header = dict(re.findall(r'^(\w+) *= *(.*?)\s*$', path.read_text(), re.M))
-    kinds = {'MET_UCHAR': 'u1', 'MET_SHORT': 'i2', 'MET_USHORT': 'u2', 'MET_INT': 'i4', 'MET_FLOAT': 'f4'}
-    big = 'true' in (header.get('BinaryDataByteOrderMSB', '') + header.get('ElementByteOrderMSB', '')).lower()
-    numbers = lambda key, default: np.array(header.get(key, default).split(), float)
-    turn = numbers('TransformMatrix', '1 0 0 0 1 0 0 0 1').reshape(3, 3).T * numbers('ElementSpacing', '1 1 1')
-    affine = np.diag([0.0, 0, 0, 1])
-    affine[:3, :3] = np.diag([-1, -1, 1]) @ turn  # MetaImage is LPS
-    array = np.fromfile(path.with_name(header['ElementDataFile']), '<>'[big] + kinds[header['ElementType']])
-    return array.reshape(np.int64(numbers('DimSize', '')), order='F'), affine
-
-def polygons(path, height, width):
-    """Yield (class, bool (H, W)) for each line of a file, a polygon: class x1 y1 x2 y2 ..., in shares of the sides. Four
-    numbers are a box: centre and sides."""
-    for line in path.read_text().splitlines():
-        number, *corners = map(float, line.split())
-        if len(corners) == 4:
-            x, y, w, h = corners
-            corners = x - w / 2, y - h / 2, x + w / 2, y - h / 2, x + w / 2, y + h / 2, x - w / 2, y + h / 2
-        canvas = Image.new('1', (width, height))
-        ImageDraw.Draw(canvas).polygon([*zip(np.multiply(corners[::2], width), np.multiply(corners[1::2], height))], fill=1)
-        yield int(number), np.array(canvas)
+    kind = {'MET_UCHAR': 'u1', 'MET_SHORT': 'i2', 'MET_USHORT': 'u2', 'MET_INT': 'i4', 'MET_FLOAT': 'f4'}[header['ElementType']]
+    turn = np.reshape(header.get('TransformMatrix', '1 0 0 0 1 0 0 0 1').split(), (3, 3)).astype(float)
+    affine = np.diag([-1.0, -1, 1, 1])  # MetaImage is LPS
+    affine[:3, :3] @= turn.T * np.float64(header['ElementSpacing'].split())
+    array = np.fromfile(path.with_name(header['ElementDataFile']), '<' + kind)
+    return array.reshape(np.int64(header['DimSize'].split()), order='F'), affine
 
 def cut(volume, affine):
     """Array (x, y[, z[, time ...]]) as a view (time, n, H, W): slices across the coarsest spacing (within 1% of it: axial),
@@ -340,27 +314,28 @@ def cut(volume, affine):
     return np.moveaxis(volume, (3, axis), (0, 1)).swapaxes(2, 3)[:, :, ::-1, ::-1]
 
 def normalize(volume, modality):
-    """Map (n, H, W[, 3]) to uint8 by the rule of its modality (C.1.1), which may also be 'SUV'; uint8 stays as it is.
-    NaN and infinities count as the lowest value; where there is nothing but one value, all becomes 0."""
+    """Yield the slices of a volume or picture (n, H, W[, 3]) as uint8, by the rule of its modality (C.1.1), which may also be
+    'SUV'; what is uint8 stays as it is. NaN and infinities count as the lowest value."""
     if volume.dtype == np.uint8:
-        return volume
-    pixels = np.zeros(volume.shape, np.uint8)
-    sample = volume.flat[::volume.size // 1_000_000 | 1]  # odd: a width of 2^k would be sampled in a few columns only
-    sample = sample[np.isfinite(sample)]
-    if sample.size and np.ptp(sample):
-        window, percentiles, *_ = RULES.get(modality, RULES[''])
-        low, high = map(float, window or np.percentile(sample, percentiles))
-        finite = functools.partial(np.nan_to_num, nan=low, posinf=low, neginf=low)
-        for i, image in enumerate(volume):  # slice by slice, which bounds the memory
-            image = finite(image) if image.dtype.kind == 'f' else image.astype(np.float32)
-            pixels[i] = np.rint((image.clip(low, high) - low) * (255 / (high - low or np.inf)))
-    return pixels
+        yield from volume
+        return
+    window, percentiles, *_ = RULES.get(modality, RULES[''])
+    if volume.dtype == np.uint16 and len(volume) == 1:  # a picture; many detectors deliver 12 bits in a 16-bit file
+        window = 0, 4095 if volume.max() < 4096 else 65535
+    elif not window:
+        sample = volume.flat[::volume.size // 1_000_000 | 1]  # odd: a width of 2^k would be sampled in a few columns only
+        sample = sample[np.isfinite(sample)]
+        window = np.percentile(sample, percentiles) if sample.size else (0, 0)
+    low, high = map(np.float32, window)
+    for image in volume:
+        image = np.where(np.isfinite(image), image, low) if image.dtype.kind == 'f' else image.astype(np.float32)
+        yield np.uint8((image.clip(low, high) - low) * (255 / (high - low or np.inf)) + 0.5)
 
 def resize(image, size):
     """The whole of uint8 (H, W) or (H, W, 3), low-passed, as (S, S, c); three equal channels become one."""
     image = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    grey = len({band.tobytes() for band in image.split()}) == 1
-    return np.asarray(image.getchannel(0) if grey else image).reshape(size, size, -1)
+    pixels = np.asarray(image).reshape(size, size, -1)
+    return pixels[..., :1] if (pixels == pixels[..., :1]).all() else pixels
 
 def frames(path, size):
     """Yield every 30th frame (C.1.1) of a video as uint8 (1, S, S, 3), while ffmpeg decodes it once from start to end."""
@@ -375,16 +350,16 @@ def frames(path, size):
 def slices(path, modality, size, min_side):
     """In a worker: yield (reason, detail, pixels, picture) for each image of a file, one alone for an unusable file. Kept are
     those without a reason, as pixels uint8 (S, S, c); `picture` is false for the slices of a volume and frames of a video."""
+    film, count = path.name.lower().endswith(VIDEOS), 0
     try:
-        film, count = path.name.lower().endswith(VIDEOS), 0
         for array in frames(path, size) if film else read(path, draft=max(2 * size, min_side)):
-            volume = array.dtype != np.uint8 or len(array) > 1
-            least = volume and RULES.get(modality, RULES[''])[2]
+            volume = array.dtype not in (np.uint8, np.uint16) or len(array) > 1
+            least = RULES.get(modality, RULES[''])[2] if volume else 0
             for count, image in enumerate(normalize(array, modality), count + 1):
-                blank = np.count_nonzero(image > 5) < least * image.size if least else np.ptp(image) < 8  # 5 is 0.02 of 255
+                blank = np.ptp(image) < 8 or np.count_nonzero(image > 5) < least * image.size  # 5 is 0.02 of 255
                 reason = 'small' if min(image.shape[:2]) < min_side and not film else 'blank' if blank else ''
                 pixels = None if reason else resize(image, size)
-                yield reason, f'{image.shape[1]} x {image.shape[0]} px', pixels, not volume and not film
+                yield reason, f'{image.shape[1]} x {image.shape[0]} px', pixels, not (reason or volume or film)
         if not count:
             raise ValueError('it holds no image')
     except Exception as error:  # decoders fail on broken files in every way there is; dropped.csv tells which
@@ -413,7 +388,7 @@ def spill(folder, work, *call):
     """In a worker: write what work(*call) yields to a file below `folder`, item by item, and return the file's path."""
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
         for item in work(*call):
-            pickle.dump(item, file)
+            pickle.dump(item, file, pickle.HIGHEST_PROTOCOL)
     return Path(file.name)
 
 def items(path):
@@ -428,6 +403,25 @@ def in_order(pool, workers, folder, work, calls, title):
     for done in tqdm(range(len(calls)), title, unit='file'):
         jobs.extend(pool.submit(spill, folder, work, *call) for call in calls[done + len(jobs):done + 2 * workers])
         yield jobs.popleft().result()
+
+class Stack:
+    """A .npy file of arrays of one shape, written one by one; numpy's header has the same length for every count."""
+    def __init__(self, path, shape, dtype=np.uint8):
+        self.file, self.shape, self.dtype, self.count = open(path, 'wb'), shape, np.dtype(dtype), 0
+        self.write_header()
+
+    def write_header(self):
+        self.file.seek(0)
+        header = {'descr': self.dtype.str, 'fortran_order': False, 'shape': (self.count, *self.shape)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def append(self, array):
+        self.file.write(np.broadcast_to(array, self.shape).astype(self.dtype).tobytes())
+        self.count += 1
+
+    def close(self):
+        self.write_header()
+        self.file.close()
 
 @contextlib.contextmanager
 def whole(folder, pool):
@@ -445,62 +439,55 @@ def whole(folder, pool):
 
 # --- sources for pretraining ----------------------------------------------------------------------------------------------
 
-def prepare(source, home, out, config, pool):
-    """Write a source, the files below `home`, to OUT/<name>, or OUT/<name>-<Modality> if another modality has the name.
-    Returns its meta.json as a dict, None where there is nothing to read; a finished source is left alone."""
+def prepare(row, home, folder, config, pool):
+    """Write a source, the files below `home`, to `folder`. Returns its meta.json as a dict, None where there is nothing to
+    read; a finished source is left alone."""
     names = list_names(home)
-    wanted = [name for name in names if pattern(source.images).fullmatch(name) and not pattern(source.skip).fullmatch(name)
-              and (home / name).name[0] != '.' and is_image(home, name)]
+    wanted = [name for name in names if pattern(row.images).fullmatch(name) and not pattern(row.skip).fullmatch(name)
+              and is_image(home, name)]
     if not wanted:
-        print(f'{home}: {HINTS.get(source.name, "no image that can be read matches " + source.images)}; it is left out')
+        print(f'{home}: {HINTS.get(row.name, "no image that can be read matches " + row.images)}; it is left out')
         return None
-    for folder in out / source.name, out / f'{source.name}-{source.modality}':
-        meta = json.loads((folder / 'meta.json').read_text()) if folder.exists() else {}
-        if meta.get('modality', source.modality) == source.modality:
-            break
-    if meta:
+    if folder.exists():
+        meta = json.loads((folder / 'meta.json').read_text())
         print(f'{folder}: finished before, {meta["files"]} files (now {len(names)}), {meta["size"]} px; delete it to redo')
         return meta
-    shards, buffers, seen, chosen = [], {1: [], 3: []}, {}, {*wanted}
-    dropped = dict.fromkeys(REASONS, 0) | {'other': len(names) - len(wanted)}
-    calls = [(home / name, 'SUV' if source.modality == 'PET' and 'suv' in f'{home.name}/{name}'.lower() else source.modality,
+    calls = [(home / name, 'SUV' if row.modality == 'PET' and 'suv' in f'{home.name}/{name}'.lower() else row.modality,
               config.size, config.min_side) for name in wanted]
-    with whole(folder, pool) as part:
-        with open(part / 'dropped.csv', 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
-            log = csv.writer(file)
-            log.writerow(('path', 'slice', 'reason', 'detail'))
-            log.writerows((name, 0, 'other', 'no image by its name') for name in names if name not in chosen)
-            for path, name in zip(in_order(pool, config.workers, part, slices, calls, folder.name), wanted):
-                for index, (reason, detail, pixels, picture) in enumerate(items(path)):
-                    # Neighbouring slices of a volume are alike by nature, and Table 2 keeps them.
-                    if picture and not reason and (twin := find_twin(pixels, name, seen)):
-                        reason, detail = 'duplicate', f'of {twin}'
-                    if reason:
-                        dropped[reason] += 1
-                        log.writerow((name, index, reason, detail))
-                        continue
-                    images = buffers[pixels.shape[2]]
-                    images.append(pixels)
-                    if len(images) * pixels.nbytes >= config.shard << 20:
-                        write_shard(part, shards, images)
-                path.unlink()
-        for images in filter(None, buffers.values()):
-            write_shard(part, shards, images)
-        _, _, least, words = RULES.get(source.modality, RULES[''])
-        count = sum(shard['count'] for shard in shards)
-        meta = {'source': folder.name, 'modality': source.modality, 'count': count, 'size': config.size,
-                'channels': sorted({shard['channels'] for shard in shards}),
+    dropped, shards, filling, seen, chosen = dict.fromkeys(REASONS, 0), [], {}, {}, {*wanted}
+    with whole(folder, pool) as part, open(part / 'dropped.csv', 'w', encoding='utf-8', errors='surrogateescape') as file:
+        log = csv.writer(file, lineterminator='\n')
+        log.writerow(('path', 'slice', 'reason', 'detail'))
+        log.writerows((name, 0, 'other', 'no image by its name') for name in names if name not in chosen)
+        dropped['other'] = len(names) - len(wanted)
+        for path, name in zip(in_order(pool, config.workers, part, slices, calls, folder.name), wanted):
+            for index, (reason, detail, pixels, picture) in enumerate(items(path)):
+                # Neighbouring slices of a volume are alike by nature, and Table 2 keeps them.
+                if picture and (twin := find_twin(pixels, name, seen)):
+                    reason, detail = 'duplicate', f'of {twin}'
+                if reason:
+                    dropped[reason] += 1
+                    log.writerow((name, index, reason, detail))
+                    continue
+                channels = pixels.shape[2]
+                if channels not in filling:
+                    filling[channels] = Stack(part / f'{len(shards):05d}.npy', pixels.shape)
+                    shards.append(filling[channels])
+                filling[channels].append(pixels)
+                if filling[channels].count * pixels.nbytes >= SHARD:
+                    filling.pop(channels).close()
+            path.unlink()
+        for stack in filling.values():
+            stack.close()
+        _, _, least, words = RULES.get(row.modality, RULES[''])
+        count = sum(stack.count for stack in shards)
+        meta = {'source': folder.name, 'modality': row.modality, 'count': count, 'size': config.size,
+                'channels': sorted({stack.shape[2] for stack in shards}),
                 'normalization': f'volumes: {words}; pictures: / 255, 16 bits / 4095 or 65535',
                 'foreground': f'slices: {least} of the pixels above 0.02' if least else 'any',
-                'files': len(names), 'read': count + sum(dropped.values()), 'dropped': dropped, 'shards': shards}
+                'files': len(names), 'read': count + sum(dropped.values()), 'dropped': dropped}
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
     return meta
-
-def write_shard(part, shards, images):
-    """Move the images, a list of uint8 (S, S, c), to the next file, and note it in `shards`."""
-    shards.append({'file': f'{len(shards):05d}.npy', 'count': len(images), 'channels': images[0].shape[2]})
-    np.save(part / shards[-1]['file'], images)
-    images.clear()
 
 def home_of(row, raw):
     """The folder of a row of Table 2 or 3 below RAW, or None; some rows come in one download, as RAW/AutoPET."""
@@ -508,27 +495,24 @@ def home_of(row, raw):
     return next((raw / name for name in (row.name, *shared) if (raw / name).is_dir()), None)
 
 def find_sources(raw, config):
-    """[(row of a source, its folder)] below RAW: the rows of Table 2 by their names, then RAW/<Modality>/<source>. Names what
-    else lies there, ends the program if it is all there is."""
+    """[(row of a source, its folder below RAW, its name)]: the rows of Table 2, then whatever is RAW/<Modality>/<source>."""
     known = {name.lower(): name for name in MODALITIES}
     found = [(row, home) for row in SOURCES if (home := home_of(row, raw))]
-    tops = {path for path in raw.glob('*') if path.name.lower() in known}
-    below = sorted(path for top in tops for path in top.glob('*'))
-    others = {*raw.glob('*')} - tops - {home for _, home in found} | {path for path in below if not path.is_dir()}
-    found += [(Row(path.name, known[path.parent.name.lower()]), path) for path in below if path.is_dir()]
-    if others:
+    found += [(Row(path.name, known[path.parent.name.lower()]), path)
+              for path in sorted(raw.glob('*/*')) if path.parent.name.lower() in known]
+    if others := {*raw.glob('*')} - {folder for _, home in found for folder in (home, home.parent)}:
         print(f'warning: {len(others)} files and folders are no known data set RAW/<name>/ and no RAW/<Modality>/<source>/, '
               f'as {min(others)}', file=sys.stderr)
-    if config.source:
-        found = [(row._replace(images=config.images or row.images, skip=config.skip or row.skip), home)
-                 for row, home in found if row.name == config.source]
+    names = [row.name for row, _ in found]
+    found = [(row._replace(images=config.images or row.images, skip=config.skip or row.skip), home,
+              row.name if names.count(row.name) == 1 else f'{row.name}-{row.modality}') for row, home in found]
+    found = [source for source in found if config.source in ('', source[0].name)]
     if not found:
         sys.exit(f'no images: --raw {raw} has no folder {config.source or "of a known data set (see --list)"} and no '
                  f'<Modality>/<source>/, with <Modality> of {", ".join(MODALITIES)}')
-    homes = {}
-    for row, home in found:
-        if homes.setdefault((row.name, row.modality), home) != home:
-            sys.exit(f'{home} and {homes[row.name, row.modality]} would both be {row.name}: rename or move one of them')
+    if len({name for *_, name in found}) < len(found):
+        sys.exit(f'two folders would both be {max(names, key=names.count)}: rename or move one of '
+                 f'{", ".join(str(home) for row, home, _ in found if names.count(row.name) > 1)}')
     return found
 
 def list_tables(raw):
@@ -543,26 +527,25 @@ def list_tables(raw):
 def find_labelled(raw, config):
     """{path of an image below RAW: (its frames, its answer, its patient)}. The answer is a class, or the paths of its masks,
     None for an absent one."""
-    names = [name for name in list_names(raw) if (raw / name).name[0] != '.' and not pattern(config.skip).fullmatch(name)]
-    in_files, table = '*' in ''.join(config.labels), {}
-    layers = [matches(names, rule) for rule in config.masks or config.labels * in_files or ('*masks/*.**',)]
+    names = [name for name in list_names(raw) if '/.' not in f'/{name}' and not pattern(config.skip).fullmatch(name)]
+    layers = [matches(names, rule) for rule in config.masks or ('*masks/*.**',)]
     taken = {name for layer in layers for found in layer.values() for name in found}
     images = matches([name for name in names if name not in taken and is_image(raw, name)],
                      config.images or ('*images/*.**' if taken else '**'))
-    if not images or not taken and (config.masks or in_files):
+    table = read_labels(raw, names, config)
+    if not images or config.masks and not taken or config.labels and not table:
         sys.exit(f'{raw}: {HINTS.get(config.task) or "no image or no mask here matches --images, --masks or --labels"}')
     singles = [name for found in images.values() for name in found]
-    if config.labels and not in_files:
-        table = read_table(raw, config.labels)
+    if config.labels:
         answers = {name: ([name], table[Path(name).stem][0]) for name in singles if Path(name).stem in table}
     else:
         answers = pair(raw, images, layers, config) if taken else {name: ([name], Path(name).parent.name) for name in singles}
     if missing := len(singles) - sum(len(frames) for frames, _ in answers.values()):
         print(f'{raw}: {missing} images without a mask or label are left out')
-    patients = {name: table[Path(name).stem][1:] for name in answers} if table else {}
+    patients = {name: table.get(Path(name).stem, ())[1:] for name in answers}
     if config.patient:
         patients = {name: re.search(config.patient, name) for name in answers}
-    return {name: (*answer, (patients.get(name) or [name])[0]) for name, answer in answers.items()}
+    return {name: (*answer, (patients[name] or [name])[0]) for name, answer in answers.items()}
 
 def pair(raw, images, layers, config):
     """{first frame: (frames, masks)} of images {key: names} and layers of masks [{key: names}], which belong together where
@@ -573,9 +556,8 @@ def pair(raw, images, layers, config):
         if any(masks) and frames and max(map(len, masks)) == 1 and (len(frames) == 1 or config.frames):
             answers[frames[0]] = frames, tuple(found[0] if found else None for found in masks)
         elif any(masks) or config.task not in TASKS:
-            trouble = ('no image goes with it' if not frames else 'no mask goes with it' if not any(masks) else
-                       'they go together, where one image and one mask should')
-            sys.exit(f'{raw}/{", ".join(sum(masks, frames))}: {trouble}; complete the pairs or mend --images, --masks')
+            trouble = 'no image' if not frames else 'no mask' if not any(masks) else 'more than one image or mask'
+            sys.exit(f'{raw}/{", ".join(sum(masks, frames))}: {trouble} goes with it; complete the pairs or mend --images, --masks')
     return answers
 
 def find_file(raw, end):
@@ -584,17 +566,37 @@ def find_file(raw, end):
         return raw / found[0]
     sys.exit(f'{raw}: there is no file {end} here; mend --labels or --split')
 
-def read_table(raw, labels):
-    """{stem of a file's name: its class and, if there is a third column, its patient} of a CSV file below RAW."""
-    path, table = find_file(raw, labels[0]), {}
+def read_labels(raw, names, config):
+    """{stem of an image: [its class, its patient if a third column tells it]} of --labels: a CSV file, or a file for each image,
+    which holds in VOC's XML the class of an object, or in lines of numbers polygons, of which the largest decides."""
+    rule, *columns = config.labels or ('',)
+    table, classes = {}, dict(zip(config.values or map(str, range(len(config.classes))), config.classes))
+    if '*' in rule or not rule:
+        for name in filter(pattern(rule).fullmatch, names):
+            value = (ElementTree.parse(raw / name).findtext('object/name') if name.endswith('.xml')
+                     else max(polygons(raw / name), key=lambda polygon: np.ptp(polygon[1], 0).prod())[0])
+            table[Path(name).stem] = [classes.get(value, value)]
+        return table
+    path = find_file(raw, rule)
     with open(path, newline='', encoding='utf-8-sig') as file:  # Excel begins a file with a mark
         reader = csv.DictReader(file)
         for row in reader:
-            name, *answer = (row.get(column) for column in labels[1:] or reader.fieldnames[:2])
+            name, *answer = (row.get(column) for column in columns or reader.fieldnames[:2])
             if None in (name, *answer) or table.setdefault(Path(name).stem, answer) != answer:
-                sys.exit(f'{path}, line {reader.line_num}: {name} has no {" or no ".join(labels[1:])}, or another one than '
-                         f'above; the columns are {reader.fieldnames}')
+                sys.exit(f'{path}, line {reader.line_num}: {name} has no {" or no ".join(columns)}, or another one than above; '
+                         f'the columns are {reader.fieldnames}')
     return table
+
+def polygons(path):
+    """[(class, corners (n, 2) in shares of width and height)] of lines `class x1 y1 x2 y2 ...`; two pairs are the centre and
+    the sides of a box."""
+    found = []
+    for number, *numbers in map(str.split, path.read_text().splitlines()):
+        corners = np.reshape(numbers, (-1, 2)).astype(float)
+        if len(corners) == 2:
+            corners = corners[0] + corners[1] * ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5))
+        found.append((number, corners))
+    return found
 
 def split(files, raw, config):
     """{'train', 'val', 'test': names} by the three rules of --split. A glob takes the images it matches or whose masks it
@@ -603,7 +605,7 @@ def split(files, raw, config):
     splits, others, groups = {'train': [], 'val': [], 'test': []}, {}, {}
     given = {name.split('/')[0] for name in files} <= {*splits}
     rules = dict(zip(splits, config.split or (('train/**', 'val/**', 'test/**') if given else ('50', '20', '30'))))
-    shares = {part: int(rule) for part, rule in rules.items() if rule.isdigit()}
+    shares = [int(rule) if rule.isdigit() else 0 for rule in rules.values()]
     lists = {part: {*find_file(raw, rule).read_text().split()} for part, rule in rules.items() if rule.endswith('.txt')}
     for name, (_, answer, patient) in files.items():
         paths = [name] if isinstance(answer, str) else [name, *filter(None, answer)]
@@ -613,49 +615,39 @@ def split(files, raw, config):
                 break
         else:
             others.setdefault(patient, []).append(name)
-    if others and not (whole_share := sum(shares.values())):
+    if others and not sum(shares):
         sys.exit(f'{raw / min(others.values())[0]}: no rule of --split takes it; give three globs, lists or numbers')
     for patient, names in others.items():
         answer = files[names[0]][1]
         groups.setdefault(answer if isinstance(answer, str) else '', []).append(patient)
     rng = np.random.default_rng(config.seed)
     for _, group in sorted(groups.items()):
-        test = -(-len(group) * shares.get('test', 0) // whole_share)
-        val = len(group) * shares.get('val', 0) // whole_share
+        val, test = len(group) * shares[1] // sum(shares), -(-len(group) * shares[2] // sum(shares))
         for part, drawn in zip(('test', 'val', 'train'), np.split(rng.permutation(group), (test, test + val))):
             splits[part] += [name for patient in drawn for name in others[patient]]
     return {part: sorted(names) for part, names in splits.items()}
 
-def class_table(config):
-    """{value in a mask: class} of --values, where a class may have several values (420+421) or all others (*); what stands
-    after the last class is not scored, nor is 255, unless it is given a class."""
-    table = {}
-    for number, entry in enumerate(config.values or map(str, range(len(config.classes)))):
-        for value in filter(None, entry.split('+')):
-            table[value if value == '*' else int(value)] = number if number < len(config.classes) else 255
-    return table if '*' in table else {255: 255} | table
-
-def read_class(path):
-    """The number of an image's class in a VOC file (.xml, the name of its first object), or that of the largest polygon."""
-    if path.suffix == '.xml':
-        return int(re.search(r'<object>.*?<name>(.*?)</name>', path.read_text(), re.S)[1])
-    return max(polygons(path, 256, 256), key=lambda found: found[1].sum())[0]
-
 def read_masks(path, shape):
-    """All masks (H, W) of a file; of one in colour, which may have one colour and black, the largest of its three values. The
-    polygons of a .txt become one mask of the shape of the image."""
+    """All masks (H, W) of a file; of one in colour, the largest of its three values. The polygons of a .txt become one mask of
+    the shape of the image."""
     if path.suffix == '.txt':
-        return [np.any([mask for _, mask in polygons(path, *shape[:2])], axis=0).astype(np.uint8)]
-    masks = [mask for volume in read(path, raw=True) for mask in volume]
-    for mask in masks:
-        if mask.ndim == 3 and np.ptp(mask, 2).any() and len(np.unique(mask.reshape(-1, 3), axis=0)) > 2:
-            raise ValueError('the mask has several colours, where each pixel should hold the number of its class')
+        canvas = Image.new('L', shape[1::-1])
+        for _, corners in polygons(path):
+            ImageDraw.Draw(canvas).polygon([tuple(corner) for corner in corners * canvas.size], 1)
+        return [np.asarray(canvas)]
+    masks = [mask for volume in read(path) for mask in volume]
     return [mask.max(2) if mask.ndim == 3 else mask for mask in masks]
 
-def classify(mask, table):
-    """Values (H, W) as classes uint8, by the table of `class_table`."""
+def classify(mask, config):
+    """Values (H, W) as classes uint8 by --values, where a class may have several values (420+421) or all others (*); what
+    stands after the last class is not scored, nor is 255, unless it is given a class."""
+    table = {'255': 255}
+    for number, entry in enumerate(config.values or map(str, range(len(config.classes)))):
+        table |= dict.fromkeys(entry.split('+'), number if number < len(config.classes) else 255)
+    if '*' in table and '255' not in config.values:
+        del table['255']
     values, place = np.unique(mask, return_inverse=True)
-    numbers = {value: table.get(value, table.get('*')) for value in values.tolist()}
+    numbers = {value: table.get(f'{value:g}', table.get('*')) for value in values.tolist()}
     if strange := [value for value, number in numbers.items() if number is None]:
         raise ValueError(f'values {strange[:9]}, while --classes and --values know {[*table]}')
     return np.uint8([*numbers.values()])[place].reshape(mask.shape)
@@ -671,24 +663,23 @@ def labelled(raw, frames, answer, config):
     try:
         images = [[image for volume in read(raw / frame) for image in normalize(volume, config.modality)] for frame in frames]
         images = [np.minimum.reduce(same) for same in zip(*images)]  # of several frames, the darkest of each pixel
-        table, square = class_table(config), (config.size, config.size)
-        if isinstance(answer, str) or config.labels:
-            label = config.classes.index(answer) if isinstance(answer, str) else table[read_class(raw / answer[0])]
-            yield from ((resize(image, config.size), label) for image in images)
+        if isinstance(answer, str):
+            yield from ((resize(image, config.size), config.classes.index(answer)) for image in images)
             return
-        layers = [read_masks(raw / path, images[0].shape) if path else [] for path in answer]
-        masks = max(layers, key=len)
-        if len(masks) != len(images) or len(layers) == 1 and any(m.shape != i.shape[:2] for m, i in zip(masks, images)):
-            raise ValueError(f'{len(masks)} masks of {masks[0].shape} for {len(images)} images of {images[0].shape}')
-        for index, image in enumerate(images):
-            if len(layers) == 1:
-                mask = classify(masks[index], table)
+        layers = [read_masks(raw / path, images[0].shape) if path else [None] * len(images) for path in answer]
+        for image, *masks in zip(images, *layers, strict=True):
+            if len(masks) == 1:
+                mask = classify(masks[0], config)
                 mask = np.uint8(fill(mask > 0)) if config.outline else mask
-            else:  # a file for each class, painted in their order; an absent one has nothing to paint
-                mask = np.zeros_like(masks[index], np.uint8)
-                for number, layer in enumerate(layers, 1):
-                    mask[layer[index] > 0 if layer else False] = number
-            yield resize(image, config.size), np.asarray(Image.fromarray(mask).resize(square, Image.Resampling.NEAREST))
+                if mask.shape != image.shape[:2]:
+                    raise ValueError(f'a mask of {mask.shape} for an image of {image.shape}')
+            else:  # a file for each class, painted in their order
+                shown = {number: layer > 0 for number, layer in enumerate(masks, 1) if layer is not None}
+                mask = np.zeros(next(iter(shown.values())).shape, np.uint8)
+                for number, place in shown.items():
+                    mask[place] = number
+            square = Image.fromarray(mask).resize((config.size, config.size), Image.Resampling.NEAREST)
+            yield resize(image, config.size), np.asarray(square)
     except Exception as error:  # decoders fail in every way there is
         sys.exit(f'{raw / frames[0]}: cannot be read with {answer} ({type(error).__name__}: {error}); mend or remove them')
 
@@ -698,16 +689,27 @@ def prepare_task(config, raw, folder, pool):
     if folder.exists():
         sys.exit(f'{folder}: this task is prepared; delete it to prepare it again, or choose another --out')
     files = find_labelled(raw, config)
-    kinds = {answer for _, answer, _ in files.values() if isinstance(answer, str)} or {*config.labels}
+    kinds = {answer for _, answer, _ in files.values() if isinstance(answer, str)}
     config.classes = config.classes or (tuple(sorted(kinds)) if kinds else config.values if len(config.values) > 2 else
                                         ('background', 'foreground'))
+    answers = ('labels', (), np.int64) if kinds else ('masks', (config.size, config.size), np.uint8)
     splits, counts, shown = split(files, raw, config), {}, set()
     with whole(folder, pool) as part:
         for name, chosen in splits.items():
             (part / name).mkdir()
             calls = [(raw, *files[file][:2], config) for file in chosen]
             paths = [*in_order(pool, config.workers, part, labelled, calls, name)]
-            counts[name] = write_split(part / name, paths, config.size, kinds, shown)
+            # Grey images get three channels where others are in colour.
+            channels = max((pixels.shape[2] for path in paths for pixels, _ in items(path)), default=1)
+            images = ('images', (config.size, config.size, channels), np.uint8)
+            stacks = [Stack(part / name / f'{kind}.npy', *form) for kind, *form in (images, answers)]
+            for pixels, answer in (pair for path in paths for pair in items(path)):
+                stacks[0].append(pixels)
+                stacks[1].append(answer)
+                shown.update(np.unique(answer).tolist())
+            for closing in (*stacks, *paths):
+                closing.close() if closing in stacks else closing.unlink()
+            counts[name] = stacks[0].count
         meta = {'kind': 'classification' if kinds else 'segmentation', 'classes': config.classes, 'modality': config.modality,
                 'size': config.size, 'counts': counts}
         (part / 'split.json').write_text(json.dumps(splits, indent=1))
@@ -717,24 +719,6 @@ def prepare_task(config, raw, folder, pool):
         print(f'warning: no image shows {", ".join(missing)}; mend --classes or --values?', file=sys.stderr)
     print(f'{folder}: {meta["kind"]} into {", ".join(config.classes)}; images: {counts}'
           + (f', in the paper {TASKS[config.task].count or "none"}' if config.task in TASKS else ''))
-
-def write_split(folder, paths, size, classify, shown):
-    """Write images.npy and masks.npy or labels.npy of the pairs in the files, which are removed; returns their number, and
-    adds the classes they show to `shown`. Grey images get three channels where others are in colour."""
-    channels = []
-    for pixels, answer in (pair for path in paths for pair in items(path)):
-        channels.append(pixels.shape[2])
-        shown.update(np.bincount(np.ravel(answer)).nonzero()[0].tolist())
-    answers = ('labels', (), np.int64) if classify else ('masks', (size, size), np.uint8)
-    for place, (name, shape, kind) in enumerate((('images', (size, size, max(channels, default=1)), np.uint8), answers)):
-        with open(folder / f'{name}.npy', 'wb') as file:
-            header = {'descr': np.dtype(kind).str, 'fortran_order': False, 'shape': (len(channels), *shape)}
-            np.lib.format.write_array_header_1_0(file, header)
-            for pair in (pair for path in paths for pair in items(path)):
-                file.write(np.broadcast_to(pair[place], shape).astype(kind).tobytes())
-    for path in paths:
-        path.unlink()
-    return len(channels)
 
 # --- phantoms: ten modalities simulated from their physics, with masks and classes ---------------------------------------
 # Tissues = mask classes: air 0, fat 1, muscle 2, gut 3, lung 4, liver 5, kidney 6, spleen 7, bone 8, blood 9, lesion 10
@@ -905,27 +889,20 @@ def print_counts(rows, metas):
         print(f'{line[0]:<11}{line[1]:<30}' + ''.join(f'{cell:>10}' for cell in line[2:]) + paper)
     print('every file accounted for: read = kept + dropped')
 
-def check(config):
-    """End the program with a sentence on options that cannot be meant."""
-    lost = [name for name in ('images', 'skip') * (not config.source) + ('masks', 'labels') if getattr(config, name)]
-    if min(config.size, config.min_side, config.shard) < 1 or config.workers < 0:
-        sys.exit('--size, --min_side and --shard must be 1 or more, --workers 0 or more')
-    if config.modality not in ('', 'SUV', *MODALITIES):
-        sys.exit(f'--modality {config.modality}: it must be SUV or one of {", ".join(MODALITIES)}')
-    if lost and not config.task:
-        sys.exit(f'--{" --".join(lost)} would not be used: give --source NAME or --task NAME')
-    if not (config.raw or config.list or config.phantoms or config.task.startswith('phantom-')):
-        sys.exit('where are the images? give --raw RAW, a folder of <Modality>/<source>/** or of a task, or --phantoms N')
-
 def main():
     """Simulate the phantoms if they are asked for, then prepare a task or every source below RAW."""
     config = parse_options(Config())
     if row := TASKS.get(config.task):  # its rules, then the command line again over them
         defaults = replace(Config(), modality=row.modality, split=('50', '20', '30'))
         config = parse_options(parse_options(defaults, shlex.split(row.images)))
-    check(config)
+    if config.modality not in ('', 'SUV', *MODALITIES):
+        sys.exit(f'--modality {config.modality}: it must be SUV or one of {", ".join(MODALITIES)}')
+    if config.size < 1 or config.workers < 0:
+        sys.exit('--size must be 1 or more, --workers 0 or more')
     if config.list:
         return list_tables(Path(config.raw))
+    if not (config.raw or config.phantoms or config.task.startswith('phantom-')):
+        sys.exit('where are the images? give --raw RAW, a folder of <Modality>/<source>/** or of a task, or --phantoms N')
     config.workers = config.workers or os.cpu_count()
     out, home = Path(config.out or f'data/{config.task or "medverse"}'), Path(config.raw or 'data/phantoms')
     if config.task.startswith('phantom-'):
@@ -938,8 +915,8 @@ def main():
         if config.task:
             prepare_task(config, home, out, pool)
         else:
-            found = [(row, prepare(row, folder, out, config, pool))
-                     for row, folder in find_sources(home / 'raw' if config.phantoms else home, config)]
+            found = [(row, prepare(row, folder, out / name, config, pool))
+                     for row, folder, name in find_sources(home / 'raw' if config.phantoms else home, config)]
             if not (done := [pair for pair in found if pair[1]]):
                 sys.exit(1)
             print_counts(*zip(*done))

@@ -45,8 +45,7 @@ def bare(path):
     return np.asarray(Image.open(path).convert('RGB').resize((256, 256), Image.Resampling.BICUBIC)).size
 
 def prepare(raw, out):
-    # small shards: they are written while the workers go on, as most are of a large source; one large one would come last
-    argv = ['prepare_medverse.py', '--raw', str(raw), '--out', str(out), '--workers', '2', '--shard', '16']
+    argv = ['prepare_medverse.py', '--raw', str(raw), '--out', str(out), '--workers', '2']
     with mock.patch.object(sys, 'argv', argv), contextlib.redirect_stdout(io.StringIO()), \
             contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
         prep.main()

@@ -362,7 +362,7 @@ def prepare(raw, out, *options):
 def check_source(out, name, keep):
     """The shards hold all that was to keep, and nothing else; returns their number of images."""
     meta = meta_of(out, name)
-    found = np.stack([small(image) for shard in meta['shards'] for image in np.load(out / name / shard['file'])])
+    found = np.stack([small(image) for path in sorted((out / name).glob('*.npy')) for image in np.load(path)])
     distance = np.abs(found[:, None] - keep).mean((2, 3))
     assert distance.min(1).max() < 10, 'an image that was not to be taken'
     assert {*distance.argmin(1).tolist()} == {*range(len(keep))}

@@ -68,6 +68,9 @@ def texture(seed, height=96, width=96, channels=()):
     image = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
     return image if channels else image[..., 0]
 
+def normalized(volume, modality):
+    return np.stack([*prep.normalize(volume, modality)])
+
 def kept(path, modality, size=SIZE, min_side=8):
     return [pixels for reason, _, pixels, _ in prep.slices(path, modality, size, min_side) if not reason]
 
@@ -96,7 +99,7 @@ def test_percentiles_of_the_volume(modality):
     volume = np.random.default_rng(0).gamma(2, 300, (5, 40, 50)).astype(np.float32)
     low, high = np.percentile(volume, [1, 99])
     expected = (np.clip(volume, low, high) - low) / (high - low) * 255
-    assert np.abs(prep.normalize(volume, modality) - expected).max() <= 0.5 + 1e-3
+    assert np.abs(normalized(volume, modality) - expected).max() <= 0.5 + 1e-3
     if modality == 'PET':  # the three steps of the paper: clip, z-score, min-max
         z = (np.clip(volume, low, high) - volume.mean()) / volume.std()
         assert np.abs((z - z.min()) / (z.max() - z.min()) * 255 - expected).max() < 1e-2
@@ -105,19 +108,20 @@ def test_percentiles_of_a_large_volume_see_every_column():
     volume = np.broadcast_to(np.linspace(0, 1, 128, dtype=np.float32), (256, 256, 128))  # step 8 would see 16 columns
     low, high = np.percentile(volume[0], [1, 99])
     expected = (np.clip(volume[0], low, high) - low) / (high - low) * 255
-    assert np.abs(prep.normalize(volume, 'MR')[0] - expected).max() < 2
+    assert np.abs(normalized(volume, 'MR')[0] - expected).max() < 2
 
 def test_suv_window_and_other_modalities():
     volume = np.linspace(-1, 40, 4 * 8 * 8).reshape(4, 8, 8).astype(np.float32)
-    assert np.abs(prep.normalize(volume, 'SUV') - np.clip(volume, 0, 20) / 20 * 255).max() <= 0.5 + 1e-4
-    assert np.abs(prep.normalize(volume, 'OCT') - (volume + 1) / 41 * 255).max() <= 0.5 + 1e-3
+    assert np.abs(normalized(volume, 'SUV') - np.clip(volume, 0, 20) / 20 * 255).max() <= 0.5 + 1e-4
+    assert np.abs(normalized(volume, 'OCT') - (volume + 1) / 41 * 255).max() <= 0.5 + 1e-3
 
 def test_not_finite_is_lowest_and_one_value_is_blank():
     volume = np.linspace(-300, 500, 600).reshape(6, 10, 10).astype(np.float32)
     volume[0, 0, :3] = np.nan, np.inf, -np.inf
-    assert (prep.normalize(volume, 'CT')[0, 0, :3] == 0).all() and prep.normalize(volume, 'CT').max() == 255
-    for value in 1000, np.nan:
-        assert (prep.normalize(np.full((2, 9, 9), value, np.float32), 'CT') == 0).all()
+    assert (normalized(volume, 'CT')[0, 0, :3] == 0).all() and normalized(volume, 'CT').max() == 255
+    assert (normalized(np.full((2, 9, 9), np.nan, np.float32), 'CT') == 0).all()
+    for modality, value in ('MR', 7), ('OCT', np.inf):
+        assert (normalized(np.full((2, 9, 9), value, np.float32), modality) == 0).all()
 
 @pytest.mark.parametrize('modality, least', [('CT', 0.05), ('MR', 0.05), ('PET', 0.01), ('SUV', 0.01)])
 def test_share_of_foreground(tmp_path, modality, least):
@@ -125,10 +129,11 @@ def test_share_of_foreground(tmp_path, modality, least):
     volume = np.full((2, 40, 50), low, np.float32)  # 2,000 pixels a slice
     volume[0].flat[:int(2000 * least) - 1] = 20
     volume[1].flat[:int(2000 * least) + 1] = 20
-    volume = np.concatenate([volume, np.full((1, 40, 50), 20, np.float32)])  # so that the 99th percentile is foreground
+    volume = np.concatenate([volume, np.full((2, 40, 50), 20, np.float32)])  # so that the 99th percentile is foreground
+    volume[2, 0] = low
     np.save(tmp_path / 'volume.npy', volume)
     reasons = [reason for reason, *_ in prep.slices(tmp_path / 'volume.npy', modality, SIZE, 8)]
-    assert reasons == ['blank', '', '']
+    assert reasons == ['blank', '', '', 'blank']  # the last is of one value
 
 # --- geometry ------------------------------------------------------------------------------------------------------------
 
@@ -201,7 +206,7 @@ def test_twelve_bits_in_sixteen(tmp_path):
     Image.fromarray(ramp * 16).save(tmp_path / 'sixteen.png')
     for name, white, factor in ('twelve.png', 4095, 1), ('sixteen.png', 65535, 16):
         array, = prep.read(tmp_path / name)
-        assert np.abs(array[0] - ramp * factor / white * 255).max() <= 0.5 + 1e-3
+        assert np.abs(normalized(array, 'X-ray')[0] - ramp * factor / white * 255.0).max() <= 0.5 + 1e-3
 
 def test_frames_and_rotation(tmp_path):
     frames = [Image.fromarray(texture(seed)) for seed in range(3)]
@@ -228,7 +233,7 @@ def test_npy_shapes(tmp_path):
         for dtype in np.uint8, np.int16, np.float64:
             np.save(tmp_path / 'a.npy', np.ones(shape, dtype))
             array, = prep.read(tmp_path / 'a.npy')
-            assert array.shape == expected and array.dtype == (np.uint8 if dtype == np.uint8 else np.float32)
+            assert array.shape == expected and array.dtype == dtype
     np.save(tmp_path / 'a.npy', texture(9))
     assert (kept(tmp_path / 'a.npy', 'MR', size=96)[0][..., 0] == texture(9)).all()  # uint8 is 0..255, whatever the modality
     for shape in (40,), (2, 3, 40, 50), (1, 2, 3, 40, 50):
@@ -311,25 +316,25 @@ def prepared(raw, tmp_path_factory):
 
 def test_every_file_is_accounted_for(raw, prepared):
     out, table = prepared
-    assert sorted(path.name for path in out.iterdir()) == ['scans', 'scans-MR', 'skin', 'trial']
+    assert sorted(path.name for path in out.iterdir()) == ['scans-CT', 'scans-MR', 'skin', 'trial']
     skin = {path.split('/')[-1]: reason for path, reason in dropped(out, 'skin').items()}
     assert skin == {'a_copy.jpg': 'duplicate', 'small.png': 'small', 'narrow.png': 'small', 'flat.png': 'blank',
                     'cut.png': 'corrupt', 'cut.jpg': 'corrupt', 'empty.jpg': 'corrupt',
                     'labels.csv': 'other', '.DS_Store': 'other', '._00.jpg': 'other'}
-    assert dropped(out, 'scans') == {'cut.nii.gz': 'corrupt', 'cut.npy': 'corrupt',
+    assert dropped(out, 'scans-CT') == {'cut.nii.gz': 'corrupt', 'cut.npy': 'corrupt',
                                      'nan.nii': 'blank', 'one_value.nii': 'blank'}
-    for source, folder, counts in [('skin', 'photo/skin', (31, 31, 21)), ('scans', 'CT/scans', (6, 13, 7)),
+    for source, folder, counts in [('skin', 'photo/skin', (31, 31, 21)), ('scans-CT', 'CT/scans', (6, 13, 7)),
                                    ('scans-MR', 'MR/scans', (1, 6, 6)), ('trial', 'PET/trial', (2, 4, 4))]:
         meta = meta_of(out, source)
         assert (meta['files'], meta['read'], meta['count']) == counts, source
         assert meta['files'] == sum(path.is_file() for path in (raw / folder).rglob('*'))
         assert meta['read'] == meta['count'] + sum(meta['dropped'].values())
-        assert meta['count'] == sum(shard['count'] for shard in meta['shards'])
-        for shard in meta['shards']:
-            images = np.load(out / source / shard['file'], mmap_mode='r')
-            assert images.dtype == np.uint8 and images.shape == (shard['count'], SIZE, SIZE, shard['channels'])
+        shards = [np.load(path, mmap_mode='r') for path in sorted((out / source).glob('*.npy'))]
+        assert meta['count'] == sum(map(len, shards)) and {images.dtype for images in shards} == {np.dtype(np.uint8)}
+        assert {images.shape[1:3] for images in shards} == {(SIZE, SIZE)}
         assert [source, *map(str, counts)] in [line.split()[1:5] for line in table.splitlines()]
-    assert meta_of(out, 'skin')['channels'] == [1, 3] and meta_of(out, 'scans-MR')['modality'] == 'MR'
+        assert {images.shape[3] for images in shards} == ({1, 3} if source == 'skin' else {1})
+    assert meta_of(out, 'scans-MR')['modality'] == 'MR'
     assert 'every file accounted for' in table
 
 def test_suv_by_its_path(prepared):
@@ -347,15 +352,15 @@ def test_finished_sources_are_left_alone(raw, prepared, tmp_path):
     assert printed.splitlines()[-6:] == prepared[1].splitlines()[-6:]  # the same table
     assert 'delete' in call(raw, out, '--size', '32')[1] and tree(out) == before
 
-def test_many_shards(tmp_path):
+def test_many_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(prep, 'SHARD', 1 << 20)
     big = tmp_path / 'raw' / 'Photo' / 'big'
     big.mkdir(parents=True)
     for seed in range(6):
         Image.fromarray(texture(seed, 64, 64, (3,) if seed % 2 else ())).save(big / f'{seed}.png')
-    assert call(tmp_path / 'raw', tmp_path / 'out', '--size', '512', '--shard', '1')[0] == 0
-    shards = meta_of(tmp_path / 'out', 'big')['shards']  # 256 KiB a grey image, 768 KiB a colour image
-    assert [(shard['count'], shard['channels']) for shard in shards] == [(2, 3), (3, 1), (1, 3)]
-    assert [shard['file'] for shard in shards] == ['00000.npy', '00001.npy', '00002.npy']
+    assert call(tmp_path / 'raw', tmp_path / 'out', '--size', '512')[0] == 0
+    shapes = {path.name: np.load(path).shape for path in (tmp_path / 'out/big').glob('*.npy')}
+    assert shapes == {'00000.npy': (3, 512, 512, 1), '00001.npy': (2, 512, 512, 3), '00002.npy': (1, 512, 512, 3)}
 
 def children(pid):
     return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
@@ -571,7 +576,6 @@ def test_results_do_not_wait_in_memory(tmp_path):
     assert most < 10 * 256 ** 2 and path.stat().st_size > 300 * 256 ** 2
 
 @pytest.mark.parametrize('options, words', [
-    (['--images', '**.png'], '--images .* --source'), (['--masks', '*_mask.png'], '--masks .* --task'),
     (['--task', 'mine', '--modality', 'ct'], '--modality ct: .*CT'), (['--task', 'mine', '--patient', '['], r'--patient \[')])
 def test_options_that_cannot_be_meant(tmp_path, options, words):
     (tmp_path / 'raw/Photo/skin').mkdir(parents=True)

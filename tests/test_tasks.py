@@ -207,7 +207,7 @@ def test_masks_of_fewer_slices_than_the_image_are_refused(tmp_path):
         save_nifti(tmp_path / f'raw/{i}/scan.nii', np.repeat(texture(i)[..., None], 4, 2).astype(np.int16), (1, 1, 3))
         for kind in 'ab':
             save_nifti(tmp_path / f'raw/{i}/{kind}.nii', np.repeat(blob(i)[..., None], 3, 2), (1, 1, 3))
-    assert '3 masks' in failed(tmp_path / 'raw', tmp_path / 'out', '--images', '*/scan.nii', '--masks', '*/a.nii', '*/b.nii',
+    assert 'shorter' in failed(tmp_path / 'raw', tmp_path / 'out', '--images', '*/scan.nii', '--masks', '*/a.nii', '*/b.nii',
                                '--classes', 'none', 'a', 'b')
 
 def test_bad_tables_and_splits_end_in_a_sentence(tmp_path):

@@ -247,12 +247,12 @@ def list_names(home):
     return sorted(names, key=lambda name: name.split('/'))
 
 def is_image(home, name):
-    """Whether it is to be read as images; refuses what needs a program that is missing (Debian has both)."""
-    series = (home / name).is_dir()
-    program = 'dcm2niix' if series else 'ffmpeg' if name.lower().endswith(VIDEOS) else ''
-    if program and not shutil.which(program):
-        sys.exit(f'{home / name}: this is read by the program {program}, which is missing: apt-get install {program}')
-    return series or name.lower().endswith(IMAGES) and '/.' not in f'/{name}'
+    """Whether it is to be read as images, by its name; hidden files are not."""
+    return (home / name).is_dir() or name.lower().endswith(IMAGES) and '/.' not in f'/{name}'
+
+def find_program(name):
+    """Its path; without it nothing can be read, so the program ends (Debian has both)."""
+    return shutil.which(name) or sys.exit(f'videos and DICOM series need {name}, which is missing: apt-get install {name}')
 
 # --- from files to images -------------------------------------------------------------------------------------------------
 
@@ -263,7 +263,7 @@ def read(path, draft=0):
     name = path.name.lower()
     if path.is_dir():
         with tempfile.TemporaryDirectory() as new:
-            subprocess.run(['dcm2niix', '-z', 'n', '-o', new, path], check=True, capture_output=True)
+            subprocess.run([find_program('dcm2niix'), '-z', 'n', '-o', new, path], check=True, capture_output=True)
             volumes = [volume for volume in sorted(Path(new).glob('*.nii'))  # other kinds of files may lie among them
                        if json.loads(volume.with_suffix('.json').read_text()).get('Modality') in ('MR', 'CT', 'PT')]
             return [array.copy() for volume in volumes for array in read(volume)]  # a copy, since the file will be gone
@@ -339,7 +339,7 @@ def resize(image, size):
 
 def frames(path, size):
     """Yield every 30th frame (C.1.1) of a video as uint8 (1, S, S, 3), while ffmpeg decodes it once from start to end."""
-    command = ['ffmpeg', '-v', 'fatal', '-i', path, '-vf', f'framestep=30,scale={size}:{size}:flags=bicubic',
+    command = [find_program('ffmpeg'), '-v', 'fatal', '-i', path, '-vf', f'framestep=30,scale={size}:{size}:flags=bicubic',
                '-fps_mode', 'passthrough', '-f', 'rawvideo', '-pix_fmt', 'rgb24', '-']
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         while len(frame := process.stdout.read(size * size * 3)) == size * size * 3:
@@ -557,7 +557,7 @@ def pair(raw, images, layers, config):
             answers[frames[0]] = frames, tuple(found[0] if found else None for found in masks)
         elif any(masks) or config.task not in TASKS:
             trouble = 'no image' if not frames else 'no mask' if not any(masks) else 'more than one image or mask'
-            sys.exit(f'{raw}/{", ".join(sum(masks, frames))}: {trouble} goes with it; complete the pairs or mend --images, --masks')
+            sys.exit(f'{raw}/{", ".join(sum(masks, frames))}: {trouble} goes with it; complete the pairs or mend the globs')
     return answers
 
 def find_file(raw, end):
@@ -567,8 +567,8 @@ def find_file(raw, end):
     sys.exit(f'{raw}: there is no file {end} here; mend --labels or --split')
 
 def read_labels(raw, names, config):
-    """{stem of an image: [its class, its patient if a third column tells it]} of --labels: a CSV file, or a file for each image,
-    which holds in VOC's XML the class of an object, or in lines of numbers polygons, of which the largest decides."""
+    """{stem of an image: [its class, its patient if a third column tells it]} of --labels: a CSV file, or a file for each
+    image, which holds in VOC's XML the class of an object, or in lines of numbers polygons, of which the largest decides."""
     rule, *columns = config.labels or ('',)
     table, classes = {}, dict(zip(config.values or map(str, range(len(config.classes))), config.classes))
     if '*' in rule or not rule:

@@ -219,18 +219,20 @@ def train(o):
     epoch_steps = math.ceil(len(images) / (o.batch * world))
     steps = o.steps or o.epochs * epoch_steps
     warmup = max(1, min(round(o.warmup_epochs * epoch_steps), steps // 2))
-    plan = f'{o.task} by {method}, seed {o.seed}, {steps} steps of {o.batch} x {world} images, learning rate up to {o.lr}'
-
     if o.tune_blocks >= 0:
         for part in (vit.cls_token, vit.patch_embed, vit.norm, *vit.blocks[:-o.tune_blocks or None]):
             part.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
+    about = dict(task=o.task, classes=task.classes, counts=counts | dict(train=len(images)), method=method, seed=o.seed,
+                 steps=steps, batch=o.batch, processes=world, lr=o.lr, parameters=sum(p.numel() for p in trained),
+                 config=asdict(config))
+
     optimizer = make_optimizer(model, o.lr, o.weight_decay)
     first, best, minutes, skipped = 0, -1.0, 0.0, 0
     if o.resume and checkpoint.exists():
         weights, _, file = read_checkpoint(checkpoint, 'vit.cls_token')
-        if file['plan'] != plan:
-            raise SystemExit(f'{checkpoint}: goes on as it began, with {file["plan"]}; not with {plan}')
+        if others := [name for name in about if about[name] != file['about'][name]]:
+            raise SystemExit(f'{checkpoint}: a run goes on as it began, but these options change its {", ".join(others)}')
         model.load_state_dict(weights)
         optimizer.load_state_dict(file['optimizer'])
         first, best, minutes, skipped = (file[name] for name in ('step', 'best', 'minutes', 'skipped'))
@@ -239,9 +241,8 @@ def train(o):
         claim(out / 'config.json', o)
         for product in products if o.overwrite and not first else ():
             product.unlink(missing_ok=True)
-        log = reopen(out, first, dict(options=asdict(o), model=asdict(config)))
-        print(f'{plan}, on {world} x {device.type}; {sum(p.numel() for p in trained) / 1e6:.1f} M parameters; '
-              f'{task.meta["kind"]} into {", ".join(task.classes)}; {len(images)} of the images {counts}, {config.size} pixels')
+        log = reopen(out, first, about | dict(options=asdict(o)))
+        print(f'{out} on {device.type}:', *(f'{name} {value}' for name, value in about.items()), sep='\n  ')
 
     def load(step):
         epoch, slot = divmod(step, epoch_steps)
@@ -279,7 +280,7 @@ def train(o):
             save(best_file, **run)
         minutes = (time.perf_counter() - began) / 60
         if done == steps or minutes > saved + 1:
-            save(checkpoint, **run, optimizer=optimizer.state_dict(), plan=plan, step=done, best=best, minutes=minutes,
+            save(checkpoint, **run, about=about, optimizer=optimizer.state_dict(), step=done, best=best, minutes=minutes,
                  skipped=skipped)
             saved = minutes
     if world > 1:
@@ -288,16 +289,15 @@ def train(o):
         return
     model.load_state_dict(read_checkpoint(best_file, 'vit.cls_token')[0])
     scores, table = evaluate(model, task, 'test', o, device, autocast)
-    results_file.write_text(json.dumps(dict(
-        task=o.task, method=method, seed=o.seed, scores=scores, validation=best, classes=task.classes,
-        counts=counts | dict(train=len(images)), **source, skipped=skipped, minutes=minutes, config=asdict(config),
-        options=asdict(o)), indent=1))
+    results_file.write_text(json.dumps(about | source | dict(
+        scores=scores, validation=best, skipped=skipped, minutes=minutes, options=asdict(o)), indent=1))
     if task.segments:
         draw_cases(out / 'cases.png', model, task, table, device)
     else:
-        counts = torch.tensor(scores['confusion'])[None]        # (1, C, C)
-        draw_tables(out / 'confusion.png', F.normalize(counts.float(), 1, 2), task.classes, ['truth by prediction'], counts)
-    print(f'{out}: {headline(scores):.4f} on the test images; all scores are in results.json')
+        numbers = torch.tensor(scores['confusion'])[None]       # (1, C, C)
+        shares = F.normalize(numbers.float(), 1, 2)
+        draw_tables(out / 'confusion.png', shares, task.classes, ['truth by prediction'], numbers)
+    print(f'{out}: test {"Dice" if task.segments else "macro-F1"} {headline(scores):.4f}; all scores are in results.json')
 
 @torch.no_grad()
 def predict(o):
@@ -360,8 +360,9 @@ def report(o):
 
 def export(o):
     """Write the pretrained encoder at --size pixels: the director alone in timm's names, or with its experts in ours."""
-    path, (vit, _) = Path(o.export), encoder(o, o.size)
+    path = Path(o.export)
     claim(path, o)
+    vit, _ = encoder(o, o.size)
     config, state = vit.config, vit.state_dict()
     save(path, **dict(model=state, config=asdict(config)) if config.experts else state)
     print(f'{path}: {"encoder with experts" if config.experts else "plain ViT"} at {config.size} pixels')

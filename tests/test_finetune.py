@@ -374,7 +374,7 @@ def test_a_run_goes_on_as_it_began_or_anew(tasks, pretrained, tmp_path, monkeypa
     assert script(**run) == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
     for name, value in dict(batch=2, steps=9, tune_blocks=1, adapt='director', task='unchecked', seed=1).items():
-        assert 'as it began, with tell by DEX-E' in script('--resume', **dict(run, **{name: value})), name
+        assert 'as it began' in script('--resume', **dict(run, **{name: value})), name
     assert before == {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other' / 'ckpt.pt').write_bytes(pretrained.read_bytes())
@@ -417,7 +417,7 @@ def test_two_ranks_train_alike_and_count_each_image_once(tasks, pretrained, tmp_
                                   out=tmp_path / 'two', **run), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     two = results(tmp_path / 'two')
-    assert two['counts'] == dict(train=12, val=4, test=5) and done.stdout.count('on the test images') == 1
+    assert two['counts'] == dict(train=12, val=4, test=5) and done.stdout.count('test Dice') == 1
     state, config, file = read_checkpoint(tmp_path / 'two' / 'best.pt', 'vit.cls_token')
     net = finetune.build(ViT(config), file['meta'], file['pool'])
     net.load_state_dict(state)

@@ -93,7 +93,7 @@ def build(vit, meta, pool):
     return UNETR(vit, C) if meta['kind'] == 'segmentation' else Classifier(vit, C, pool)
 
 def encoder(o, size):
-    """The ViT that --init, --adapt and --top_k ask for, at `size` pixels (0: as pretrained), and where it comes from."""
+    """The ViT that --init, --adapt and --top_k ask for, at `size` pixels (0: as pretrained), and its provenance."""
     path = o.init or ('out/pretrain/ckpt.pt' if os.path.exists('out/pretrain/ckpt.pt') else 'out/demo/ckpt.pt')
     if path == 'scratch':
         config, state = named_config(o.model, o.depth, size=size or 256, patch=o.patch or 16), None
@@ -105,7 +105,10 @@ def encoder(o, size):
     vit = ViT(replace(config, size=size or config.size, experts=experts, top_k=o.top_k or config.top_k))
     if state:
         load_weights(vit, state, path)
-    return vit, dict(init=path, sha256=state and hashlib.sha256(Path(path).read_bytes()).hexdigest())
+    method = f'DEX-{"E" if experts else "D"}-{Path(path.removesuffix("/ckpt.pt")).stem}' + ''.join(
+        f'-{name}-{getattr(o, name)}' for name in ('fraction', 'tune_blocks', 'top_k', 'pool')
+        if getattr(o, name) != getattr(Options, name))
+    return vit, dict(method=method, init=path, sha256=state and hashlib.sha256(Path(path).read_bytes()).hexdigest())
 
 def segmentation_loss(logits, masks):
     """Dice, over the batch and averaged over the foreground classes, plus cross-entropy (C.2.2): logits (B, C, S, S), masks
@@ -207,11 +210,7 @@ def train(o):
     torch.manual_seed(o.seed)
     vit, source = encoder(o, o.size or task.meta['size'])
     config, model = vit.config, build(vit, task.meta, o.pool).to(device)
-    changed = [f'-{name}-{getattr(o, name)}' for name in ('fraction', 'tune_blocks', 'top_k', 'pool')
-               if getattr(o, name) != getattr(Options, name)]
-    pretrained = Path(source['init'].removesuffix('/ckpt.pt')).stem
-    method = f'DEX-{"E" if config.experts else "D"}-{pretrained}{"".join(changed)}'
-    out = Path(o.out or f'out/{o.task}-{method}-{o.seed}')
+    out = Path(o.out or f'out/{o.task}-{source["method"]}-{o.seed}')
     checkpoint, best_file, results_file = products = [out / name for name in ('ckpt.pt', 'best.pt', 'results.json')]
 
     counts = {split: len(answers) for split, answers in task.answers.items()}
@@ -223,7 +222,7 @@ def train(o):
         for part in (vit.cls_token, vit.patch_embed, vit.norm, *vit.blocks[:-o.tune_blocks or None]):
             part.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
-    about = dict(task=o.task, classes=task.classes, counts=counts | dict(train=len(images)), method=method, seed=o.seed,
+    about = dict(task=o.task, classes=task.classes, counts=counts | dict(train=len(images)), **source, seed=o.seed,
                  steps=steps, batch=o.batch, processes=world, lr=o.lr, parameters=sum(p.numel() for p in trained),
                  config=asdict(config))
 
@@ -289,8 +288,8 @@ def train(o):
         return
     model.load_state_dict(read_checkpoint(best_file, 'vit.cls_token')[0])
     scores, table = evaluate(model, task, 'test', o, device, autocast)
-    results_file.write_text(json.dumps(about | source | dict(
-        scores=scores, validation=best, skipped=skipped, minutes=minutes, options=asdict(o)), indent=1))
+    results = dict(scores=scores, validation=best, skipped=skipped, minutes=minutes, options=asdict(o))
+    results_file.write_text(json.dumps(about | results, indent=1))
     if task.segments:
         draw_cases(out / 'cases.png', model, task, table, device)
     else:

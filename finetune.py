@@ -207,6 +207,8 @@ def train(o):
         script = Path(__file__).with_name('prepare_medverse.py')
         subprocess.run([sys.executable, script, '--task', o.task, '--out', folder, '--size', '64'], check=True)
     task = data.Task(folder)
+    if o.positive not in ('', *task.classes):
+        raise SystemExit(f'--positive {o.positive}: the classes of {o.task} are {", ".join(task.classes)}')
     torch.manual_seed(o.seed)
     vit, source = encoder(o, o.size or task.meta['size'])
     config, model = vit.config, build(vit, task.meta, o.pool).to(device)
@@ -350,6 +352,8 @@ def report(o):
     for run in [json.loads(file.read_text()) for file in files if file.exists()]:
         task = f'{run["task"]} ({"Dice" if "dice" in run["scores"] else "macro-F1"})'
         found.setdefault(task, {}).setdefault(run['method'], []).append(headline(run['scores']))
+    if not found:
+        raise SystemExit(f'{" ".join(o.report)}: no results.json in any of these folders')
     methods = sorted({method for row in found.values() for method in row})
     print(f'| task | {" | ".join(methods)} |\n|---{"|---" * len(methods)}|')
     for task, row in found.items():
@@ -372,7 +376,13 @@ def main():
     if o.adapt not in ('experts', 'director') or o.pool not in ('cls', 'mean'):
         raise SystemExit(f'--adapt {o.adapt}: must be experts or director; --pool {o.pool}: must be cls or mean')
     work = report if o.report else predict if o.predict else export if o.export else train
-    work(o)
+    try:
+        work(o)
+    except OSError as error:
+        raise SystemExit(f'{error}; what was saved before is whole')
+    except KeyboardInterrupt:
+        print('stopped; training goes on with --resume, from the end of an epoch', file=sys.stderr)
+        sys.exit(130)
 
 if __name__ == '__main__':
     main()

@@ -357,8 +357,7 @@ def test_killed_and_resumed_equals_never_stopped(tasks, pretrained, tmp_path, mo
     ticks = iter(range(0, 10 ** 6, 100))        # more than a minute between checkpoints
     monkeypatch.setattr(finetune.time, 'perf_counter', lambda: next(ticks))
     monkeypatch.setattr(finetune, 'save', save)
-    with pytest.raises(KeyboardInterrupt):
-        script(out=tmp_path / 'cut', **run)
+    assert script(out=tmp_path / 'cut', **run) == 130
     monkeypatch.undo()
     assert weights(tmp_path / 'cut', key='step') == 6
     assert 'already' in script(out=tmp_path / 'cut', **run)
@@ -500,6 +499,7 @@ def test_report(tmp_path, capsys):
     rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in printed.out.splitlines()]
     assert rows[0] == ['task', 'DEX-D', 'DEX-E'] and rows[2] == ['a (Dice)', '0.500 ± 0.000 (2)', '0.850 ± 0.071 (2)']
     assert rows[3] == ['b (macro-F1)', '', '0.000 ± 0.000 (2)']
+    assert 'results.json' in script('--report', tmp_path / 'other')
     assert script('--report', tmp_path / 'aDEX-E0') == 0 and '| 0.800 (1) |' in capsys.readouterr().out      # one has no spread
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -518,6 +518,7 @@ def test_errors_are_sentences(tasks, runs, pretrained, published, tmp_path):
                            (['text.pt'], dict(task='tell', init=tmp_path / 'text.pt')),
                            (['best.pt', 'cls_token'], dict(task='tell', init=runs / 'tell' / 'best.pt')),
                            (['--adapt', 'experts or director'], dict(task='tell', adapt='directors')),
+                           (['--positive', 'dark, bright'], dict(task='tell', positive='light')),
                            (['--pool'], dict(task='tell', pool='max')),
                            (['top_k'], dict(task='tell', top_k=9)),
                            (['already', '--resume'], dict(task='tell', out=runs / 'tell'))]:

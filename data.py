@@ -6,16 +6,14 @@
 Letters: B images of a batch, S stored side in pixels, c channels as stored (1 or 3).
 """
 import argparse
-import dataclasses
 import functools
 import inspect
 import json
 import math
 import mmap
 import re
-import sys
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,24 +23,22 @@ import torch.nn.functional as F
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # ImageNet's, as MAE and the paper (C.2.1) use them
 
 def boolean(text):
-    """'true', 'yes', '1' or 'false', 'no', '0' -> bool; anything else is a ValueError."""
     return ('false', 'no', '0', 'true', 'yes', '1').index(text.lower()) >= 3
 
 def parse_options(defaults, words=None):
-    """Set the fields of the dataclass instance `defaults` from the command line or `words`: --name value, --name=value, --flag.
+    """The dataclass instance `defaults` with what the command line, or `words`, changes: --name value, --name=value, --flag.
 
-    The help of an option is the comment beside its field. Unknown names and values of the wrong type end the program
-    with one sentence and exit code 2. Returns a new instance.
+    The help of an option is the comment beside its field; unknown names and wrong types end the program with a sentence.
     """
     cls = type(defaults)
     comments = dict(re.findall(r'^    (\w+): .*?  # (.*)$', inspect.getsource(cls), re.M))
-    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=inspect.getmodule(cls).__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(cls):
-        default = getattr(defaults, field.name)
-        kind = {bool: dict(type=boolean, nargs='?', const=True), tuple: dict(nargs='+')}.get(field.type, dict(type=field.type))
-        text = f'{comments.get(field.name, "")} (default: {default})'.replace('%', '%%')
-        parser.add_argument('--' + field.name, default=default, metavar=field.type.__name__.upper(), help=text, **kind)
+    for name, kind in cls.__annotations__.items():
+        reading = {bool: dict(type=boolean, nargs='?', const=True), tuple: dict(nargs='+')}.get(kind, dict(type=kind))
+        text = comments.get(name, '').replace('%', '%%') + ' (default: %(default)s)'
+        parser.add_argument('--' + name, metavar=kind.__name__.upper(), help=text, **reading)
+    parser.set_defaults(**vars(defaults))
     return cls(**vars(parser.parse_args(words)))
 
 class Shards:
@@ -56,29 +52,24 @@ class Shards:
         if not sources:
             raise SystemExit(f'{folder}: no prepared images here; make some with python prepare_medverse.py --raw RAW '
                              f'--out {folder}, or try python pretrain.py --demo')
-        self.files, starts, sides = [], [0], set()
+        self.files, shapes = [], []
         for source, meta in sources.items():
-            first = starts[-1]
-            for file in sorted(source.glob('*.npy')):
-                try:
-                    n, side, *_ = np.load(file, mmap_mode='r').shape
-                except (ValueError, OSError, EOFError) as error:
-                    raise SystemExit(f'{file}: this shard is damaged or cut short ({error}); delete its folder and prepare '
-                                     'the source again')
-                self.files.append(file)
-                starts.append(starts[-1] + n)
-                sides.add(side)
-            if starts[-1] - first != meta['count']:
-                raise SystemExit(f'{source}: its shards hold {starts[-1] - first} images but meta.json says {meta["count"]}; '
-                                 'delete this folder and prepare the source again')
-        if len(sides) > 1:
-            raise SystemExit(f'{folder}: sources of different sizes, {sorted(sides)} pixels; prepare them with one --size')
-        self.side, self.starts = sides.pop(), np.array(starts)      # shard s holds starts[s] ... starts[s + 1] - 1
+            files = sorted(source.glob('*.npy'))
+            try:
+                shapes += (own := [np.load(file, mmap_mode='r').shape[:2] for file in files])
+                n, sides = sum(n for n, _ in own), {side for _, side in shapes}
+                if n != meta['count'] or len(sides) > 1:
+                    raise ValueError(f'{n} images of {meta["count"]}, sides of {sides} pixels')
+            except (ValueError, OSError, EOFError) as error:
+                raise SystemExit(f'{source}: its shards are damaged, cut short or of another size than the sources before it '
+                                 f'({error}); delete it and prepare it again')
+            self.files += files
+        self.side, self.starts = sides.pop(), np.cumsum([0, *(n for n, _ in shapes)])     # shard s begins at starts[s]
         counts = np.array([meta['count'] for meta in sources.values()])
         names, number = np.unique([meta['modality'] for meta in sources.values()], return_inverse=True)
         self.modalities, self.modality = names.tolist(), np.repeat(number, counts)      # (images,) index into the names
         held_out = np.clip((counts * val_share).astype(int), 1, np.minimum(val_most, counts - 1))
-        in_tail = np.arange(starts[-1]) >= np.repeat(counts.cumsum() - held_out, counts)
+        in_tail = np.arange(counts.sum()) >= np.repeat(counts.cumsum() - held_out, counts)
         self.train, self.val = np.flatnonzero(~in_tail), np.flatnonzero(in_tail)
 
     @functools.lru_cache(256)       # each keeps a file open, and systems allow some 1,000
@@ -86,14 +77,10 @@ class Shards:
         return np.load(self.files[shard], mmap_mode='r')
 
     def gather(self, ids):
-        """Images (numbers) -> uint8 tensor (n, 3, S, S); grey fills the three channels.
-
-        All their ranges are announced to the system before the first is read: it then fetches cold pages together
-        instead of one after the other.
-        """
+        """Images (numbers) -> uint8 tensor (n, 3, S, S); grey fills the three channels."""
         shards = np.searchsorted(self.starts, ids, side='right') - 1
         places = list(zip(shards.tolist(), (ids - self.starts[shards]).tolist()))
-        for shard, row in places:
+        for shard, row in places:       # announced before the first is read, cold pages come together, not one by one
             array = self.map(shard)
             begin, size = array.offset + row * array.strides[0], array.strides[0]
             page = begin % mmap.PAGESIZE        # ranges begin at a page
@@ -101,18 +88,15 @@ class Shards:
         images = torch.empty(len(ids), self.side, self.side, 3, dtype=torch.uint8)
         for image, (shard, row) in zip(images.numpy(), places):
             pixels = self.map(shard)[row]
-            if pixels.shape[2] == 3:
-                image[:] = pixels
-            else:
-                for channel in range(3):        # several times faster than to broadcast along the last axis
-                    image[..., channel] = pixels[..., 0]
+            c = pixels.shape[2]
+            for first in range(0, 3, c):        # grey three times over: much faster than to broadcast it
+                image[..., first:first + c] = pixels
         return images.permute(0, 3, 1, 2)
 
     def plan(self, seed, number, batch, rank, world, steps_in_epoch):
         """The images of one rank's micro-batch `number`, sorted: a slice of the epoch's permutation.
 
-        It follows from its arguments alone, so a resumed run goes on with the same images, and no image comes twice in
-        an epoch over all ranks.
+        It follows from its arguments alone, so a resumed run goes on with the same images; none comes twice in an epoch.
         """
         epoch, slot = divmod(number, steps_in_epoch)
         first = (slot * world + rank) * batch
@@ -131,20 +115,16 @@ class Task:
             self.images, self.answers = ({split: np.load(folder / split / f'{name}.npy', mmap_mode='r')
                                           for split in ('train', 'val', 'test')}
                                          for name in ('images', 'masks' if self.segments else 'labels'))
-            seen = {split: set(np.unique(answers).tolist()) - {255} for split, answers in self.answers.items()}
+            seen = {split: set().union(*map(np.unique, answers)) - {255} for split, answers in self.answers.items()}
             for split, answers in self.answers.items():
                 images, most = len(self.images[split]), max(seen[split], default=0)
-                if not len(answers) and split != 'val':
-                    raise ValueError(f'its {split} split is empty')
-                if len(answers) != images or most >= len(self.classes):
-                    raise ValueError(f'its {split} split has {len(answers)} answers, up to class {most}, for {images} images '
-                                     f'of {len(self.classes)} classes')
-            if unseen := ', '.join(self.classes[c] for c in sorted(seen['test'] - seen['train'])):
-                raise ValueError(f'no training image shows {unseen}, which the test split has')
-        except FileNotFoundError as error:
-            raise SystemExit(f'{error.filename}: no such file; python prepare_medverse.py --task NAME --raw RAW makes a task')
-        except (ValueError, KeyError, EOFError) as error:
-            raise SystemExit(f'{folder}: damaged or not fit to learn from: {error}; delete this task and prepare it again')
+                if len(answers) != images or most >= len(self.classes) or not images and split != 'val':
+                    raise ValueError(f'its {split} split has {len(answers)} answers, up to class {most}, for {images} images')
+            if unseen := sorted(seen['test'] - seen['train']):
+                raise ValueError(f'no training image shows {", ".join(self.classes[c] for c in unseen)}, but a test image does')
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise SystemExit(f'{folder}: missing, damaged or not fit to learn from: {error}; make this task (again) with '
+                             'python prepare_medverse.py --task NAME --raw RAW')
 
     def gather(self, split, ids):
         """uint8 images (n, 3, S, S), and masks (n, S, S) or labels (n,) as int64."""
@@ -156,52 +136,40 @@ def prefetch(load, numbers, threads=2, ahead=4):
 
     Threads, not processes: gathering from a memory map is one copy, during which numpy releases the lock.
     """
-    pool, queue = ThreadPoolExecutor(threads), deque()
+    pool, numbers = ThreadPoolExecutor(threads), iter(numbers)
     try:
-        for number in numbers:
-            queue.append(pool.submit(load, number))
-            if len(queue) > ahead:
-                yield queue.popleft().result()
+        queue = [pool.submit(load, number) for number in islice(numbers, 1 + ahead)]
         while queue:
-            yield queue.popleft().result()
+            yield queue.pop(0).result()
+            queue += [pool.submit(load, number) for number in islice(numbers, 1)]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
-def matrices(u, w, h):
-    """Flip, rotation and crop as one matrix (count, 2, 3) from output to input coordinates in [-1, 1].
-
-    u (4, count) uniform draws; w, h (count,) sides of the crop, 1 for the whole image; the crop lies anywhere inside.
-    """
-    x, y = (2 * u[0] - 1) * (1 - w), (2 * u[1] - 1) * (1 - h)           # centre of the crop
-    angle = (2 * u[2] - 1) * math.radians(15)
-    flip, cos, sin = torch.where(u[3] < 0.5, -1.0, 1.0), angle.cos(), angle.sin()
+def draw_views(count, smallest, stretch, device):
+    """Random horizontal flips, rotations of up to 15 degrees and crops (area `smallest` to 1, aspect 1 / stretch to stretch):
+    matrices (count, 2, 3) from output to input coordinates in [-1, 1]."""
+    u = torch.rand(6, count, device=device)
+    area, aspect = smallest + (1 - smallest) * u[4], torch.exp((2 * u[5] - 1) * math.log(stretch))
+    w, h = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    x, y = (2 * u[0] - 1) * (1 - w), (2 * u[1] - 1) * (1 - h)           # centre of the crop, which lies inside the image
+    angle, flip = (2 * u[2] - 1) * math.radians(15), torch.where(u[3] < 0.5, -1.0, 1.0)
+    cos, sin = angle.cos(), angle.sin()
     rows = [flip * cos * w, -flip * sin * h, flip * (cos * x - sin * y), sin * w, cos * h, sin * x + cos * y]
     return torch.stack(rows, 1).view(-1, 2, 3)
 
-def draw_views(count, zoom, device):
-    """Matrices of random horizontal flips, rotations of up to 15 degrees and resized crops (area 0.2 to 1, aspect 3/4 to
-    4/3). zoom is output side / stored side; a crop has at least half of the output's own pixels."""
-    u = torch.rand(6, count, device=device)
-    smallest = min(max(0.2, 0.5 * zoom ** 2), 1)
-    area, aspect = smallest + (1 - smallest) * u[4], torch.exp((2 * u[5] - 1) * math.log(4 / 3))
-    return matrices(u, (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1))
-
 def views(images, size, where):
     """Sample uint8 images (B, 3, S, S) through matrices (B, 2, 3) -> float (B, 3, size, size) in [0, 1]."""
-    # on a CPU in chunks of 4: whole batches would fault in tens of megabytes of temporaries at each step
-    chunk = 4 if images.device.type == 'cpu' else len(images)
-    out = []
-    for part, matrix in zip(images.split(chunk), where.split(chunk)):
-        part = part.float() / 255
-        while part.shape[-1] > 2 * size:        # bilinear sampling alone would skip pixels
-            part = F.avg_pool2d(part, 2)
-        grid = F.affine_grid(matrix, (len(part), 3, size, size), align_corners=False)
-        out.append(F.grid_sample(part, grid, align_corners=False))
-    return torch.cat(out)
+    if images.device.type == 'cpu' and len(images) > 4:     # whole batches fault in tens of megabytes of temporaries
+        return torch.cat([views(part, size, matrix) for part, matrix in zip(images.split(4), where.split(4))])
+    images = images.float() / 255
+    while images.shape[-1] > 2 * size:      # bilinear sampling alone would skip pixels
+        images = F.avg_pool2d(images, 2)
+    grid = F.affine_grid(where, (len(images), 3, size, size), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
 
 @functools.cache        # made once for a device: making them anew would have the host wait for it
 def scale(device):
-    return [torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD)]
+    return torch.tensor((MEAN, STD), device=device)[..., None, None]
 
 def normalize(images):
     """(B, 3, S, S) in [0, 1] -> z-scores by ImageNet's mean and deviation."""
@@ -213,25 +181,26 @@ def denormalize(images):
     mean, std = scale(images.device)
     return images * std + mean
 
-def augment(images, size):
-    """uint8 (B, 3, S, S) -> normalised random views (B, 3, size, size); nearly black ones are drawn again, three times."""
-    zoom, stride = size / images.shape[-1], max(images.shape[-1] // 32, 1)
-    where = draw_views(len(images), zoom, images.device)
-    for _ in range(3):      # judged on 16 x 16 samples of every few pixels, and without asking the host
-        black = views(images[..., ::stride, ::stride], 16, where).mean((1, 2, 3)) < 0.02
-        where = torch.where(black[:, None, None], draw_views(len(images), zoom, images.device), where)
-    return normalize(views(images, size, where))
-
 def center(images, size):
     """uint8 (B, 3, S, S) -> the whole images, normalised, (B, 3, size, size)."""
     return normalize(views(images, size, torch.eye(2, 3, device=images.device).expand(len(images), 2, 3)))
 
+def augment(images, size):
+    """uint8 (B, 3, S, S) -> normalised random views (B, 3, size, size) of at least a fifth of the image, and of half as many
+    pixels as they have themselves; nearly black ones are drawn again, three times."""
+    zoom, stride = size / images.shape[-1], max(images.shape[-1] // 32, 1)
+    draw = functools.partial(draw_views, len(images), min(max(0.2, 0.5 * zoom ** 2), 1), 4 / 3, images.device)
+    where = draw()
+    for _ in range(3):      # judged on 16 x 16 samples of every few pixels, and without asking the host
+        black = views(images[..., ::stride, ::stride], 16, where).mean((1, 2, 3)) < 0.02
+        where = torch.where(black[:, None, None], draw(), where)
+    return normalize(views(images, size, where))
+
 def augment_labelled(images, answers, size):
-    """Random flip, rotation of up to 15 degrees, zoom of up to 1.25, contrast and brightness within 20%: uint8
-    (B, 3, S, S) and masks (B, S, S) or labels (B,) -> normalised (B, 3, size, size) and the masks seen alike (255 outside)."""
-    u = torch.rand(7, len(images), device=images.device)
-    side, (contrast, brightness) = 1 - 0.2 * u[4], 0.8 + 0.4 * u[5:, :, None, None, None]
-    where = matrices(u[:4], side, side)
+    """Random views that show 0.64 or more of the image, contrast and brightness within 20%: uint8 (B, 3, S, S) and masks
+    (B, S, S) or labels (B,) -> normalised (B, 3, size, size) and the masks seen alike, 255 outside the image."""
+    where = draw_views(len(images), 0.64, 1, images.device)
+    contrast, brightness = 0.8 + 0.4 * torch.rand(2, len(images), 1, 1, 1, device=images.device)
     images = views(images, size, where)
     mean = images.mean((1, 2, 3), keepdim=True)
     images = ((images - mean) * contrast + mean * brightness).clamp(0, 1)

@@ -59,7 +59,7 @@ class Shards:
                 shapes += (own := [np.load(file, mmap_mode='r').shape[:2] for file in files])
                 n, sides = sum(n for n, _ in own), {side for _, side in shapes}
                 if n != meta['count'] or len(sides) > 1:
-                    raise ValueError(f'{n} images of {meta["count"]}, sides of {sides} pixels')
+                    raise ValueError(f'{n} images, {meta["count"]} by meta.json, and sides of {sorted(sides)} pixels')
             except (ValueError, OSError, EOFError) as error:
                 raise SystemExit(f'{source}: its shards are damaged, cut short or of another size than the sources before it '
                                  f'({error}); delete it and prepare it again')

@@ -7,6 +7,7 @@ Parameter names are those of MAE and timm, so that published ViT checkpoints loa
 Letters, also the paper's: B images, N tokens (class token first), C width, H hidden width of an MLP, R experts,
 K activated experts, L layers, P pixels of a patch's side, M routed units (B images, or B*N tokens if routing='token').
 """
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,14 +40,12 @@ class Config:
     decoder_heads: int = 16
 
     def __post_init__(self):
-        if self.size % self.patch:
-            raise SystemExit(f'images of {self.size} pixels do not divide into patches of {self.patch}')
-        if self.experts and not 1 <= self.top_k <= self.experts:
-            raise SystemExit(f'top_k {self.top_k} must lie between 1 and the {self.experts} experts')
-        if not 0 < self.mask_ratio < 1:
-            raise SystemExit(f'mask_ratio {self.mask_ratio} must lie between 0 and 1')
-        if self.routing not in ('image', 'token'):
-            raise SystemExit(f"routing '{self.routing}' must be 'image' or 'token'")
+        for holds, rule in [(self.size % self.patch == 0, 'images that do not divide into patches'),
+                            (not self.experts or 1 <= self.top_k <= self.experts, 'top_k must lie between 1 and experts'),
+                            (0 < self.mask_ratio < 1, 'mask_ratio must lie between 0 and 1'),
+                            (self.routing in ('image', 'token'), "routing must be 'image' or 'token'")]:
+            if not holds:
+                raise SystemExit(f'{rule}: {self}')
 
 def named_config(model, depth=0, **others):
     """The Config of a row of SIZES; with another depth where it is not 0."""
@@ -81,20 +80,16 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(linear.bias.detach().repeat(count, 1))
 
     def forward(self, x, expert):
-        """Rows of x (M, N, in), sorted by expert, through the layers number `expert` (M,) -> (M, N, out)."""
-        device = x.device.type
-        if torch.is_autocast_enabled(device):       # autocast does not know grouped_mm: cast by hand, once a step
-            x = x.to(torch.get_autocast_dtype(device))
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        if x.dtype == torch.bfloat16 or device == 'cpu' and x.dtype == torch.float32:      # what grouped_mm is made for
-            # On an H100 or newer one kernel, which finds the sizes of the groups on the device, so that the host does not
-            # wait for them (with older GPUs it does); on a CPU a loop that writes each expert's gradient into the stack.
-            ends = torch.searchsorted(expert, torch.arange(len(weight), device=x.device), right=True)      # (R,)
-            rows = F.grouped_mm(x.flatten(0, 1), weight.mT, offs=(ends * x.shape[1]).int())
-            return rows.unflatten(0, x.shape[:2]) + bias[expert, None]
-        groups = x.split(torch.bincount(expert, minlength=len(weight)).tolist())
-        # unbind, not weight[r]: indexing would build a zero gradient of the whole stack for each expert
-        return torch.cat([F.linear(*layer) for layer in zip(groups, weight.unbind(0), bias.unbind(0))])
+        """Rows of x (M, N, in), sorted by expert, through the layers number `expert` (M,) -> (M, N, out).
+
+        In bfloat16 on an H100 or newer, one kernel finds the groups' sizes on the device, so that the host does not wait for
+        them; elsewhere grouped_mm is a loop over the experts, each of which writes its gradient into the stack.
+        """
+        if torch.is_autocast_enabled(x.device.type):        # which does not know grouped_mm: cast by hand, once a step
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        ends = torch.searchsorted(expert, torch.arange(len(self.weight), device=x.device), right=True)      # (R,)
+        rows = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=(ends * x.shape[1]).int())
+        return rows.unflatten(0, x.shape[:2]) + self.bias.to(x.dtype)[expert, None]
 
 class MLP(nn.Module):
     """Two linear layers; or, of two stacks, R such MLPs: `expert` (M,) then numbers the one for each row of x (M, N, C)."""
@@ -113,15 +108,17 @@ class Routing(NamedTuple):
     weights: torch.Tensor   # (M, R) omega of Eq. 5, 0 where not activated
 
 class DEX(nn.Module):
-    """Director-Experts module (Sec. 3.2, 3.3): the K best experts for each image, mixed; a director that follows them."""
+    """Director-Experts module (Sec. 3.2, 3.3): the K best experts for each image, mixed; a director that follows them.
+
+    Experts are stacked, so that DDP, AdamW and GEMA see 4 tensors, not 4 R. They start as copies of the director: to average
+    parameters (Eq. 7) means something only among MLPs that start alike, with one common order of hidden units.
+    """
     def __init__(self, width, experts, top_k, routing):
         super().__init__()
         self.top_k, self.routing = top_k, routing
         self.gate = Linear(width, experts, bias=False)                     # pi of Eq. 2
         layers = Linear(width, 4 * width), Linear(4 * width, width)
         self.director = MLP(*layers).requires_grad_(False)                 # moved by GEMA alone
-        # Stacked, so that DDP, AdamW and GEMA see 4 tensors, not 4 R. Copies, since averaging parameters (Eq. 7) means
-        # something only among MLPs that start alike: those initialised apart have no common order of hidden units.
         self.experts = MLP(*(StackedLinear(layer, experts) for layer in layers))
         self.register_buffer('usage', torch.full((experts,), 1 / experts))     # c of Eq. 20
 
@@ -175,10 +172,7 @@ class Block(nn.Module):
         return x + y, routing
 
 def sincos_positions(width, side):
-    """Fixed 2D sine-cosine positions of side x side patches, (1, 1 + side * side, width); zeros for the class token.
-
-    The first half of the channels encodes the column, the second the row, as in MAE.
-    """
+    """Fixed sine-cosine positions (1, 1 + side * side, width): column, then row, as in MAE; zeros for the class token."""
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * omega                   # (side, width / 4)
     axis = torch.cat([angles.sin(), angles.cos()], 1).float()                           # (side, width / 2)
@@ -186,10 +180,10 @@ def sincos_positions(width, side):
     return F.pad(table, (0, 0, 1, 0))[None]
 
 class ViT(nn.Module):
-    """Vision transformer with a DEX module, or where config.experts is 0 an MLP, in every block."""
-    def __init__(self, config):
+    """Vision transformer with a DEX module, or without experts an MLP, in every block."""
+    def __init__(self, c: Config):
         super().__init__()
-        self.config = c = config
+        self.config = c
         self.patch_embed = nn.ModuleDict({'proj': nn.Conv2d(3, c.width, c.patch, c.patch)})
         nn.init.xavier_uniform_(self.patch_embed['proj'].weight.flatten(1))     # as the linear layer that it is
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, c.width))
@@ -221,9 +215,8 @@ class ViT(nn.Module):
 
 class MAE(ViT):
     """Masked autoencoder on a ViT: L_self of Eq. 8."""
-    def __init__(self, config):
-        super().__init__(config)
-        c = config
+    def __init__(self, c: Config):
+        super().__init__(c)
         self.decoder_embed = Linear(c.width, c.decoder_width)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, c.decoder_width))
         self.register_buffer('decoder_pos_embed', sincos_positions(c.decoder_width, c.size // c.patch))
@@ -249,11 +242,10 @@ class MAE(ViT):
         return (patches - mean) / std, mean, std
 
     def forward(self, images, sigma=0.0, noise=None):
-        """Hide patches, encode the others, predict the hidden.
+        """Hide patches of images (B, 3, S, S), encode those whose noise (B, N-1) is lowest, predict the hidden.
 
-        images (B, 3, S, S); sigma the gate noise (Eq. 21), 0 for validation; noise (B, N-1) ranks the patches, the
-        lowest are kept. Returns L_self (the mean squared error of hidden patches, one number an image, (B,)), the
-        stacked Routing or None, the prediction (B, N-1, P * P * 3) and the mask (B, N-1), 1 where hidden.
+        Returns L_self (B,), the mean squared error of each image's hidden patches, the stacked Routing or None, the
+        prediction (B, N-1, P * P * 3) and the mask (B, N-1), 1 where hidden.
         """
         if noise is None:
             noise = torch.rand(len(images), self.pos_embed.shape[1] - 1, device=images.device)
@@ -273,32 +265,29 @@ class MAE(ViT):
 def layer_losses(routing, load):
     """(sum of alpha^l L_co^l, sum of L_bal^l) / L: the two layer sums of Eq. 8.
 
-    load (L, R) is the share of the global batch's images that activate each expert, so it sums to K: the second
-    factor of Eq. 18, which has no gradient.
+    load (L, R), the second factor of Eq. 18, is the share of the global batch's images that activate each expert.
     """
     L, _, R = routing.scores.shape
     alpha = 1 / torch.arange(L, 0, -1, device=load.device)      # alpha^l = 1 / (L - (l - 1))
     balance = R * (routing.scores.mean(1) * load).sum(1)        # Eq. 18, (L,)
     return (alpha * routing.co).sum() / L, balance.sum() / L
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# --- checkpoints --------------------------------------------------------------------------------------------------------
 
 def read_checkpoint(path, token='cls_token'):
-    """Read a checkpoint of ours, of MAE or in timm's names: (state dict, Config, everything in the file).
+    """A checkpoint of ours, of MAE or in timm's names: (state dict with a parameter `token`, Config, everything in the file).
 
-    Where the file names no Config (the published do not), it follows from the shapes. Exits with a sentence that names the
-    file where it is missing, damaged, or has no parameter `token`.
+    Where the file names no Config (the published do not), it follows from the shapes.
     """
     try:
         file = torch.load(path, map_location='cpu', weights_only=True)
-        state = next((file[key] for key in ('model', 'state_dict') if key in file), file)
+        state = file.get('model', file.get('state_dict', file))
         width = state[token].shape[2]
         if 'config' in file:
             return state, Config(**file['config']), file
         patch, side = state['patch_embed.proj.weight'].shape[2], round((state['pos_embed'].shape[1] - 1) ** 0.5)
     except Exception as error:      # torch raises a dozen types for a damaged zip or a pickle with code in it
-        raise SystemExit(f'{path}: is missing, damaged, or no checkpoint of plain tensors in the names of MAE and timm '
+        raise SystemExit(f'{path}: missing, damaged or no checkpoint of plain tensors in the names of MAE and timm '
                          f'({error!r:.150})')
     depth = sum(name.startswith('blocks.') and name.endswith('.norm1.weight') for name in state)
     heads = 16 if width == 1280 else width // 64        # 64 channels a head, but for ViT-H
@@ -307,41 +296,35 @@ def read_checkpoint(path, token='cls_token'):
 def resize_positions(positions, height, width):
     """Positions (1, 1 + n, C) of a square grid -> (1, 1 + height * width, C); the class token's row is kept."""
     side = round((positions.shape[1] - 1) ** 0.5)
-    if (side, side) == (height, width):
-        return positions
-    grid = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid.float(), size=(height, width), mode='bicubic', align_corners=False)
-    return torch.cat([positions[:, :1], grid.flatten(2).mT.to(positions.dtype)], 1)
+    grid = positions[:, 1:].mT.unflatten(2, (side, side)).float()
+    grid = F.interpolate(grid, size=(height, width), mode='bicubic')        # changes nothing where the sizes agree
+    return torch.cat([positions[:, :1], grid.flatten(2).mT], 1)
 
 def load_weights(model, state, path):
     """Put a state dict, read from `path`, into a ViT or MAE, with or without experts on either side.
 
-    Positions and patch kernels are resized. A plain MLP becomes the director and every expert; a director becomes a
-    plain MLP. Parts that this network has no place for are named in one printed line; anything else that is missing,
-    left over or of another shape ends the program with its names.
+    Positions and patch kernels are resized; a plain MLP becomes the director and every expert, a director a plain MLP. A line
+    names decoder, head, gate and experts that only one side has; anything else that does not fit ends the program.
     """
-    own, state, c = model.state_dict(), dict(state), model.config
-    if not c.experts:
-        state = {name.replace('.dex.director.', '.mlp.'): value for name, value in state.items()}
-    for name, value in list(state.items()):
-        if c.experts and name.startswith('blocks.') and '.mlp.' in name:
-            del state[name]
-            state[name.replace('.mlp.', '.dex.director.')] = value
-            state[name.replace('.mlp.', '.dex.experts.')] = value.expand(c.experts, *value.shape)
-        elif name.endswith('pos_embed'):
-            state[name] = resize_positions(value, c.size // c.patch, c.size // c.patch)
-        elif name == 'patch_embed.proj.weight' and value.shape[2] != c.patch:
+    c, fitting = model.config, {}
+    for name, value in state.items():
+        if name.endswith('pos_embed'):
+            value = resize_positions(value, c.size // c.patch, c.size // c.patch)
+        elif name == 'patch_embed.proj.weight':
             gain = (value.shape[2] / c.patch) ** 2      # the same response to a flat patch
-            state[name] = gain * F.interpolate(value.float(), size=(c.patch, c.patch), mode='bicubic', antialias=True)
-    decoder = ('decoder', 'mask_token')
-    left = {name for name in state.keys() - own.keys() if '.dex.' in name and not c.experts
-            or name.startswith((*decoder, 'head', 'fc_norm'))}
-    new = {name for name in own.keys() - state.keys() if name.endswith(('.gate.weight', '.usage'))
-           or name.startswith(decoder) and 'mask_token' not in state}       # MAE and timm publish encoders alone
+            value = gain * F.interpolate(value.float(), size=(c.patch, c.patch), mode='bicubic', antialias=True)
+        elif c.experts and name.startswith('blocks.') and '.mlp.' in name:
+            fitting[name.replace('.mlp.', '.dex.experts.')] = value.expand(c.experts, *value.shape)
+            name = name.replace('.mlp.', '.dex.director.')
+        elif not c.experts:
+            name = name.replace('.dex.director.', '.mlp.')
+        fitting[name] = value
+    optional = re.compile(r'decoder\w*|mask_token|head|fc_norm|gate|usage|experts')
     try:
-        model.load_state_dict({name: own[name] for name in new} | {name: state[name] for name in state.keys() - left})
-    except RuntimeError as error:       # it names all that is missing, left over or of another shape
+        new, left = model.load_state_dict(fitting, strict=False)
+        if wrong := [name for name in (*new, *left) if not optional.search(name)]:
+            raise RuntimeError('missing or left over: ' + ', '.join(wrong))
+    except RuntimeError as error:       # torch's own names all that has another shape
         raise SystemExit(f'{path}: does not fit this network: {error}')
-    left, new = (', '.join(sorted({name.split('.')[3 if '.dex.' in name else 0] for name in names})) or 'nothing'
-                 for names in (left, new))
+    left, new = (', '.join(sorted({optional.search(name)[0] for name in names})) or 'nothing' for names in (left, new))
     print(f'{path}: loaded; left out: {left}; not in it, so new: {new}')

@@ -118,7 +118,9 @@ class Task:
             seen = {split: set().union(*map(np.unique, answers)) - {255} for split, answers in self.answers.items()}
             for split, answers in self.answers.items():
                 images, most = len(self.images[split]), max(seen[split], default=0)
-                if len(answers) != images or most >= len(self.classes) or not images and split != 'val':
+                if not len(answers) and split != 'val':
+                    raise ValueError(f'its {split} split is empty')
+                if len(answers) != images or most >= len(self.classes):
                     raise ValueError(f'its {split} split has {len(answers)} answers, up to class {most}, for {images} images')
             if unseen := sorted(seen['test'] - seen['train']):
                 raise ValueError(f'no training image shows {", ".join(self.classes[c] for c in unseen)}, but a test image does')

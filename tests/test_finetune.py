@@ -528,7 +528,7 @@ def test_errors_are_sentences(tasks, runs, pretrained, published, tmp_path):
 
 @pytest.mark.parametrize('spoil, word', [
     (lambda task: (task / 'test' / 'labels.npy').write_bytes(b'cut'), 'damaged'),
-    (lambda task: np.save(task / 'test' / 'labels.npy', np.zeros(0, int)), 'test split has 0 answers'),
+    (lambda task: np.save(task / 'test' / 'labels.npy', np.zeros(0, int)), 'test split is empty'),
     (lambda task: np.save(task / 'train' / 'labels.npy', np.zeros(3, int)), 'train split has 3 answers'),
     (lambda task: np.save(task / 'val' / 'labels.npy', np.arange(4)), 'up to class 3'),
     (lambda task: np.save(task / 'train' / 'labels.npy', np.zeros(12, int)), 'no training image shows bright')])

@@ -147,17 +147,22 @@ def prefetch(load, numbers, threads=2, ahead=4):
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
-def draw_views(count, smallest, stretch, device):
-    """Random horizontal flips, rotations of up to 15 degrees and crops (area `smallest` to 1, aspect 1 / stretch to stretch):
-    matrices (count, 2, 3) from output to input coordinates in [-1, 1]."""
-    u = torch.rand(6, count, device=device)
-    area, aspect = smallest + (1 - smallest) * u[4], torch.exp((2 * u[5] - 1) * math.log(stretch))
-    w, h = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    x, y = (2 * u[0] - 1) * (1 - w), (2 * u[1] - 1) * (1 - h)           # centre of the crop, which lies inside the image
-    angle, flip = (2 * u[2] - 1) * math.radians(15), torch.where(u[3] < 0.5, -1.0, 1.0)
-    cos, sin = angle.cos(), angle.sin()
+def matrices(u, w, h):
+    """Flip, rotation and crop as one matrix (count, 2, 3) from output to input coordinates in [-1, 1], of uniform draws u
+    (4, count) and the sides w, h (count,) of the crop, 1 for the whole image; it lies anywhere inside."""
+    x, y = (2 * u[0] - 1) * (1 - w), (2 * u[1] - 1) * (1 - h)           # centre of the crop
+    angle = (2 * u[2] - 1) * math.radians(15)
+    flip, cos, sin = torch.where(u[3] < 0.5, -1.0, 1.0), angle.cos(), angle.sin()
     rows = [flip * cos * w, -flip * sin * h, flip * (cos * x - sin * y), sin * w, cos * h, sin * x + cos * y]
     return torch.stack(rows, 1).view(-1, 2, 3)
+
+def draw_views(count, zoom, device):
+    """Matrices of random horizontal flips, rotations of up to 15 degrees and resized crops (area 0.2 to 1, aspect 3/4 to
+    4/3). zoom is output side / stored side; a crop has at least half of the output's own pixels."""
+    u = torch.rand(6, count, device=device)
+    smallest = min(max(0.2, 0.5 * zoom ** 2), 1)
+    area, aspect = smallest + (1 - smallest) * u[4], torch.exp((2 * u[5] - 1) * math.log(4 / 3))
+    return matrices(u, (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1))
 
 def views(images, size, where):
     """Sample uint8 images (B, 3, S, S) through matrices (B, 2, 3) -> float (B, 3, size, size) in [0, 1]."""
@@ -188,21 +193,20 @@ def center(images, size):
     return normalize(views(images, size, torch.eye(2, 3, device=images.device).expand(len(images), 2, 3)))
 
 def augment(images, size):
-    """uint8 (B, 3, S, S) -> normalised random views (B, 3, size, size) of at least a fifth of the image, and of half as many
-    pixels as they have themselves; nearly black ones are drawn again, three times."""
+    """uint8 (B, 3, S, S) -> normalised random views (B, 3, size, size); nearly black ones are drawn again, three times."""
     zoom, stride = size / images.shape[-1], max(images.shape[-1] // 32, 1)
-    draw = functools.partial(draw_views, len(images), min(max(0.2, 0.5 * zoom ** 2), 1), 4 / 3, images.device)
-    where = draw()
+    where = draw_views(len(images), zoom, images.device)
     for _ in range(3):      # judged on 16 x 16 samples of every few pixels, and without asking the host
         black = views(images[..., ::stride, ::stride], 16, where).mean((1, 2, 3)) < 0.02
-        where = torch.where(black[:, None, None], draw(), where)
+        where = torch.where(black[:, None, None], draw_views(len(images), zoom, images.device), where)
     return normalize(views(images, size, where))
 
 def augment_labelled(images, answers, size):
-    """Random views that show 0.64 or more of the image, contrast and brightness within 20%: uint8 (B, 3, S, S) and masks
-    (B, S, S) or labels (B,) -> normalised (B, 3, size, size) and the masks seen alike, 255 outside the image."""
-    where = draw_views(len(images), 0.64, 1, images.device)
-    contrast, brightness = 0.8 + 0.4 * torch.rand(2, len(images), 1, 1, 1, device=images.device)
+    """Random flip, rotation of up to 15 degrees, zoom of up to 1.25, contrast and brightness within 20%: uint8
+    (B, 3, S, S) and masks (B, S, S) or labels (B,) -> normalised (B, 3, size, size) and the masks seen alike (255 outside)."""
+    u = torch.rand(7, len(images), device=images.device)
+    side, (contrast, brightness) = 1 - 0.2 * u[4], 0.8 + 0.4 * u[5:, :, None, None, None]
+    where = matrices(u[:4], side, side)
     images = views(images, size, where)
     mean = images.mean((1, 2, 3), keepdim=True)
     images = ((images - mean) * contrast + mean * brightness).clamp(0, 1)

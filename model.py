@@ -319,7 +319,7 @@ def load_weights(model, state, path):
         elif not c.experts:
             name = name.replace('.dex.director.', '.mlp.')
         fitting[name] = value
-    optional = re.compile(r'decoder\w*|mask_token|head|fc_norm|gate|usage|experts')
+    optional = re.compile(r'decoder\w*|mask_token|head|fc_norm|gate|usage' + '|experts' * (not c.experts))
     try:
         new, left = model.load_state_dict(fitting, strict=False)
         if wrong := [name for name in (*new, *left) if not optional.search(name)]:

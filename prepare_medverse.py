@@ -727,146 +727,115 @@ T1 = np.array([1, 350, 1000, 1600, 1200, 650, 1250, 1150, 450, 1500, 1300])  # r
 T2 = np.array([1, 90, 40, 130, 8, 45, 95, 85, 15, 150, 110])  # short in lung and bone, which are dark
 UPTAKE = np.array([0, 0.4, 0.8, 1.5, 0.5, 2.5, 6, 2, 1.5, 2.2, 10])  # of FDG, SUV
 # Organs as ellipsoids, in painting order: tissue, centre, radii in cm (x to the right, y anterior, z superior)
-ORGANS = ((1, 0, 0, 0, 17, 12, 99), (2, 0, 0, 0, 15, 10, 99), (1, 0, 2, -16, 13, 7, 9), (4, 8, 0, 10, 7, 8, 14),
-          (4, -8, 0, 10, 7, 8, 14), (5, 6, 1, -4, 8, 8, 7), (5, 0, 4, -4, 7, 4, 4), (3, -6, 3, -4, 5, 5, 4),
-          (0, -6, 5, -4, 3, 2, 2), (7, -11, -3, -4, 3, 5, 5), (6, 6, -4, -10, 3, 4, 6), (6, -6, -4, -9, 3, 4, 6),
-          (3, 6, 4, -15, 3, 3, 4), (3, -4, 4, -14, 4, 2, 4), (9, -3, 3, 4, 6, 5, 6), (0, 0, 0, 22, 1, 1, 9),
+ORGANS = ((1, 0, 0, 0, 17, 12, 99), (2, 0, 0, 0, 15, 10, 99), (1, 0, 2, -16, 13, 7, 9), (3, 3, 4, -15, 5, 3, 4),
+          (4, 8, 0, 10, 7, 8, 14), (4, -8, 0, 10, 7, 8, 14), (5, 5, 2, -4, 9, 7, 7), (7, -11, -3, -4, 3, 5, 5),
+          (3, -6, 3, -4, 5, 5, 4), (6, 6, -4, -10, 3, 4, 6), (6, -6, -4, -9, 3, 4, 6), (9, -3, 3, 4, 6, 5, 6),
           (8, 0, -6, 0, 4, 2, 99), (9, -2, -2, 0, 1.4, 1.4, 99))
 
-def blur(image, sigma):  # Gaussian point spread along rows and columns as a product of spectra; sigma in pixels, one or two
-    waves = [2 * (np.pi * s * np.fft.fftfreq(n)) ** 2 for n, s in zip(image.shape, np.broadcast_to(sigma, 2))]
-    return np.fft.ifft2(np.fft.fft2(image.T) * np.exp(-np.add.outer(*waves)).T).T.real  # .T: fft2 takes the last axes
+def zoom(picture, side):  # to (side, side) by cubic interpolation, averaged where it shrinks
+    return np.asarray(Image.fromarray(np.float32(picture)).resize((side, side), Image.BICUBIC))
 
-def field(rng, side, size):  # a smooth random picture of mean 0 and deviation 1; size of its details, as a part of the side
-    picture = blur(rng.standard_normal((side, side)), np.multiply(size, side))
-    return (picture - picture.mean()) / picture.std()
+def field(rng, side, *details):  # a smooth random picture around 0, of so many details down and across
+    return zoom(rng.standard_normal(details), side)
 
-def ellipse(rng, side, x, y, radius, wobble=0.0, stretch=1.4):  # squared distance from (x, y), in radii, of a tilted ellipse
-    row, column = np.mgrid[-1:1:side * 1j, -1:1:side * 1j]
-    turned = (column - x + 1j * (row - y)) * np.exp(1j * rng.uniform(0, np.pi)) / radius
-    return turned.real ** 2 + (rng.uniform(1, stretch) * turned.imag) ** 2 + wobble * field(rng, side, 0.06)
+def plane(rng, side, shake=0.0):  # the pixels as complex numbers, x + iy from -1 to 1, shaken smoothly out of their places
+    line = np.linspace(-1, 1, side)
+    return line + 1j * line[:, None] + shake * (field(rng, side, 6, 6) + 1j * field(rng, side, 6, 6))
 
-def branches(rng, side, tips, fork=0.1):
-    """Lines that wander, thin and fork (vessels, hairs), in [0, 1]; a tip is its x, y, angle, width and bend."""
-    canvas, tips = Image.new('L', (2 * side, 2 * side)), list(tips)
-    for x, y, angle, width, bend in tips:  # a queue, which grows
-        end = x + 0.06 * np.cos(angle), y + 0.06 * np.sin(angle)
-        ImageDraw.Draw(canvas).line([side * (v + 1) for v in (x, y, *end)], 255, round(width * side) + 1)
-        if width > 0.008 and max(map(abs, end)) < 1.1:
-            tips += [(*end, angle + rng.normal(bend, turn), width * (0.94 - turn / 3), bend)
-                     for turn in (0.1, 0.6)[:1 + (rng.random() < fork)]]
-    return np.asarray(canvas.resize((side, side), Image.BOX)) / 255
+def light(*layers):  # RGB of white light after layers, each an amount (S, S) times what it absorbs of red, green and blue
+    return 255 * np.exp(-sum(np.multiply.outer(*layer) for layer in layers))
 
-def torso(rng, shape, bottom, top, sick):
-    """Tissue of each voxel of a random body, 40 x 40 cm wide; the sick have lesions in lung, liver or spleen."""
-    x, y, z = np.ogrid[-20:20:shape[0] * 1j, -20:20:shape[1] * 1j, bottom:top:shape[2] * 1j]
-    x, y = x * rng.uniform(0.9, 1.1) + np.sin(y / 5 + rng.uniform(0, 6)), y + np.sin(x / 4 + rng.uniform(0, 6))
+def torso(rng, shape, sick):
+    """Tissue of each voxel of a random body, 40 cm along each axis; the sick have lesions in lung, liver or spleen."""
+    x, y, z = np.ogrid[-20:20:shape[0] * 1j, -20:20:shape[1] * 1j, -20:20:shape[2] * 1j]
+    z += rng.uniform(0, 6)  # bodies lie higher or lower
     tissue = np.zeros(shape, np.uint8)
+    ellipsoid = lambda a, b, c, p, q, r: ((x - a) / p) ** 2 + ((y - b) / q) ** 2 + ((z - c) / r) ** 2  # 1 on its surface
     for organ, *place in ORGANS:
-        a, b, c, p, q, r = place * rng.normal(1, 0.07, 6)
-        tissue[((x - a) / p) ** 2 + ((y - b) / q) ** 2 + ((z - c) / r) ** 2 < 1] = organ
-    cage = abs((x / 14.5) ** 2 + (y / 9.8) ** 2 + ((z - 6) / 20) ** 2 - 0.94) < 0.1
-    tissue[cage & (np.cos(2.2 * z + y + rng.uniform(0, 6)) > 0) & (z > -8)] = 8  # sloping ribs
+        tissue[ellipsoid(*place * rng.normal(1, 0.07, 6)) < 1] = organ
+    tissue[(abs(ellipsoid(0, 0, 6, 14, 9.5, 20) - 1) < 0.1) & (np.cos(2.2 * z + y) > 0) & (z > -8)] = 8  # sloping ribs
     for i, j, k in rng.choice(np.argwhere(np.isin(tissue, (4, 5, 7))), sick * rng.integers(1, 4)):
-        tissue[(x - x[i, j]) ** 2 + (y - y[i, j]) ** 2 + (z - z[..., k]) ** 2 < rng.uniform(1, 3) ** 2] = 10
+        tissue[ellipsoid(x.flat[i], y.flat[j], z.flat[k], *rng.uniform(1, 3, 3)) < 1] = 10
     return tissue
 
 def ct(rng, side, tissue):  # attenuation in Hounsfield units (air -1000, water 0), with the noise of the detector
-    return np.int16(blur(HOUNSFIELD[tissue] + rng.normal(0, 40, tissue.shape) * (tissue > 0), 0.7).round()), tissue
+    return np.int16(HOUNSFIELD[tissue] + rng.normal(0, 20, tissue.shape).round()), tissue
 
-def pet(rng, side, tissue):  # tracer uptake in SUV: decays are counted (Poisson) through a point spread of about 10 mm
-    activity = blur((UPTAKE * rng.uniform(0.6, 1.6, len(UPTAKE)))[tissue], side / 90).clip(0)
-    return np.float32(blur(rng.poisson(20 * activity) / 20, side / 160).clip(0)), tissue
+def pet(rng, side, tissue):  # tracer uptake in SUV; the coarse bins of the detector count decays (Poisson)
+    uptake = (UPTAKE * rng.uniform(0.6, 1.6, len(UPTAKE)))[tissue]
+    return np.stack([zoom(rng.poisson(50 * abs(zoom(image, side // 4))) / 50, side) for image in uptake.T]).T, tissue
 
 def mr(rng, side, tissue):  # spin echo: (1 - exp(-TR / T1)) exp(-TE / T2), under a smooth coil bias, with Rician noise
     repetition, echo = rng.choice(((500, 12), (3000, 70))) * rng.uniform(0.7, 1.4, 2)  # T1- or T2-weighted, ms
-    signal = ((1 - np.exp(-repetition / T1)) * np.exp(-echo / T2))[tissue] * np.exp(0.25 * field(rng, side, 0.2))[..., None]
+    signal = ((1 - np.exp(-repetition / T1)) * np.exp(-echo / T2))[tissue] * np.exp(0.3 * field(rng, side, 3, 3))[..., None]
     return np.float32(abs(1000 * signal + rng.normal(0, 15, (*tissue.shape, 2)) @ (1, 1j)) * (tissue > 0)), tissue
 
-def xray(rng, side, tissue):  # photons fall as exp(-attenuation summed from front to back); the film shows -log of them
-    tissue = tissue.T[::-1, :, ::-1].repeat(2, 0).repeat(2, 2)
-    path = blur((0.2 * (1 + HOUNSFIELD / 1000))[tissue].sum(1), 0.8)  # water absorbs 0.2 / cm, a voxel is 1 cm deep
-    film = 1 - np.log(1 + rng.poisson(1e6 * np.exp(-path))) / np.log(1e6)
-    heart, lungs = (tissue == 9).sum(1) > 4, (tissue == 4).sum(1) > 4
-    return 255 * (film / np.quantile(film, 0.97)).clip(0) ** rng.uniform(1, 2), np.where(heart, 9, 4 * lungs)
+def xray(rng, side, tissue):  # photons fall as exp(-attenuation from back to front); the film shows -log of them
+    tissue = tissue.T[::-1, :, ::-1]  # from head to foot, back to front, the patient's right to left
+    film = zoom((1 + HOUNSFIELD / 1000)[tissue].sum(1), side).clip(0)
+    mask = np.select([(tissue == organ).sum(1) > 4 for organ in (9, 4)], (9, 4))
+    return 255 * (film / film.max()) ** rng.uniform(1, 2), mask.repeat(2, 0).repeat(2, 1)
 
-def ultrasound(rng, side, sick):
-    """Log of the echoes, which have Rayleigh speckle and fade by exp(-attenuation) along each beam, shown as a fan."""
-    lesion = sick & (ellipse(rng, side, *rng.uniform(-0.5, 0.4, 2), rng.uniform(0.2, 0.4), 0.1) < 1)
-    scatter, loss = ((-3.5, 0), (-1.4, 2.5), (1.6, 12))[rng.integers(3)]  # a cyst, a tumour or a stone with its shadow
-    echo = np.where(lesion, scatter, 0.7 * field(rng, side, (0.03, 0.12))) - np.cumsum(np.where(lesion, loss, 2.5), 0) / side
-    echo += 0.7 * np.log(np.hypot(field(rng, side, (0.004, 0.01)), field(rng, side, (0.004, 0.01))))  # speckle
-    y, x = np.mgrid[0.2:1:side * 1j, -0.75:0.75:side * 1j]
-    fan = tuple(np.int64(side * np.clip((np.hypot(x, y) / 0.75 - 0.33, np.arctan2(x, y) / 1.3 + 0.5), 0, 0.999)))
+def ultrasound(rng, side, sick):  # log of echoes, with Rayleigh speckle, which fade along each beam; shown as a fan
+    lesion = sick & (abs(plane(rng, side, 0.06) - rng.uniform(-0.4, 0.3, 2) @ (1, 1j)) < rng.uniform(0.2, 0.35))
+    echo = np.where(lesion, rng.choice((-3.5, -1.4, 1.6)), 0.8 * field(rng, side, 16, 4))  # a cyst, a tumour or a stone
+    echo += np.log(rng.rayleigh(1, echo.shape)) - np.cumsum(2 * np.exp(echo), 0) / side  # what scatters more absorbs more
+    z = plane(rng, side) + 1.3j  # from the probe
+    fan = tuple(np.int64(side * np.clip((abs(z) / 1.9 - 0.2, np.angle(z / 1j) / 1.1 + 0.5), 0, 0.999)))
     return np.pad(210 + 46 * echo[1:-1, 1:-1], 1)[fan], lesion[fan]  # black borders, so outside the fan
 
-def fundus(rng, side, sick):
-    """White light back from the retina, after the blood in its branching vessels has absorbed green and blue."""
-    x, y = rng.uniform(0.4, 0.6) * rng.choice((-1, 1)), rng.normal(0, 0.08)  # of the disc, in a left or a right eye
-    tips = [(x, y, up * rng.uniform(0.8, 2.2), rng.uniform(0.02, 0.05), 0.12 * up * x) for up in (-1, 1) * 3]
-    vessels, spots = branches(rng, side, tips), sick * field(rng, side, 0.02)  # spots: haemorrhages > 0 > exudates
-    eye, disc = ellipse(rng, side, 0, 0, 0.95, 0, 1), ellipse(rng, side, x, y, 0.2)
-    blood = vessels + (spots > 2.2) + 0.6 * np.exp(-ellipse(rng, side, -0.2 * x, y, 0.3))  # the macula is dark
-    light = np.exp(0.1 * field(rng, side, 0.2) - 0.6 * eye)[..., None] * rng.uniform((0.7, 0.25, 0.05), (1.1, 0.5, 0.2))
-    light += (np.exp(-disc ** 4) + (spots < -2.2))[..., None] * (0.2, 0.4, 0.2)
-    return 255 * light * np.exp(-blood[..., None] * (0.3, 1, 0.8)) * (eye < 1)[..., None], (vessels > 0.4) & (eye < 1)
+def fundus(rng, side, sick):  # blood absorbs green and blue; its vessels follow circles through the disc
+    eye, z, disc = abs(plane(rng, side)) < 0.95, plane(rng, side, 0.03), rng.choice((-0.5, 0.5))
+    centres = disc + np.exp(1j * rng.normal(0, 0.5, 9)) / rng.uniform(-1.4, 1.4, 9)
+    vessels = np.min([abs(abs(z - c) - abs(disc - c)) for c in centres], 0) < 0.025 - 0.015 * abs(z - disc)
+    blood = vessels + 0.6 * np.exp(-abs(4 * z + disc) ** 2)  # the macula is dark
+    white = np.exp(-abs((z - disc) / 0.2) ** 4) + sick * (field(rng, side, 30, 30) > 1.8)  # exudates
+    return light((blood, (0.3, 1, 0.8)), (white, (-0.2, -0.8, -0.9)), (0.6 * abs(z) ** 2 + 9 * ~eye, (1, 1, 1)),
+                 (1, rng.uniform((-0.1, 0.7, 1.5), (0.3, 1.4, 3)))), eye & vessels
 
-def oct_scan(rng, side, sick):
-    """Reflectivity of the retina's layers around the foveal pit, with speckle; drusen lift the lowest layers."""
-    x = np.linspace(-1, 1, side)
-    pit = np.exp(-((x - rng.uniform(-0.4, 0.4)) / rng.uniform(0.15, 0.35)) ** 2)
-    arch = np.polyval(rng.uniform((-0.15, -0.15, 0.5), (0.15, 0.15, 0.75)), x)
-    top, bottom = arch - rng.uniform(0.25, 0.4) * (1 - 0.5 * pit), arch - sick * 0.06 * field(rng, side, 0.04)[0].clip(0)
-    layer = (np.linspace(0, 1, side)[:, None] - top) / (bottom - top)  # 0 at the top of the retina, 1 at its bottom
-    light = np.interp(layer, (0, .02, .12, .15, .32, .35, .45, .48, .55, .6, .78, .8, .83, .86, .9, .92, 1, 1.03, 2.2),
-                      (0, 190, 170, 100, 120, 60, 60, 130, 120, 50, 50, 180, 180, 80, 80, 230, 230, 120, 0))
-    return light * np.hypot(field(rng, side, 0.005), field(rng, side, 0.005)) ** 0.5, (layer > 0) & (layer < 1)
+def oct_scan(rng, side, sick):  # reflectivity of the retina's layers around the pit, with speckle; drusen lift the lowest
+    z, floor = plane(rng, side), 0.2 + 0.1 * field(rng, side, 1, 3)
+    top = floor - 0.7 + 0.35 * np.exp(-abs((z.real - rng.uniform(-0.4, 0.4)) / rng.uniform(0.15, 0.35)) ** 2)
+    layer = (z.imag - top) / (floor - sick * 0.12 * field(rng, side, 1, 16).clip(0) - top)  # from 0, the top, to 1
+    echo = np.interp(10 * layer, range(18), (0, 180, 100, 120, 60, 130, 50, 50, 190, 80, 230, 120, 110, 90, 70, 50, 20, 0))
+    return echo * rng.rayleigh(1, echo.shape) ** 0.5, (layer > 0) & (layer < 1)
 
-def pathology(rng, side, sick):
-    """Two stains absorb light: RGB = exp(-haematoxylin x its spectrum - eosin x its spectrum)."""
-    gland = field(rng, side, rng.uniform(0.06, 0.11))
-    tissue, wall = gland < 1.3 + 0.5 * sick, gland > 0.2  # a gland has a lumen, and a wall crowded with nuclei
-    crate = rng.uniform(34, 46) * np.mgrid[0:1:side * 1j, 0:1:side * 1j] + [field(rng, side, 0.06), field(rng, side, 0.06)]
-    level = np.where(wall, 0.2, 0.9 - 0.5 * sick) + 0.25 * field(rng, side, 0.04)
-    nuclei = tissue & (np.cos(crate).prod(0) > level.clip(0.4 - 0.1 * sick))  # the bumps of a warped egg crate
-    blue, pink = blur(nuclei, 0.7) + 0.2 * (wall & tissue), tissue * (0.5 + 0.15 * field(rng, side, (0.01, 0.06)))
-    spectra = rng.uniform(0.7, 1.4, (2, 1)) * ((0.9, 0.95, 0.4), (0.1, 0.9, 0.3))  # absorption of red, green, blue
-    return 255 * np.exp(-np.stack([blue, pink], -1) @ spectra), nuclei
+def pathology(rng, side, sick):  # haematoxylin stains nuclei blue, eosin the rest pink; glands have a lumen and a dense wall
+    gland, z = field(rng, side, 7, 7), rng.uniform(17, 23) * plane(rng, side, 0.05)
+    level = np.select([gland > 1.3, gland > 0.2], [9, 0.45], 0.9 - 0.4 * sick) + 0.2 * field(rng, side, 16, 16)
+    nuclei = np.cos(z.real) * np.cos(z.imag) > level.clip(0.3)  # the bumps of a warped egg crate
+    blue, pink = rng.uniform(0.7, 1.4, (2, 1)) * ((0.9, 0.95, 0.4), (0.1, 0.9, 0.3))
+    return light((nuclei, blue), ((gland < 1.3) * (0.5 + 0.15 * field(rng, side, 60, 10)), pink)), nuclei
 
-def endoscope(rng, side, sick):
-    """A wet pink tube lit from the camera: light fades with distance into the lumen, folds ring it, water glints."""
-    tube = np.sqrt(abs(ellipse(rng, side, *rng.uniform(-0.4, 0.4, 2), 1, 0.02)))
-    folds = np.cos(rng.uniform(9, 16) * tube ** 0.6 + rng.uniform(0, 6) + 0.9 * field(rng, side, 0.12))
-    polyp = ellipse(rng, side, *rng.uniform(-0.5, 0.5, 2), rng.uniform(0.25, 0.5), 0.05) + 9 * (not sick)
-    light = np.where(polyp < 1, 0.35 + 0.5 * np.sqrt(abs(1 - polyp)), tube / (tube + 0.4) * (1.1 + 0.3 * folds * tube))
-    light *= ellipse(rng, side, 0, 0, 1.2, 0, 1) < 1  # the dark corners of the view
-    colour = light[..., None] ** (1, 1.4, 1.5) * rng.uniform((1, 0.45, 0.35), (1.2, 0.7, 0.6))
-    return 255 * (colour + ((field(rng, side, 0.015) > 2.2) & (light > 0.6))[..., None]), polyp < 1
+def endoscope(rng, side, sick):  # light from the camera fades with distance into a wet tube; folds ring it, water glints
+    z, lumen, polyp = plane(rng, side, 0.05), *rng.uniform(-0.4, 0.4, (2, 2)) @ (1, 1j)
+    tube, bump = abs(z - lumen), abs(z - polyp) / rng.uniform(0.25, 0.5)
+    folds = 0.4 * tube * np.cos(rng.uniform(9, 16) * tube ** 0.6 + rng.uniform(0, 6))
+    shade = -np.log(np.where(sick & (bump < 1), 0.85 - 0.5 * bump ** 2, tube / (tube + 0.4) * (1.1 + folds)))
+    view = 9 * (abs(plane(rng, side)) > 1.2) - 2 * (field(rng, side, 50, 50) > 2)  # dark corners, glints
+    tint = rng.uniform((-0.2, 0.4, 0.5), (0, 0.8, 1))
+    return light((shade, (1, 1.4, 1.5)), (view, (1, 1, 1)), (1, tint)), sick & (bump < 1)
 
-def photo(rng, side, sick):
-    """Skin in uneven light; melanin absorbs as exp(-melanin x spectrum), in melanoma ragged and of several colours."""
-    lesion = ellipse(rng, side, *rng.normal(0, 0.15, 2), rng.uniform(0.3, 0.65), 0.04 + 0.2 * sick)
-    melanin = (rng.uniform(0.8, 1.4) + (0.1 + 0.4 * sick) * field(rng, side, 0.07)) / (1 + np.exp(6 * (lesion - 1)))
-    spectrum = (0.7, 1.1, 1.3) + 0.2 * sick * field(rng, side, 0.1)[..., None] * (1, 0, -1)
-    hairs = branches(rng, side, rng.uniform((-1, -1, 0, .009, -.05), (1, 1, 6, .015, .05), (rng.integers(12), 5)), 0)
-    light = 0.15 * field(rng, side, 0.3) + 0.03 * field(rng, side, 0.01) - hairs - rng.uniform(0.1, 0.7)
-    colour = light[..., None] - melanin[..., None] * spectrum - rng.uniform((0, 0.25, 0.35), (0, 0.4, 0.6))
-    return 255 * np.exp(colour), lesion < 1
+def photo(rng, side, sick):  # melanin absorbs blue most; in melanoma it is ragged and of several colours
+    z, lesion = plane(rng, side), abs(plane(rng, side, 0.03 + 0.07 * sick)) / rng.uniform(0.3, 0.65)
+    melanin = (1.2 + (0.1 + 0.3 * sick) * field(rng, side, 10, 10)) / (1 + np.exp(12 * (lesion - 1)))
+    hue, skin = melanin * sick * field(rng, side, 6, 6), rng.uniform(0.3, 0.8) + 0.1 * field(rng, side, 3, 3)
+    hairs = sum(abs(abs(z - 4 * np.exp(1j * a)) - r) < 0.01 for a, r in rng.uniform((0, 3), (6, 5), (rng.integers(9), 2)))
+    return light((melanin + skin, (0.6, 1, 1.2)), (hue, (0.2, 0, -0.2)), (hairs, (1, 1, 1))), lesion < 1
 
 def write_phantom(folder, modality, n, seed, side=160):
     """Subject n, every other one sick: an image, or of CT, PET and MR a volume of 8 slices, to folder/raw/<Modality>/
     <source>/<class>; its mask to folder/labels/<Modality>/<class>. CT, PET, MR and X-ray see the same body."""
-    number, sick, body = MODALITIES.index(modality), n % 2, np.random.default_rng((seed, n))
-    rng, bottom = np.random.default_rng((seed, number, n)), body.uniform(-18, 2)
-    box = ((side // 2, 40, side // 2), -12, 24) if modality == 'X-ray' else ((side, side, 8), bottom, bottom + 14)
+    number, sick, rng = MODALITIES.index(modality), n % 2, np.random.default_rng((seed, n))
+    shape = (side // 2, 40, side // 2) if modality == 'X-ray' else (side, side, 8)
     draw = (ct, pet, mr, xray, ultrasound, fundus, oct_scan, pathology, endoscope, photo)[number]
-    image, mask = draw(rng, side, torso(body, *box, sick) if number < 4 else sick)
+    image, mask = draw(rng, side, torso(rng, shape, sick) if number < 4 else sick)
     kind = (('naevus', 'melanoma') if modality == 'Photo' else ('normal', 'lesion'))[sick]
     source = 'phantom-' + modality.lower() + '-suv' * (modality == 'PET')
     for place, array in ((folder / 'raw' / modality / source / kind, image), (folder / 'labels' / modality / kind, mask)):
         place.mkdir(parents=True, exist_ok=True)
-        if modality in RULES:
-            nib.save(nib.Nifti1Image(array, np.diag((400 / side, 400 / side, 20, 1))), place / f'{n:04d}.nii.gz')  # mm
+        if number < 3:
+            nib.save(nib.Nifti1Image(array, np.diag((400 / side, 400 / side, 50, 1))), place / f'{n:04d}.nii.gz')  # mm
         else:
             Image.fromarray(np.uint8(np.clip(array, 0, 255))).save(place / f'{n:04d}.png')
 

@@ -1,5 +1,6 @@
 """Checks of prepare_medverse.py against closed forms, NumPy, Pillow and killed runs."""
 import contextlib
+import copy
 import csv
 import io
 import json
@@ -513,10 +514,15 @@ def test_a_phantom_follows_from_its_seed_and_number(phantoms, tmp_path):
         assert np.array_equal(again, first) and not np.array_equal(other, first)
 
 def test_four_modalities_see_the_same_body(tmp_path):
-    with mock.patch.object(prep, 'torso', side_effect=prep.torso) as torso:
+    bodies = []
+    def spy(rng, shape, sick):
+        bodies.append(torso(copy.deepcopy(rng), (20, 20, 20), 0).tobytes())
+        return torso(rng, shape, sick)
+    torso = prep.torso
+    with mock.patch.object(prep, 'torso', spy):
         for modality in prep.MODALITIES[:4]:
-            prep.write_phantom(tmp_path, modality, 0, seed=3, side=64)      # no lesions are drawn for a healthy body
-    assert len({call.args[0].random() for call in torso.call_args_list}) == 1   # all have drawn the same numbers
+            prep.write_phantom(tmp_path, modality, 1, seed=3, side=64)
+    assert len(bodies) == 4 and len(set(bodies)) == 1
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What users' folders and options hold

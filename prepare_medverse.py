@@ -790,8 +790,8 @@ def fundus(rng, side, sick):  # blood absorbs green and blue; its vessels follow
     vessels = np.min([abs(abs(z - c) - abs(disc - c)) for c in centres], 0) < 0.025 - 0.015 * abs(z - disc)
     blood = vessels + 0.6 * np.exp(-abs(4 * z + disc) ** 2)  # the macula is dark
     white = np.exp(-abs((z - disc) / 0.2) ** 4) + sick * (field(rng, side, 30, 30) > 1.8)  # exudates
-    return light((blood, (0.3, 1, 0.8)), (white, (-0.2, -0.8, -0.9)), (0.6 * abs(z) ** 2 + 9 * ~eye, (1, 1, 1)),
-                 (1, rng.uniform((-0.1, 0.7, 1.5), (0.3, 1.4, 3)))), eye & vessels
+    return light((blood, (0.3, 1, 0.8)), (white, (-0.2, -0.8, -0.9)), (1, rng.uniform((-0.1, 0.7, 1.5), (0.3, 1.4, 3))),
+                 (0.6 * abs(z) ** 2 + 0.1 * field(rng, side, 5, 5) + 9 * ~eye, (1, 1, 1))), eye & vessels
 
 def oct_scan(rng, side, sick):  # reflectivity of the retina's layers around the pit, with speckle; drusen lift the lowest
     z, floor = plane(rng, side), 0.2 + 0.1 * field(rng, side, 1, 3)

@@ -562,9 +562,8 @@ def pair(raw, images, layers, config):
 
 def find_file(raw, end):
     """The file below RAW whose path ends so."""
-    if found := [name for name in list_names(raw) if f'/{name}'.endswith(f'/{end}')]:
-        return raw / found[0]
-    sys.exit(f'{raw}: there is no file {end} here; mend --labels or --split')
+    found = (raw / name for name in list_names(raw) if f'/{name}'.endswith(f'/{end}'))
+    return next(found, None) or sys.exit(f'{raw}: there is no file {end} here; mend --labels or --split')
 
 def read_labels(raw, names, config):
     """{stem of an image: [its class, its patient if a third column tells it]} of --labels: a CSV file, or a file for each

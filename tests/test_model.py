@@ -373,6 +373,12 @@ def test_what_does_not_fit_is_named(spoil, named, experts):
         load_weights(network(experts=experts), state, 'the/file.pt')
     assert 'the/file.pt' in str(error.value)
 
+def test_a_director_without_its_experts_is_refused():
+    state = network(experts=3).state_dict()
+    del state['blocks.1.dex.experts.fc2.bias']
+    with pytest.raises(SystemExit, match='missing or left over: blocks.1.dex.experts.fc2.bias'):
+        load_weights(network(experts=3), state, 'ckpt.pt')
+
 def test_unreadable_checkpoints_end_in_a_sentence_with_their_name(tmp_path):
     torch.save(dict(model=network().state_dict()), tmp_path / 'whole.pt')
     whole = (tmp_path / 'whole.pt').read_bytes()

@@ -50,7 +50,7 @@ def train(folder, out, **options):
 
 def log(out, timed=False):
     lines = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
-    return [{k: v for k, v in line.items() if timed or k not in ('images_per_second', 'waiting')} for line in lines]
+    return [{k: v for k, v in line.items() if timed or k != 'images_per_second'} for line in lines]
 
 def same(a, b):
     """Equal to the last bit, through dictionaries and lists."""
@@ -140,6 +140,15 @@ def test_mutual_information_of_known_tables():
     assert pretrain.mutual_information(torch.eye(4) * 7) == pytest.approx((2, 2))
     assert pretrain.mutual_information(torch.eye(8).repeat_interleave(2, 1)) == pytest.approx((3, 3))
     assert pretrain.mutual_information(torch.eye(2).repeat(4, 1)) == pytest.approx((1, 1))       # two columns
+
+@pytest.mark.parametrize('counts', [None, torch.tensor([[[7, 0], [3, 12]]])])
+def test_tables_are_drawn_with_or_without_their_numbers(tmp_path, counts):
+    pretrain.draw_tables(tmp_path / 'table.png', torch.tensor([[[1.0, 0], [0.2, 0.8]]]), ['a', 'b'], ['title'], counts)
+    cell = 16 if counts is None else 48
+    picture = np.asarray(Image.open(tmp_path / 'table.png'))
+    assert picture.shape == (34 + 2 * cell + 10, 80 + 2 * cell + 10, 3)
+    assert [tuple(picture[36 + cell * d, 82 + cell * r]) for d in (0, 1) for r in (0, 1)] == [
+        (0, 0, 192), (255, 255, 255), (204, 204, 243), (51, 51, 204)]
 
 def test_every_trained_parameter_is_in_one_optimizer_group():
     model = MAE(MODEL)
@@ -331,8 +340,10 @@ def test_a_run_is_not_overwritten_unasked(sources, finished, tmp_path):
     before = (finished / 'ckpt.pt').read_bytes()
     with pytest.raises(SystemExit, match='--resume.*--overwrite'):
         train(sources[0], finished)
-    with pytest.raises(SystemExit, match='experts=4.*experts=2'):
-        train(sources[0], finished, resume=True, experts=2)
+    others = (dict(experts=2), 'experts=4.*experts=2'), (dict(batch=2), ' 4, 0.* 2, 0'), (dict(seed=1), ' 4, 0.* 4, 1')
+    for other, sentence in others:
+        with pytest.raises(SystemExit, match=sentence):
+            train(sources[0], finished, resume=True, **other)
     assert (finished / 'ckpt.pt').read_bytes() == before and len(log(finished)) == 6
     for _ in range(2):
         train(sources[0], tmp_path, steps=1, overwrite=True)
@@ -344,6 +355,13 @@ def test_a_new_run_over_an_old_one_leaves_nothing_of_it_to_resume(sources, tmp_p
     with pytest.raises(ZeroDivisionError):
         train(sources[0], tmp_path, steps=2, overwrite=True)
     assert not (tmp_path / 'ckpt.pt').exists()
+
+def test_a_full_disk_in_a_picture_or_the_log_ends_in_a_sentence(sources, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(pretrain, 'draw_tables', full)
+    with pytest.raises(SystemExit, match='No space left'):
+        train(sources[0], tmp_path)
 
 def test_a_full_disk_leaves_the_checkpoint_before(sources, tmp_path):
     train(sources[0], tmp_path, steps=2)
@@ -358,8 +376,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(sources, tmp_path):
     assert (tmp_path / 'ckpt.pt').read_bytes() == before and not list(tmp_path.glob('*.new'))
 
 @pytest.mark.parametrize('options, sentence', [
-    (dict(batch=100), '64 training images are fewer'), (dict(model='giant'), 'giant.*tiny'), (dict(size=30), '30'),
-    (dict(init='missing.pt'), 'missing.pt')])
+    (dict(batch=100), '64 . 4 images are too few.*100'), (dict(model='giant'), 'giant.*tiny'), (dict(size=30), '30'),
+    (dict(init='missing.pt'), 'missing.pt'), (dict(device='gpu'), '--device gpu')])
 def test_options_that_cannot_work_end_in_a_sentence(sources, tmp_path, options, sentence):
     with pytest.raises(SystemExit, match=sentence):
         train(sources[0], tmp_path, **options)
@@ -407,9 +425,9 @@ def test_the_network_compiles_whole_in_bf16_with_the_same_results(change, checkp
         found.append([losses.detach()] + [p.grad for p in network.parameters() if p.requires_grad])
     assert all((a - b).norm() <= 0.01 * a.norm() for a, b in zip(*found))
 
-def test_bench_times_both_networks_and_both_gates(tmp_path, capsys, monkeypatch):
+def test_bench_times_both_networks_and_both_gates(sources, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pretrain, 'GATES', ((32, 2), (64, 1)))
-    argv = ['pretrain.py', '--bench', *arguments(tmp_path / 'none', tmp_path / 'out')]
+    argv = ['pretrain.py', '--bench', *arguments(sources[0], tmp_path / 'out')]
     monkeypatch.setattr(sys, 'argv', argv)
     pretrain.main()
     lines = capsys.readouterr().out.splitlines()
@@ -418,8 +436,20 @@ def test_bench_times_both_networks_and_both_gates(tmp_path, capsys, monkeypatch)
         assert f'{pretrain.flops(config) / 1e9:.1f} GFLOP' in line and 'MFU 0.000' in line     # no chip, no guess
         phases = [float(word) for word in re.findall(r'([0-9.]+)%', line)]
         assert len(phases) == 5 and 60 < sum(phases) < 140      # medians need not add up
-    assert 'efficiency' in lines[-4] and [line.split()[:2] for line in lines[-2:]] == [['32', '2'], ['64', '1']]
+    assert 'efficiency' in lines[-5]
+    gates = [re.search(r'(\w+)-wise.* (\d+) images of (\d+) pixels: ([0-9.]+) MFLOP', line).groups() for line in lines[-4:]]
+    assert [gate[:3] for gate in gates] == [(kind, *rest) for rest in (('2', '32'), ('1', '64')) for kind in ('image', 'token')]
+    assert float(gates[1][3]) == pytest.approx(17 * float(gates[0][3]), rel=0.1)      # as many as an image has tokens
     assert not (tmp_path / 'out').exists()
+
+def test_bench_without_shards_makes_phantoms(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(subprocess, 'run', lambda command, check: commands.append(list(map(str, command))))
+    monkeypatch.setattr(sys, 'argv', ['pretrain.py', '--bench', *arguments(tmp_path / 'none', tmp_path / 'out')])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match='data/phantoms-32'):       # none were made
+        pretrain.main()
+    assert commands[0][-6:] == ['--phantoms', '200', '--out', 'data/phantoms-32', '--size', '32']
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 def test_a_steady_step_never_waits_for_the_gpu(sources, tmp_path):

@@ -57,7 +57,6 @@ class Options:
     experts: int = 8                # R experts in every block; 0: the plain masked autoencoder
     top_k: int = 2                  # K experts activated for an image
     routing: str = 'image'          # image: one choice for the whole image; token: one for each token
-    mask_ratio: float = 0.75        # share of hidden patches
     # optimization (Appendix C.2.1 and the published supplement)
     batch: int = 224                # images per process and micro-batch
     accumulate: int = 1             # micro-batches per optimizer step
@@ -124,10 +123,9 @@ def claim(checkpoint, o):
 
 def make_optimizer(model, lr, weight_decay):
     """AdamW with decay on weight matrices and kernels; none on norms, biases (stacked ones are two-dimensional) and tokens."""
-    decayed, plain = groups = [dict(params=[], weight_decay=decay) for decay in (weight_decay, 0.0)]
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            (decayed if name.endswith('.weight') and 'norm' not in name else plain)['params'].append(p)
+    trained = [(name.endswith('.weight') and 'norm' not in name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [dict(params=[p for matrix, p in trained if matrix], weight_decay=weight_decay),
+              dict(params=[p for matrix, p in trained if not matrix], weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
 
 def total_norm(gradients):
@@ -147,8 +145,7 @@ def save(path, **content):
         raise SystemExit(f'{path}: could not be saved ({str(error).splitlines()[0]}); what it was before is untouched')
 
 def reopen(out, first, config):
-    """Make the run's folder, with config.json and a log.jsonl of the steps before `first`, whose path this returns. A run
-    that starts anew (first = 0) leaves no checkpoint of another to resume."""
+    """Make the run's folder, with config.json and a log.jsonl of the steps before `first` (none: no checkpoint either)."""
     out.mkdir(parents=True, exist_ok=True)
     (out / 'config.json').write_text(json.dumps(config, indent=1))
     log = out / 'log.jsonl'
@@ -170,7 +167,7 @@ def mutual_information(counts):
 
 @torch.no_grad()
 def validate(model, shards, o, device, autocast):
-    """Look at the whole held-out images without gate noise: draw recon.png and experts.png, return what was found."""
+    """Look at the whole held-out images without gate noise: draw recon.png and experts.png, print and return the rest."""
     present, picks, kinds = np.unique(shards.modality[shards.val], return_index=True, return_inverse=True)
     names, kinds = [shards.modalities[d] for d in present], F.one_hot(torch.from_numpy(kinds)).T.float()     # (D, images)
     # one fixed draw (images, N - 1), so that each image has the same mask at every validation
@@ -195,6 +192,7 @@ def validate(model, shards, o, device, autocast):
         draw_tables(Path(o.out, 'experts.png'), F.normalize(kinds @ usage, 1, 2), names, titles)        # Fig. 9
     images = data.center(shards.gather(shards.val[picks]).to(device), o.size)
     draw_reconstructions(Path(o.out, 'recon.png'), model, images, noise[picks].to(device), names)
+    tqdm.write('validation: ' + re.sub(r'"|(?<=\.\d{3})\d+', '', json.dumps(entry)))      # without quotes, with fewer digits
     return entry
 
 def draw_reconstructions(path, model, images, noise, names):
@@ -254,8 +252,7 @@ def train(o, rank, world, local, device):
     steps = o.steps or o.epochs * epoch_steps
     warmup, peak = max(1, round(o.warmup * steps)), o.lr * global_batch / 512      # linear scaling, C.2.1
 
-    config = named_config(o.model, o.depth, size=o.size, patch=o.patch, experts=o.experts, top_k=o.top_k,
-                          routing=o.routing, mask_ratio=o.mask_ratio)
+    config = named_config(o.model, o.depth, size=o.size, patch=o.patch, experts=o.experts, top_k=o.top_k, routing=o.routing)
     L, R = config.depth, config.experts
     torch.manual_seed(o.seed)
     model = MAE(config).to(device)
@@ -276,7 +273,7 @@ def train(o, rank, world, local, device):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     net = torch.compile(model, fullgraph=True) if bf16 else model
     if world > 1:       # sends the gradients of a block while those of the block below are computed
-        net = DistributedDataParallel(net, [local] if gpu else None, broadcast_buffers=False, gradient_as_bucket_view=True)
+        net = DistributedDataParallel(net, [local] if gpu else None, forward_sync_buffers=False, gradient_as_bucket_view=True)
     if master:
         log = reopen(path.parent, first, dict(options=asdict(o), model=asdict(config)))
         print(f'{o.model}: {L} blocks, {sum(p.numel() for p in trained) / 1e6:.1f} M parameters trained; {o.data}: '
@@ -362,7 +359,6 @@ def train(o, rank, world, local, device):
             if master:
                 if looking:
                     entry |= validate(model, shards, o, device, autocast)
-                    tqdm.write(re.sub(r'(\.\d\d\d)\d+', r'\1', json.dumps(entry)))
                 with open(log, 'a') as file:
                     file.write(json.dumps(entry) + '\n')
             if in_a_row >= 10:
@@ -374,10 +370,8 @@ def train(o, rank, world, local, device):
             save(path, model=model.state_dict(), optimizer=optimizer.state_dict(), step=done, skipped=int(skipped),
                  images=global_batch, config=asdict(config), options=asdict(o))
             saved = time.perf_counter()
-        if stopping:
-            if world > 1:       # torchrun would kill the rank that saves, 30 s after another has left
-                dist.barrier()
-            sys.exit(128 + (stop or [signal.SIGTERM])[0])
+        if stopping:        # the others leave with 0: at any other code torchrun would kill the rank that saves, 30 s later
+            sys.exit(128 + (stop or [signal.SIGTERM])[0] if master else 0)
         yield config, marks
 
 # --- how fast it is -----------------------------------------------------------------------------------------------------
@@ -449,8 +443,6 @@ def main():
     o = data.parse_options(Options())
     if o.demo:
         o = data.parse_options(Options(demo=True, **DEMO))
-    if min(o.batch, o.accumulate, o.log_every) < 1:
-        raise SystemExit('--batch, --accumulate and --log_every must be 1 or more')
     place = rank, world, _, _ = setup(o.device)
     if o.bench and not list(Path(o.data).glob('*/meta.json')):
         o = replace(o, data=f'data/phantoms-{o.size}')

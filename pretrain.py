@@ -417,8 +417,7 @@ def bench(o, rank, world, local, device, warm=5, count=20):
         torch.cuda.synchronize()
     if rank > 0:
         return
-    chip = torch.cuda.get_device_name() if gpu else ''
-    peak = world * next((value for name, value in PEAK.items() if name in chip), math.inf)
+    peak = world * next((value for name, value in PEAK.items() if gpu and name in torch.cuda.get_device_name()), math.inf)
     speeds = []
     for name, column in zip(('DEX', 'MAE'), zip(*steps)):
         c, phases = column[0][0], [spent(marks) for _, marks in column]

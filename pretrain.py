@@ -182,17 +182,20 @@ def validate(model, shards, o, device, autocast):
             usage.append(routing.weights.unflatten(1, (len(ids), -1)).mean(2).cpu())     # omega (L, B, R)
     losses = kinds @ torch.cat(losses) / kinds.sum(1)
     entry = dict(val_mae=losses.mean().item(), val=dict(zip(names, losses.tolist())))
+    text = f'validation: L_self {entry["val_mae"]:.3f}'
     if usage:
         usage = torch.cat(usage, 1)
         first = kinds @ F.one_hot(usage.argmax(2), usage.shape[2]).float()      # counts of first choices (L, D, R)
         bits, (most, *_) = zip(*map(mutual_information, first))
         dead = [f'{layer + 1}.{expert}' for layer, expert in (usage.sum(1) == 0).nonzero().tolist()]
-        entry |= dict(bits=bits, bits_max=most, dead=dead)      # dead: layer.expert that no image activates
+        entry |= dict(bits=bits, bits_max=most, dead=dead)
+        text += (f'; modality in the first expert, by layer: {" ".join(f"{b:.2f}" for b in bits)} of {most:.2f} bits; experts '
+                 f'(layer.number) that no image activates: {" ".join(dead) or "none"}')
         titles = [f'layer {layer}: {b:.2f} bits' for layer, b in enumerate(bits, 1)]
         draw_tables(Path(o.out, 'experts.png'), F.normalize(kinds @ usage, 1, 2), names, titles)        # Fig. 9
     images = data.center(shards.gather(shards.val[picks]).to(device), o.size)
     draw_reconstructions(Path(o.out, 'recon.png'), model, images, noise[picks].to(device), names)
-    tqdm.write('validation: ' + re.sub(r'"|(?<=\.\d{3})\d+', '', json.dumps(entry)))      # without quotes, with fewer digits
+    tqdm.write(text)
     return entry
 
 def draw_reconstructions(path, model, images, noise, names):
@@ -273,7 +276,7 @@ def train(o, rank, world, local, device):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     net = torch.compile(model, fullgraph=True) if bf16 else model
     if world > 1:       # sends the gradients of a block while those of the block below are computed
-        net = DistributedDataParallel(net, [local] if gpu else None, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        net = DistributedDataParallel(net, [local] if gpu else None, broadcast_buffers=False, gradient_as_bucket_view=True)
     if master:
         log = reopen(path.parent, first, dict(options=asdict(o), model=asdict(config)))
         print(f'{o.model}: {L} blocks, {sum(p.numel() for p in trained) / 1e6:.1f} M parameters trained; {o.data}: '
@@ -370,6 +373,8 @@ def train(o, rank, world, local, device):
             save(path, model=model.state_dict(), optimizer=optimizer.state_dict(), step=done, skipped=int(skipped),
                  images=global_batch, config=asdict(config), options=asdict(o))
             saved = time.perf_counter()
+        if stopping and master and not o.bench:
+            print(f'\n{path}: saved after {done} of {steps} steps; go on with --resume')
         if stopping:        # the others leave with 0: at any other code torchrun would kill the rank that saves, 30 s later
             sys.exit(128 + (stop or [signal.SIGTERM])[0] if master else 0)
         yield config, marks
@@ -442,6 +447,8 @@ def main():
     o = data.parse_options(Options())
     if o.demo:
         o = data.parse_options(Options(demo=True, **DEMO))
+    if min(o.batch, o.accumulate, o.log_every) < 1 or o.clip <= 0:
+        raise SystemExit('--batch, --accumulate and --log_every must be 1 or more, --clip above 0 (inf: off)')
     place = rank, world, _, _ = setup(o.device)
     if o.bench and not list(Path(o.data).glob('*/meta.json')):
         o = replace(o, data=f'data/phantoms-{o.size}')

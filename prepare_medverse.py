@@ -328,13 +328,14 @@ def normalize(volume, modality):
         window = np.percentile(sample, percentiles) if sample.size else (0, 0)
     low, high = map(np.float32, window)
     for image in volume:
-        image = np.where(np.isfinite(image), image, low) if image.dtype.kind == 'f' else image.astype(np.float32)
+        image = np.where(np.isfinite(image), image, low) if image.dtype.kind == 'f' else image
         yield np.uint8((image.clip(low, high) - low) * (255 / (high - low or np.inf)) + 0.5)
 
 def resize(image, size):
     """The whole of uint8 (H, W) or (H, W, 3), low-passed, as (S, S, c); three equal channels become one."""
-    image = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    pixels = np.asarray(image).reshape(size, size, -1)
+    if image.shape[:2] != (size, size):
+        image = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0))
+    pixels = image.reshape(size, size, -1)
     return pixels[..., :1] if (pixels == pixels[..., :1]).all() else pixels
 
 def frames(path, size):
@@ -416,7 +417,7 @@ class Stack:
         np.lib.format.write_array_header_1_0(self.file, header)
 
     def append(self, array):
-        self.file.write(np.broadcast_to(array, self.shape).astype(self.dtype).tobytes())
+        self.file.write(np.ascontiguousarray(np.broadcast_to(array, self.shape), self.dtype).data)
         self.count += 1
 
     def close(self):

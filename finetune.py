@@ -297,7 +297,7 @@ def train(o):
     else:
         numbers = torch.tensor(scores['confusion'])[None]       # (1, C, C)
         shares = F.normalize(numbers.float(), 1, 2)
-        draw_tables(out / 'confusion.png', shares, task.classes, ['truth by prediction'], numbers)
+        draw_tables(out / 'confusion.png', shares, task.classes, ['truth (rows) by prediction'], numbers)
     print(f'{out}: test {"Dice" if task.segments else "macro-F1"} {headline(scores):.4f}; all scores are in results.json')
 
 @torch.no_grad()

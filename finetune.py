@@ -105,10 +105,11 @@ def encoder(o, size):
     vit = ViT(replace(config, size=size or config.size, experts=experts, top_k=o.top_k or config.top_k))
     if state:
         load_weights(vit, state, path)
-    method = f'DEX-{"E" if experts else "D"}-{Path(path.removesuffix("/ckpt.pt")).stem}' + ''.join(
+    file = Path(path).absolute()
+    method = f'DEX-{"E" if experts else "D"}-{file.parent.name if file.name == "ckpt.pt" else file.stem}' + ''.join(
         f'-{name}-{getattr(o, name)}' for name in ('fraction', 'tune_blocks', 'top_k', 'pool')
         if getattr(o, name) != getattr(Options, name))
-    return vit, dict(method=method, init=path, sha256=state and hashlib.sha256(Path(path).read_bytes()).hexdigest())
+    return vit, dict(method=method, init=path, sha256=state and hashlib.sha256(file.read_bytes()).hexdigest())
 
 def segmentation_loss(logits, masks):
     """Dice, over the batch and averaged over the foreground classes, plus cross-entropy (C.2.2): logits (B, C, S, S), masks
@@ -253,7 +254,8 @@ def train(o):
     run = dict(model=model.state_dict(), config=asdict(config), meta=task.meta, pool=o.pool)
     began, saved = time.perf_counter() - 60 * minutes, minutes
     batches = data.prefetch(load, range(first, steps))
-    for step in tqdm(range(first, steps), initial=first, total=steps, unit='step', disable=not master):
+    bar = tqdm(range(first, steps), initial=first, total=steps, unit='step', disable=not master)
+    for step in bar:
         inputs, answers = next(batches)
         seed_step(o.seed, step, rank)
         inputs, answers = data.augment_labelled(inputs.to(device), answers.to(device), config.size)
@@ -279,6 +281,7 @@ def train(o):
         if value is None or value > best:       # without validation every epoch is the best so far
             best = value
             save(best_file, **run)
+        bar.set_postfix_str(f'loss {loss.item():.3f}, validation {value or 0:.3f}')
         minutes = (time.perf_counter() - began) / 60
         if done == steps or minutes > saved + 1:
             save(checkpoint, **run, about=about, optimizer=optimizer.state_dict(), step=done, best=best, minutes=minutes,
@@ -344,14 +347,17 @@ def write_masks(target, name, images, masks):
         volume = np.zeros(source.shape, np.uint8)
         view = prepare_medverse.cut(volume, source.affine)      # written in the order in which it was read
         view[:] = np.reshape(masks, view.shape)
-        nib.save(nib.Nifti1Image(volume, source.affine), f'{target}-mask.nii.gz')
+        nib.save(nib.Nifti1Image(volume, source.affine, source.header, dtype=np.uint8), f'{target}-mask.nii.gz')
 
 def report(o):
     """Print one Markdown table of the runs' headline scores: tasks by methods, mean ± deviation (number of seeds)."""
-    files, found = [Path(folder, 'results.json') for folder in sorted(o.report)], {}
+    files, found, settings = [Path(folder, 'results.json') for folder in sorted({*o.report})], {}, {}
     for run in [json.loads(file.read_text()) for file in files if file.exists()]:
         task = f'{run["task"]} ({"Dice" if "dice" in run["scores"] else "macro-F1"})'
         found.setdefault(task, {}).setdefault(run['method'], []).append(headline(run['scores']))
+        setting = str([run.get(name) for name in ('lr', 'steps', 'batch', 'config')])
+        if settings.setdefault((task, run['method']), setting) != setting:
+            print(f'{task}, {run["method"]}: these runs differ in more than their seed', file=sys.stderr)
     if not found:
         raise SystemExit(f'{" ".join(o.report)}: no results.json in any of these folders')
     methods = sorted({method for row in found.values() for method in row})
@@ -364,7 +370,8 @@ def report(o):
 def export(o):
     """Write the pretrained encoder at --size pixels: the director alone in timm's names, or with its experts in ours."""
     path = Path(o.export)
-    claim(path, o)
+    if path.exists() and not o.overwrite:
+        raise SystemExit(f'{path}: is here already; choose another name, or --overwrite')
     vit, _ = encoder(o, o.size)
     config, state = vit.config, vit.state_dict()
     save(path, **dict(model=state, config=asdict(config)) if config.experts else state)
@@ -381,7 +388,7 @@ def main():
     except OSError as error:
         raise SystemExit(f'{error}; what was saved before is whole')
     except KeyboardInterrupt:
-        print('stopped; training goes on with --resume, from the end of an epoch', file=sys.stderr)
+        print('stopped; --resume goes on from ckpt.pt, which is written once a minute', file=sys.stderr)
         sys.exit(130)
 
 if __name__ == '__main__':

@@ -49,7 +49,8 @@ MODALITIES = ('CT', 'PET', 'MR', 'X-ray', 'Ultrasound', 'Fundus', 'OCT', 'Pathol
 RULES = {  # of volumes: values that become 0 and 255, else percentiles; least share of a slice above 0.02 of them; in words
     'CT': ((-200, 400), (), 0.05, 'HU clipped to [-200, 400]'),
     'MR': ((), (1, 99), 0.05, '1st..99th percentile'),
-    'PET': ((), (1, 99), 0.01, '1st..99th percentile or SUV in [0, 20]'),  # the paper's z-score cancels in its min-max
+    # The paper's z-score of PET cancels in its min-max.
+    'PET': ((), (1, 99), 0.01, '1st..99th percentile; SUV in [0, 20] where the path has suv'),
     'SUV': ((0, 20), (), 0.01, 'SUV in [0, 20]'),  # PET in standardized uptake values
     '': ((), (0, 100), 0, 'minimum..maximum')}
 PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm')
@@ -499,9 +500,10 @@ def find_sources(raw, config):
     """[(row of a source, its folder below RAW, its name)]: the rows of Table 2, then whatever is RAW/<Modality>/<source>."""
     known = {name.lower(): name for name in MODALITIES}
     found = [(row, home) for row in SOURCES if (home := home_of(row, raw))]
-    found += [(Row(path.name, known[path.parent.name.lower()]), path)
-              for path in sorted(raw.glob('*/*')) if path.parent.name.lower() in known]
-    if others := {*raw.glob('*')} - {folder for _, home in found for folder in (home, home.parent)}:
+    below = [path for path in sorted(raw.glob('*/*')) if path.parent.name.lower() in known]
+    found += [(Row(path.name, known[path.parent.name.lower()]), path) for path in below if path.is_dir()]
+    used = {folder for _, home in found for folder in (home, home.parent)}
+    if others := {*raw.glob('*')} - used | {path for path in below if path.is_file()}:
         print(f'warning: {len(others)} files and folders are no known data set RAW/<name>/ and no RAW/<Modality>/<source>/, '
               f'as {min(others)}', file=sys.stderr)
     names = [row.name for row, _ in found]
@@ -707,8 +709,10 @@ def prepare_task(config, raw, folder, pool):
                 stacks[0].append(pixels)
                 stacks[1].append(answer)
                 shown.update(np.unique(answer).tolist())
-            for closing in (*stacks, *paths):
-                closing.close() if closing in stacks else closing.unlink()
+            for stack in stacks:
+                stack.close()
+            for path in paths:
+                path.unlink()
             counts[name] = stacks[0].count
         meta = {'kind': 'classification' if kinds else 'segmentation', 'classes': config.classes, 'modality': config.modality,
                 'size': config.size, 'counts': counts}
@@ -716,7 +720,8 @@ def prepare_task(config, raw, folder, pool):
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
         Task(part)  # ends the program if the classes and splits would not do for training
     if missing := [name for number, name in enumerate(config.classes) if number not in shown]:
-        print(f'warning: no image shows {", ".join(missing)}; mend --classes or --values?', file=sys.stderr)
+        print(f'warning: no image shows {", ".join(missing)}; mend --classes or --values (255 counts only where they name it)?',
+              file=sys.stderr)
     print(f'{folder}: {meta["kind"]} into {", ".join(config.classes)}; images: {counts}'
           + (f', in the paper {TASKS[config.task].count or "none"}' if config.task in TASKS else ''))
 

@@ -141,8 +141,9 @@ def save(path, **content):
         torch.save(content, new)
         os.replace(new, path)
     except (OSError, RuntimeError) as error:
-        new.unlink(missing_ok=True)
         raise SystemExit(f'{path}: could not be saved ({str(error).splitlines()[0]}); what it was before is untouched')
+    finally:
+        new.unlink(missing_ok=True)
 
 def reopen(out, first, config):
     """Make the run's folder, with config.json and a log.jsonl of the steps before `first` (none: no checkpoint either)."""
@@ -263,10 +264,12 @@ def train(o, rank, world, local, device):
     optimizer = make_optimizer(model, peak, o.weight_decay)
     first = skipped = 0
     if o.resume and path.exists():
-        state, old, file = read_checkpoint(path)
-        was, asked = (old, file['images'], file['options']['seed']), (config, global_batch, o.seed)
-        if was != asked:
-            raise SystemExit(f'{path}: was trained as {was} (network, images of a step, seed), not as the options say, {asked}')
+        state, _, file = read_checkpoint(path)
+        free = 'data out init resume overwrite batch accumulate device bf16 checkpoint log_every val_every save_minutes'.split()
+        was = {name: value for name, value in file['options'].items() if name not in free and value != getattr(o, name)}
+        if was or file['images'] != global_batch:
+            raise SystemExit(f'{path}: a run goes on as it began, with {file["images"]} images a step (now {global_batch}) and '
+                             f'{was or "the same options"}')
         model.load_state_dict(state)
         optimizer.load_state_dict(file['optimizer'])
         first, skipped = file['step'], file['skipped']
@@ -373,8 +376,8 @@ def train(o, rank, world, local, device):
             save(path, model=model.state_dict(), optimizer=optimizer.state_dict(), step=done, skipped=int(skipped),
                  images=global_batch, config=asdict(config), options=asdict(o))
             saved = time.perf_counter()
-        if stopping and master and not o.bench:
-            print(f'\n{path}: saved after {done} of {steps} steps; go on with --resume')
+        if (stopping or done == steps) and master and not o.bench:
+            print(f'\n{path}: saved after {done} of {steps} steps' + '; go on with --resume' * (done < steps))
         if stopping:        # the others leave with 0: at any other code torchrun would kill the rank that saves, 30 s later
             sys.exit(128 + (stop or [signal.SIGTERM])[0] if master else 0)
         yield config, marks

@@ -500,6 +500,9 @@ def test_report(tmp_path, capsys):
     assert rows[0] == ['task', 'DEX-D', 'DEX-E'] and rows[2] == ['a (Dice)', '0.500 ± 0.000 (2)', '0.850 ± 0.071 (2)']
     assert rows[3] == ['b (macro-F1)', '', '0.000 ± 0.000 (2)']
     assert 'results.json' in script('--report', tmp_path / 'other')
+    odd = tmp_path / 'aDEX-E1' / 'results.json'
+    odd.write_text(json.dumps(json.loads(odd.read_text()) | dict(lr=9)))
+    assert script('--report', *tmp_path.glob('aDEX-E*')) == 0 and 'more than their seed' in capsys.readouterr().err
     assert script('--report', tmp_path / 'aDEX-E0') == 0 and '| 0.800 (1) |' in capsys.readouterr().out      # one has no spread
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -513,7 +516,7 @@ def test_errors_are_sentences(tasks, runs, pretrained, published, tmp_path):
     for words, changes in [(['none', 'prepare_medverse.py --task'], dict(task='none')),
                            (['ckpt.pt', '8 pixels', '--patch'], dict(task='tell', patch=16)),
                            (['patches of 8, 16', '14'], dict(task='find', init=odd, size=28)),
-                           (['do not divide'], dict(task='tell', init=published[0], size=40)),
+                           (['multiple of patch'], dict(task='tell', init=published[0], size=40)),
                            (['huge'], dict(task='tell', init='scratch', model='enormous')),
                            (['text.pt'], dict(task='tell', init=tmp_path / 'text.pt')),
                            (['best.pt', 'cls_token'], dict(task='tell', init=runs / 'tell' / 'best.pt')),

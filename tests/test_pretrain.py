@@ -340,7 +340,8 @@ def test_a_run_is_not_overwritten_unasked(sources, finished, tmp_path):
     before = (finished / 'ckpt.pt').read_bytes()
     with pytest.raises(SystemExit, match='--resume.*--overwrite'):
         train(sources[0], finished)
-    others = (dict(experts=2), 'experts=4.*experts=2'), (dict(batch=2), ' 4, 0.* 2, 0'), (dict(seed=1), ' 4, 0.* 4, 1')
+    others = ((dict(experts=2), "'experts': 4"), (dict(batch=2), 'with 4 images a step .now 2'), (dict(seed=1), "'seed': 0"),
+              (dict(lr=9.0), "'lr': "), (dict(steps=99), "'steps': "))
     for other, sentence in others:
         with pytest.raises(SystemExit, match=sentence):
             train(sources[0], finished, resume=True, **other)
@@ -363,17 +364,22 @@ def test_a_full_disk_in_a_picture_or_the_log_ends_in_a_sentence(sources, tmp_pat
     with pytest.raises(SystemExit, match='No space left'):
         train(sources[0], tmp_path)
 
-def test_a_full_disk_leaves_the_checkpoint_before(sources, tmp_path):
-    train(sources[0], tmp_path, steps=2)
-    before = (tmp_path / 'ckpt.pt').read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+def test_a_full_disk_leaves_the_checkpoint_before(sources, tmp_path, at_batch):
+    (soft, hard), before = resource.getrlimit(resource.RLIMIT_FSIZE), []
+
+    def fill_the_disk(step, images):
+        if step == 1:       # after the first checkpoint
+            before.append((tmp_path / 'ckpt.pt').read_bytes())
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[0]) // 2, hard))
+        return images
+
+    at_batch(fill_the_disk)
     try:
         with pytest.raises(SystemExit, match='ckpt.pt: could not be saved'):
-            train(sources[0], tmp_path, steps=3, resume=True)
+            train(sources[0], tmp_path, steps=3, save_minutes=0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (tmp_path / 'ckpt.pt').read_bytes() == before and not list(tmp_path.glob('*.new'))
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before[0] and not list(tmp_path.glob('*.new'))
 
 @pytest.mark.parametrize('options, sentence', [
     (dict(batch=100), '64 . 4 images are too few.*100'), (dict(model='giant'), 'giant.*tiny'), (dict(size=30), '30'),

@@ -12,6 +12,7 @@ import json
 import math
 import mmap
 import re
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -52,6 +53,8 @@ class Shards:
         if not sources:
             raise SystemExit(f'{folder}: no prepared images here; make some with python prepare_medverse.py --raw RAW '
                              f'--out {folder}, or try python pretrain.py --demo')
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192) if hard > 0 else 8192, hard))
         self.files, shapes = [], []
         for source, meta in sources.items():
             files = sorted(source.glob('*.npy'))
@@ -72,7 +75,7 @@ class Shards:
         in_tail = np.arange(counts.sum()) >= np.repeat(counts.cumsum() - held_out, counts)
         self.train, self.val = np.flatnonzero(~in_tail), np.flatnonzero(in_tail)
 
-    @functools.lru_cache(256)       # each keeps a file open, and systems allow some 1,000
+    @functools.lru_cache(4096)      # each keeps a file open: the paper's data are some 2,000 shards
     def map(self, shard):
         return np.load(self.files[shard], mmap_mode='r')
 

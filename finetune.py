@@ -37,7 +37,8 @@ from tqdm import tqdm
 import data
 import prepare_medverse
 from model import ViT, load_weights, named_config, read_checkpoint
-from pretrain import claim, draw_tables, learning_rate, make_optimizer, reopen, save, seed_step, setup
+from pretrain import (claim, draw_tables, learning_rate, make_optimizer, refuse_negative, reopen, save, seed_step,
+                      setup)
 from unetr import UNETR
 
 @dataclass
@@ -106,7 +107,8 @@ def encoder(o, size):
     if state:
         load_weights(vit, state, path)
     file = Path(path).absolute()
-    method = f'DEX-{"E" if experts else "D"}-{file.parent.name if file.name == "ckpt.pt" else file.stem}' + ''.join(
+    origin = file.parent.name if file.name == 'ckpt.pt' else file.name.removesuffix('.pt')
+    method = f'DEX-{"E" if experts else "D"}-{origin}' + ''.join(
         f'-{name}-{getattr(o, name)}' for name in ('fraction', 'tune_blocks', 'top_k', 'pool')
         if getattr(o, name) != getattr(Options, name))
     return vit, dict(method=method, init=path, sha256=state and hashlib.sha256(file.read_bytes()).hexdigest())
@@ -220,13 +222,16 @@ def train(o):
     images = np.random.default_rng(o.seed).permutation(counts['train'])[:max(1, round(o.fraction * counts['train']))]
     epoch_steps = math.ceil(len(images) / (o.batch * world))
     steps = o.steps or o.epochs * epoch_steps
+    if steps < 1:
+        raise SystemExit('--epochs or --steps must be above 0')
     warmup = max(1, min(round(o.warmup_epochs * epoch_steps), steps // 2))
     if o.tune_blocks >= 0:
         for part in (vit.cls_token, vit.patch_embed, vit.norm, *vit.blocks[:-o.tune_blocks or None]):
             part.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     about = dict(task=o.task, classes=task.classes, counts=counts | dict(train=len(images)), **source, seed=o.seed,
-                 steps=steps, batch=o.batch, processes=world, lr=o.lr, parameters=sum(p.numel() for p in trained),
+                 steps=steps, batch=o.batch, processes=world, lr=o.lr, weight_decay=o.weight_decay, warmup=warmup,
+                 parameters=sum(p.numel() for p in trained),
                  config=asdict(config))
 
     optimizer = make_optimizer(model, o.lr, o.weight_decay)
@@ -340,7 +345,7 @@ def write_masks(target, name, images, masks):
     target.parent.mkdir(parents=True, exist_ok=True)
     image, mask = max(zip(images, masks), key=lambda pair: np.count_nonzero(pair[1]))
     Image.fromarray(overlay(image, mask)).save(f'{target}-overlay.png')
-    if not name.endswith(('.nii', '.nii.gz')):
+    if not name.lower().endswith(('.nii', '.nii.gz')):
         Image.fromarray(np.vstack(masks)).save(f'{target}-mask.png')
     else:
         source = nib.load(name)
@@ -351,7 +356,7 @@ def write_masks(target, name, images, masks):
 
 def report(o):
     """Print one Markdown table of the runs' headline scores: tasks by methods, mean ± deviation (number of seeds)."""
-    files, found, settings = [Path(folder, 'results.json') for folder in sorted({*o.report})], {}, {}
+    files, found, settings = [Path(folder, 'results.json') for folder in sorted({*map(Path, o.report)})], {}, {}
     for run in [json.loads(file.read_text()) for file in files if file.exists()]:
         task = f'{run["task"]} ({"Dice" if "dice" in run["scores"] else "macro-F1"})'
         found.setdefault(task, {}).setdefault(run['method'], []).append(headline(run['scores']))
@@ -382,6 +387,9 @@ def main():
     o = data.parse_options(Options())
     if o.adapt not in ('experts', 'director') or o.pool not in ('cls', 'mean'):
         raise SystemExit(f'--adapt {o.adapt}: must be experts or director; --pool {o.pool}: must be cls or mean')
+    refuse_negative(o)
+    if o.batch < 1 or not 0 < o.fraction <= 1:
+        raise SystemExit('--batch must be 1 or more, --fraction above 0 and at most 1')
     work = report if o.report else predict if o.predict else export if o.export else train
     try:
         work(o)

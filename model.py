@@ -40,7 +40,7 @@ class Config:
     decoder_heads: int = 16
 
     def __post_init__(self):
-        for holds, rule in [(self.size % self.patch == 0, 'size must be a multiple of patch'),
+        for holds, rule in [(0 < self.patch <= self.size and self.size % self.patch == 0, 'size must be a multiple of patch'),
                             (not self.experts or 1 <= self.top_k <= self.experts, 'top_k must lie between 1 and experts'),
                             (0 < self.mask_ratio < 1, 'mask_ratio must lie between 0 and 1'),
                             (self.routing in ('image', 'token'), "routing must be 'image' or 'token'")]:

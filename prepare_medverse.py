@@ -291,7 +291,7 @@ def read(path, draft=0):
             if frame.mode[0] not in 'IF':  # everything but I;16, I and F has 8 bits
                 frame = frame.convert('L' if frame.mode in ('1', 'L', 'LA') else 'RGB')
             pixels = np.asarray(frame)[None]
-            frames.append(pixels.clip(0, 65535).astype(np.uint16) if pixels.dtype == np.int32 else pixels)
+            frames.append(pixels if pixels.dtype in (np.uint8, np.float32) else pixels.clip(0, 65535).astype(np.uint16))
     return frames
 
 def read_meta_image(path):
@@ -547,7 +547,10 @@ def find_labelled(raw, config):
         print(f'{raw}: {missing} images without a mask or label are left out')
     patients = {name: table.get(Path(name).stem, ())[1:] for name in answers}
     if config.patient:
-        patients = {name: re.search(config.patient, name) for name in answers}
+        found = {name: re.search(config.patient, name) for name in answers}
+        if not any(found.values()):  # else every file would be a patient of its own, unasked
+            sys.exit(f'--patient {config.patient}: is found in no path, as {min(found)}')
+        patients = {name: match and [match[1] if match.re.groups else match[0]] for name, match in found.items()}
     return {name: (*answer, (patients[name] or [name])[0]) for name, answer in answers.items()}
 
 def pair(raw, images, layers, config):
@@ -873,6 +876,8 @@ def main():
         sys.exit(f'--modality {config.modality}: it must be SUV or one of {", ".join(MODALITIES)}')
     if config.size < 1 or config.workers < 0:
         sys.exit('--size must be 1 or more, --workers 0 or more')
+    if len(config.split) not in (0, 3):
+        sys.exit('--split takes three globs, lists or numbers: for train, val and test')
     if config.list:
         return list_tables(Path(config.raw))
     if not (config.raw or config.phantoms or config.task.startswith('phantom-')):

@@ -116,6 +116,12 @@ def setup(kind):
         dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
     return rank, world, local, device
 
+def refuse_negative(o):
+    """End the program where a number is negative, or none at all, that is not so by default."""
+    for name, value in vars(o).items():
+        if isinstance(value, (int, float)) and value != getattr(type(o), name) and not value >= 0:
+            raise SystemExit(f'--{name} {value}: must be 0 or more')
+
 def claim(checkpoint, o):
     """Refuse to write over another run's checkpoint unasked."""
     if checkpoint.exists() and not (o.resume or o.overwrite):
@@ -254,6 +260,8 @@ def train(o, rank, world, local, device):
         raise SystemExit(f'{o.data}: {len(shards.train)} + {len(shards.val)} images are too few to train on, {global_batch} a '
                          'step, and to validate')
     steps = o.steps or o.epochs * epoch_steps
+    if steps < 1:
+        raise SystemExit('--epochs or --steps must be above 0')
     warmup, peak = max(1, round(o.warmup * steps)), o.lr * global_batch / 512      # linear scaling, C.2.1
 
     config = named_config(o.model, o.depth, size=o.size, patch=o.patch, experts=o.experts, top_k=o.top_k, routing=o.routing)
@@ -342,7 +350,9 @@ def train(o, rank, world, local, device):
         finite = torch.isfinite(norm) & torch.isfinite(stats).all()         # the same on every rank
         # fused AdamW divides by the one and skips the step for the other, without another pass over the gradients
         optimizer.grad_scale, optimizer.found_inf = (norm / o.clip).clamp(min=1), (~finite).float()
-        if device.type != 'mps' or finite:      # whose AdamW looks at neither
+        if device.type == 'mps':        # whose AdamW looks at neither
+            torch._foreach_div_([p.grad for p in trained], optimizer.grad_scale)
+        if device.type != 'mps' or finite:
             optimizer.step()
         optimizer.zero_grad()
         marks.append(('optimizer', now()))
@@ -436,7 +446,7 @@ def bench(o, rank, world, local, device, warm=5, count=20):
         print(f'{name}: {spread(images)} images/s, {1000 * work:.1f} GFLOP an image, MFU '
               f'{np.median(speeds[-1]) / peak:.3f}; a step {spread(seconds)} s: {", ".join(shares)}')
     print(f'FLOP-normalised efficiency of DEX against MAE {spread(speeds[0] / speeds[1])}; DEX takes {memory / 1e9:.1f} GB')
-    for (side, batch), routing in product(GATES, ('image', 'token')):
+    for (side, batch), routing in product(GATES if o.experts else (), ('image', 'token')):
         x = torch.randn(batch, (side // c.patch) ** 2 + 1, c.width, device=device)
         dex = DEX(c.width, o.experts, o.top_k, routing).to(device).requires_grad_(False)
         dex.experts.forward = lambda x, expert: x       # what is left is the gate, the gathering and the mixing
@@ -450,6 +460,7 @@ def main():
     o = data.parse_options(Options())
     if o.demo:
         o = data.parse_options(Options(demo=True, **DEMO))
+    refuse_negative(o)
     if min(o.batch, o.accumulate, o.log_every) < 1 or o.clip <= 0:
         raise SystemExit('--batch, --accumulate and --log_every must be 1 or more, --clip above 0 (inf: off)')
     place = rank, world, _, _ = setup(o.device)

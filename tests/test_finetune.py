@@ -522,6 +522,8 @@ def test_errors_are_sentences(tasks, runs, pretrained, published, tmp_path):
                            (['best.pt', 'cls_token'], dict(task='tell', init=runs / 'tell' / 'best.pt')),
                            (['--adapt', 'experts or director'], dict(task='tell', adapt='directors')),
                            (['--positive', 'dark, bright'], dict(task='tell', positive='light')),
+                           (['--fraction'], dict(task='tell', fraction=2)), (['--seed -1'], dict(task='tell', seed=-1)),
+                           (['--epochs'], dict(task='tell', epochs=0)),
                            (['--pool'], dict(task='tell', pool='max')),
                            (['top_k'], dict(task='tell', top_k=9)),
                            (['already', '--resume'], dict(task='tell', out=runs / 'tell'))]:

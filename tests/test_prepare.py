@@ -588,3 +588,9 @@ def test_options_that_cannot_be_meant(tmp_path, options, words):
     Image.fromarray(texture(0)).save(tmp_path / 'raw/Photo/skin/0.png')
     code, printed = call(tmp_path / 'raw', tmp_path / 'out', *options)
     assert code == 1 and re.search(words, printed) and not (tmp_path / 'out').exists(), printed
+
+def test_pictures_of_another_byte_order_are_pictures(tmp_path):
+    grey = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype('>u2')
+    with mock.patch.object(prep.Image, 'open', lambda path: Image.frombytes('I;16B', (64, 64), grey.tobytes())):
+        array, = prep.read(tmp_path / 'a.tif')
+    assert array.dtype == np.uint16 and (array[0] == grey).all()

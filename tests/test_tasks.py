@@ -224,3 +224,14 @@ def test_bad_tables_and_splits_end_in_a_sentence(tmp_path):
     (raw / 'train.txt').write_text('0-dog 0-cat')
     for rules in ('none.txt', 'train.txt', 'train.txt'), ('train.txt',) * 3, ('0.5', '0.2', '0.3'), ('0', '0', '0'):
         assert re.search('none.txt|no rule of --split', failed(raw, out, '--split', *rules))
+
+def test_a_patient_is_what_the_group_of_the_expression_finds_and_must_be_found(tmp_path):
+    for i in range(10):
+        for eye in 'LR':
+            save(tmp_path / f'raw/images/child{i}_{eye}.png', texture(i))
+            save(tmp_path / f'raw/masks/child{i}_{eye}.png', blob(i))
+    _, split = prepared(tmp_path / 'raw', tmp_path / 'out', '--patient', 'child([0-9])_[LR]')
+    patients = [{re.search(r'\d', name)[0] for name in names} for names in split.values()]
+    assert sum(map(len, patients)) == len(set.union(*patients)) == 10
+    assert 'is found in no path' in failed(tmp_path / 'raw', tmp_path / 'other', '--patient', 'chld[0-9]')
+    assert 'three globs' in failed(tmp_path / 'raw', tmp_path / 'other', '--split', '70', '30')

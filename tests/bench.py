@@ -3,7 +3,7 @@
     python tests/bench.py step              a training step against the obvious one, ViT-B width, 3 blocks, batch 8, float32
     python tests/bench.py step bf16         the same under bfloat16 autocast
     python tests/bench.py ranks 32          two processes of one thread against one of two, at 32 images a step in all
-    python tests/bench.py data FOLDER       images/s from shards (written to FOLDER, 4 GB), warm and cold
+    python tests/bench.py data FOLDER 40    images/s from 40 shards (20,000 images, written to FOLDER, 4 GB), warm and cold
     python tests/bench.py memory            what a step keeps at ViT-B size, computed, and the batches that fit
 
 The obvious implementation keeps a Python list of expert MLPs, gathers the images of each expert in a loop, adds their
@@ -13,6 +13,7 @@ losses must agree.
 """
 import copy
 import json
+import mmap
 import multiprocessing
 import os
 import socket
@@ -177,29 +178,29 @@ def ranks(batch, count=6, warmup=1):
     print(f'{batch} images a step: one process of two threads {quartiles(one)} s, two of one thread {quartiles(two)} s; '
           f'throughput of two / of one {quartiles([a / b for a, b in zip(one, two)])}, {count} steps each')
 
-def images_per_second(folder, count=20000, batch=224):
+def images_per_second(folder, files, count=20000, batch=224):
     """Random batches through the two prefetching threads, as training takes them."""
     pretrain.setup('cpu')
     source = Path(folder, 'noise')
     if not source.exists():
         source.mkdir(parents=True)
-        noise = np.random.default_rng(0).integers(0, 256, (500, 256, 256, 3), np.uint8)
-        for number in range(count // 500):
+        noise = np.random.default_rng(0).integers(0, 256, (count // files, 256, 256, 3), np.uint8)
+        for number in range(files):
             np.save(source / f'{number:05d}.npy', noise)
         (source / 'meta.json').write_text(json.dumps(dict(modality='noise', count=count)))
     shards, rounds = data.Shards(folder), {'cold': [], 'warm': []}
     each = len(shards.train) // batch // 8
     for epoch in range(8):
         for state, rates in rounds.items():
-            for path in sorted(source.glob('*.npy')):
+            for number, path in enumerate(shards.files):
                 with open(path, 'rb') as file:
                     if state == 'cold':
+                        shards.map(number).base.madvise(mmap.MADV_DONTNEED)     # a page in use cannot be dropped
                         os.fsync(file.fileno())
                         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                     else:
                         while file.read(1 << 24):
                             pass
-            shards.map.cache_clear()        # a mapped page cannot be dropped
 
             def load(number):
                 return shards.gather(shards.plan(epoch, number, batch, 0, 1, 10 ** 6))
@@ -208,7 +209,7 @@ def images_per_second(folder, count=20000, batch=224):
             for images in data.prefetch(load, range(each)):
                 seen += len(images)
             rates.append((seen / (time.perf_counter() - begin), seen / (time.process_time() - busy)))
-    print(f'3 channels at 256 pixels, {each} batches of {batch} in each of 8 rounds')
+    print(f'3 channels at 256 pixels, {files} shards, {each} batches of {batch} in each of 8 rounds')
     for state, rates in rounds.items():
         print(f'{state}: {quartiles([a for a, _ in rates])} images/s, {quartiles([b for _, b in rates])} per CPU second')
 
@@ -242,7 +243,7 @@ if __name__ == '__main__':
     elif sys.argv[1:2] == ['ranks']:
         ranks(int(sys.argv[2]))
     elif sys.argv[1:2] == ['data']:
-        images_per_second(sys.argv[2])
+        images_per_second(sys.argv[2], int(sys.argv[3]))
     elif sys.argv[1:2] == ['memory']:
         memory()
     else:

@@ -48,28 +48,27 @@ class Shards:
     Files are mapped into memory, never read whole, and only when first touched, so after a fork.
     """
     def __init__(self, folder, val_share=0.05, val_most=200):
-        sources = {path.parent: json.loads(path.read_text()) for path in sorted(Path(folder).glob('*/meta.json'))
-                   if path.parent.suffix != '.part'}
-        if not sources:
-            raise SystemExit(f'{folder}: no prepared images here; make some with python prepare_medverse.py --raw RAW '
-                             f'--out {folder}, or try python pretrain.py --demo')
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192) if hard > 0 else 8192, hard))
-        self.files, shapes = [], []
-        for source, meta in sources.items():
+        self.files, shapes, metas = [], [], []
+        for source in sorted(path.parent for path in Path(folder).glob('*/meta.json') if path.parent.suffix != '.part'):
             files = sorted(source.glob('*.npy'))
             try:
+                metas.append(json.loads((source / 'meta.json').read_text()))
                 shapes += (own := [np.load(file, mmap_mode='r').shape[:2] for file in files])
-                n, sides = sum(n for n, _ in own), {side for _, side in shapes}
-                if n != meta['count'] or len(sides) > 1:
-                    raise ValueError(f'{n} images, {meta["count"]} by meta.json, and sides of {sorted(sides)} pixels')
-            except (ValueError, OSError, EOFError) as error:
-                raise SystemExit(f'{source}: its shards are damaged, cut short or of another size than the sources before it '
-                                 f'({error}); delete it and prepare it again')
+                n, count, sides = sum(n for n, _ in own), metas[-1]['count'], {side for _, side in shapes}
+                if n != count or len(sides) > 1:
+                    raise ValueError(f'{n} images, {count} by meta.json, and sides of {sorted(sides)} pixels')
+            except (ValueError, KeyError, OSError, EOFError) as error:
+                raise SystemExit(f'{source}: no source for pretraining, or damaged, cut short or of another size than those '
+                                 f'before it ({error!r}); move it away, or delete it and prepare it again')
             self.files += files
+        if not shapes:
+            raise SystemExit(f'{folder}: no prepared images here; make some with python prepare_medverse.py --raw RAW '
+                             f'--out {folder}, or try python pretrain.py --demo')
         self.side, self.starts = sides.pop(), np.cumsum([0, *(n for n, _ in shapes)])     # shard s begins at starts[s]
-        counts = np.array([meta['count'] for meta in sources.values()])
-        names, number = np.unique([meta['modality'] for meta in sources.values()], return_inverse=True)
+        counts = np.array([meta['count'] for meta in metas])
+        names, number = np.unique([meta['modality'] for meta in metas], return_inverse=True)
         self.modalities, self.modality = names.tolist(), np.repeat(number, counts)      # (images,) index into the names
         held_out = np.clip((counts * val_share).astype(int), 1, np.minimum(val_most, counts - 1))
         in_tail = np.arange(counts.sum()) >= np.repeat(counts.cumsum() - held_out, counts)
@@ -128,8 +127,8 @@ class Task:
             if unseen := sorted(seen['test'] - seen['train']):
                 raise ValueError(f'no training image shows {", ".join(self.classes[c] for c in unseen)}, but a test image does')
         except (OSError, ValueError, KeyError, EOFError) as error:
-            raise SystemExit(f'{folder}: missing, damaged or not fit to learn from: {error}; make this task (again) with '
-                             'python prepare_medverse.py --task NAME --raw RAW')
+            raise SystemExit(f'{str(folder).removesuffix(".part")}: missing, damaged or not fit to learn from: {error}; make '
+                             'this task (again) with python prepare_medverse.py --task NAME --raw RAW')
 
     def gather(self, split, ids):
         """uint8 images (n, 3, S, S), and masks (n, S, S) or labels (n,) as int64."""

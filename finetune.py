@@ -205,7 +205,8 @@ def train(o):
     """Train on the training images, choose the epoch by validation (without any: the last), score the test images once."""
     rank, world, local, device = setup(o.device)
     master, gpu, folder = rank == 0, device.type == 'cuda', Path(o.data, o.task)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=gpu and o.bf16)
+    bf16 = gpu and o.bf16 and torch.cuda.is_bf16_supported(including_emulation=False)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     if world == 1 and o.task.startswith('phantom-') and not folder.exists():
         script = Path(__file__).with_name('prepare_medverse.py')
         subprocess.run([sys.executable, script, '--task', o.task, '--out', folder, '--size', '64'], check=True)
@@ -238,14 +239,14 @@ def train(o):
     first, best, minutes, skipped = 0, -1.0, 0.0, 0
     if o.resume and checkpoint.exists():
         weights, _, file = read_checkpoint(checkpoint, 'vit.cls_token')
-        if others := [name for name in about if about[name] != file['about'][name]]:
+        if others := [name for name in about if about[name] != file.get('about', {}).get(name)]:
             raise SystemExit(f'{checkpoint}: a run goes on as it began, but these options change its {", ".join(others)}')
         model.load_state_dict(weights)
         optimizer.load_state_dict(file['optimizer'])
         first, best, minutes, skipped = (file[name] for name in ('step', 'best', 'minutes', 'skipped'))
     net = DistributedDataParallel(model, [local] if gpu else None, broadcast_buffers=False) if world > 1 else model
     if master:
-        claim(out / 'config.json', o)
+        claim(out, o)
         for product in products if o.overwrite and not first else ():
             product.unlink(missing_ok=True)
         log = reopen(out, first, about | dict(options=asdict(o)))
@@ -285,12 +286,12 @@ def train(o):
             file.write(json.dumps(dict(step=step, loss=loss.item(), val=value, skipped=skipped)) + '\n')
         if value is None or value > best:       # without validation every epoch is the best so far
             best = value
-            save(best_file, **run)
+            save(best_file, run)
         bar.set_postfix_str(f'loss {loss.item():.3f}, validation {value or 0:.3f}')
         minutes = (time.perf_counter() - began) / 60
         if done == steps or minutes > saved + 1:
-            save(checkpoint, **run, about=about, optimizer=optimizer.state_dict(), step=done, best=best, minutes=minutes,
-                 skipped=skipped)
+            save(checkpoint, run | dict(about=about, optimizer=optimizer.state_dict(), step=done, best=best, minutes=minutes,
+                                        skipped=skipped))
             saved = minutes
     if world > 1:
         dist.destroy_process_group()
@@ -299,7 +300,7 @@ def train(o):
     model.load_state_dict(read_checkpoint(best_file, 'vit.cls_token')[0])
     scores, table = evaluate(model, task, 'test', o, device, autocast)
     results = dict(scores=scores, validation=best, skipped=skipped, minutes=minutes, options=asdict(o))
-    results_file.write_text(json.dumps(about | results, indent=1))
+    save(results_file, json.dumps(about | results, indent=1))
     if task.segments:
         draw_cases(out / 'cases.png', model, task, table, device)
     else:
@@ -379,7 +380,7 @@ def export(o):
         raise SystemExit(f'{path}: is here already; choose another name, or --overwrite')
     vit, _ = encoder(o, o.size)
     config, state = vit.config, vit.state_dict()
-    save(path, **dict(model=state, config=asdict(config)) if config.experts else state)
+    save(path, dict(model=state, config=asdict(config)) if config.experts else state)
     print(f'{path}: {"encoder with experts" if config.experts else "plain ViT"} at {config.size} pixels')
 
 def main():

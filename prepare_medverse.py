@@ -451,7 +451,10 @@ def prepare(row, home, folder, config, pool):
         print(f'{home}: {HINTS.get(row.name, "no image that can be read matches " + row.images)}; it is left out')
         return None
     if folder.exists():
-        meta = json.loads((folder / 'meta.json').read_text())
+        try:
+            meta = json.loads((folder / 'meta.json').read_text())
+        except (OSError, ValueError) as error:
+            sys.exit(f'{folder}: is no finished source ({error}); move it away or delete it')
         print(f'{folder}: finished before, {meta["files"]} files (now {len(names)}), {meta["size"]} px; delete it to redo')
         return meta
     calls = [(home / name, 'SUV' if row.modality == 'PET' and 'suv' in f'{home.name}/{name}'.lower() else row.modality,
@@ -520,6 +523,9 @@ def find_sources(raw, config):
 
 def list_tables(raw):
     """Print the rows of Tables 2 and 3: whether they lie below RAW, how to get them, and whose layout is not confirmed."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
+    print(f'{"name":<26}{"modality":<12}{"content":<26}{"images":>17}  {"":<7}access, link (images: kept by the paper, or train '
+          'val test)')
     for row in (*SOURCES, *TASKS.values()):
         unsure = ' (layout unsure: give --images, --masks)' if row.access.endswith('?') else ''
         print(f'{row.name:<26}{row.modality:<12}{row.content:<26}{row.count:>17}  {"found" if home_of(row, raw) else "-":<7}'
@@ -583,8 +589,10 @@ def read_labels(raw, names, config):
             table[Path(name).stem] = [classes.get(value, value)]
         return table
     path = find_file(raw, rule)
-    with open(path, newline='', encoding='utf-8-sig') as file:  # Excel begins a file with a mark
-        reader = csv.DictReader(file)
+    with open(path, newline='', encoding='utf-8-sig') as file:  # Excel begins a file with a mark and may write semicolons
+        head = file.readline()
+        file.seek(0)
+        reader = csv.DictReader(file, delimiter=max(',;\t', key=head.count))
         for row in reader:
             name, *answer = (row.get(column) for column in columns or reader.fieldnames[:2])
             if None in (name, *answer) or table.setdefault(Path(name).stem, answer) != answer:
@@ -608,8 +616,8 @@ def split(files, raw, config):
     matches, a list (.txt below RAW) those whose stems it holds; numbers share out the other patients, n of each class: to
     test ceil of its share and to val floor, as the counts of Table 3 imply."""
     splits, others, groups = {'train': [], 'val': [], 'test': []}, {}, {}
-    given = {name.split('/')[0] for name in files} <= {*splits}
-    rules = dict(zip(splits, config.split or (('train/**', 'val/**', 'test/**') if given else ('50', '20', '30'))))
+    given = {name.split('/')[0].lower() for name in files} <= {*splits, 'valid', 'validation'}
+    rules = dict(zip(splits, config.split or (('train/**', 'val{,id,idation}/**', 'test/**') if given else ('50', '20', '30'))))
     shares = [int(rule) if rule.isdigit() else 0 for rule in rules.values()]
     lists = {part: {*find_file(raw, rule).read_text().split()} for part, rule in rules.items() if rule.endswith('.txt')}
     for name, (_, answer, patient) in files.items():
@@ -633,13 +641,17 @@ def split(files, raw, config):
     return {part: sorted(names) for part, names in splits.items()}
 
 def read_masks(path, shape):
-    """All masks (H, W) of a file; of one in colour, the largest of its three values. The polygons of a .txt become one mask of
-    the shape of the image."""
+    """All masks (H, W) of a file; where a palette gives the classes colours, their numbers in it, of other colours the largest
+    of the three values. The polygons of a .txt become one mask of the shape of the image."""
     if path.suffix == '.txt':
         canvas = Image.new('L', shape[1::-1])
         for _, corners in polygons(path):
             ImageDraw.Draw(canvas).polygon([tuple(corner) for corner in corners * canvas.size], 1)
         return [np.asarray(canvas)]
+    if path.name.lower().endswith(PICTURES):
+        with Image.open(path) as image:
+            if image.mode == 'P' and np.ptp(np.asarray(image.convert('RGB')), 2).any():
+                return [np.asarray(image)]
     masks = [mask for volume in read(path) for mask in volume]
     return [mask.max(2) if mask.ndim == 3 else mask for mask in masks]
 
@@ -721,10 +733,12 @@ def prepare_task(config, raw, folder, pool):
                 'size': config.size, 'counts': counts}
         (part / 'split.json').write_text(json.dumps(splits, indent=1))
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
+        if missing := [name for number, name in enumerate(config.classes) if number not in shown]:
+            text = f'no image shows {", ".join(missing)}; mend --classes or --values (255 counts where named: --values 0 255)'
+            if len(missing) > len(config.classes) - 2:
+                sys.exit(f'{raw}: {text}')
+            print(f'warning: {text}?', file=sys.stderr)
         Task(part)  # ends the program if the classes and splits would not do for training
-    if missing := [name for number, name in enumerate(config.classes) if number not in shown]:
-        print(f'warning: no image shows {", ".join(missing)}; mend --classes or --values (255 counts only where they name it)?',
-              file=sys.stderr)
     print(f'{folder}: {meta["kind"]} into {", ".join(config.classes)}; images: {counts}'
           + (f', in the paper {TASKS[config.task].count or "none"}' if config.task in TASKS else ''))
 
@@ -885,7 +899,7 @@ def main():
     config.workers = config.workers or os.cpu_count()
     out, home = Path(config.out or f'data/{config.task or "medverse"}'), Path(config.raw or 'data/phantoms')
     if config.task.startswith('phantom-'):
-        config.phantoms = config.phantoms or 200 * (not home.exists())
+        config.phantoms = config.phantoms or 200 * (not config.raw)  # anew: an earlier run may have been stopped half-way
     pool = ProcessPoolExecutor(config.workers, initializer=follow_parent)
     try:
         calls = [(home, modality, n, config.seed) for modality in MODALITIES

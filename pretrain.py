@@ -102,6 +102,8 @@ def setup(kind):
     """Join torchrun's processes if there are any: (rank, world size, rank on this machine, device). kind: '' is the best."""
     rank, world, local = (int(os.environ.get(*pair)) for pair in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
     kind = kind or ('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
+    if kind not in ('cpu', 'cuda', 'mps'):
+        raise SystemExit(f'--device {kind}: must be cpu, cuda or mps; CUDA_VISIBLE_DEVICES chooses among several GPUs')
     try:
         device = torch.empty(0, device=f'cuda:{local}' if kind == 'cuda' else kind).device
     except (RuntimeError, AssertionError) as error:
@@ -122,10 +124,10 @@ def refuse_negative(o):
         if isinstance(value, (int, float)) and value != getattr(type(o), name) and not value >= 0:
             raise SystemExit(f'--{name} {value}: must be 0 or more')
 
-def claim(checkpoint, o):
-    """Refuse to write over another run's checkpoint unasked."""
-    if checkpoint.exists() and not (o.resume or o.overwrite):
-        raise SystemExit(f'{checkpoint}: is here already; go on with --resume, start anew with --overwrite, or choose --out')
+def claim(out, o):
+    """Refuse to write over another run unasked."""
+    if (out / 'config.json').exists() and not (o.resume or o.overwrite):
+        raise SystemExit(f'{out}: holds a run already; go on with --resume, start anew with --overwrite, or choose --out')
 
 def make_optimizer(model, lr, weight_decay):
     """AdamW with decay on weight matrices and kernels; none on norms, biases (stacked ones are two-dimensional) and tokens."""
@@ -140,11 +142,11 @@ def total_norm(gradients):
         return torch.stack([g.flatten().dot(g.flatten()) for g in gradients]).sum().sqrt()
     return torch.nn.utils.get_total_norm(gradients)
 
-def save(path, **content):
-    """Write a checkpoint beside the old one, then move it into place: at any moment there is a whole one."""
+def save(path, content):
+    """Write text or a checkpoint beside the old file, then move it into place: at any moment there is a whole one."""
     new = path.with_suffix('.new')
     try:
-        torch.save(content, new)
+        new.write_text(content) if isinstance(content, str) else torch.save(content, new)
         os.replace(new, path)
     except (OSError, RuntimeError) as error:
         raise SystemExit(f'{path}: could not be saved ({str(error).splitlines()[0]}); what it was before is untouched')
@@ -154,11 +156,10 @@ def save(path, **content):
 def reopen(out, first, config):
     """Make the run's folder, with config.json and a log.jsonl of the steps before `first` (none: no checkpoint either)."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / 'config.json').write_text(json.dumps(config, indent=1))
+    save(out / 'config.json', json.dumps(config, indent=1))
     log = out / 'log.jsonl'
-    log.touch()
-    lines = re.findall(r'^({"step": (\d+),.*}\n)', log.read_text(), re.M)      # none that was cut short
-    log.write_text(''.join(line for line, step in lines if int(step) < first))
+    lines = re.findall(r'^({"step": (\d+),.*}\n)', log.read_text() if log.exists() else '', re.M)    # none that was cut short
+    save(log, ''.join(line for line, step in lines if int(step) < first))
     if not first:
         (out / 'ckpt.pt').unlink(missing_ok=True)
     return log
@@ -252,7 +253,7 @@ def train(o, rank, world, local, device):
     master, gpu, path = rank == 0, device.type == 'cuda', Path(o.out, 'ckpt.pt')
     bf16 = gpu and o.bf16 and torch.cuda.is_bf16_supported(including_emulation=False)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    claim(path, o)
+    claim(path.parent, o)
     shards = data.Shards(o.data, o.val_share)
     global_batch = o.batch * o.accumulate * world
     epoch_steps = len(shards.train) // global_batch
@@ -275,9 +276,9 @@ def train(o, rank, world, local, device):
         state, _, file = read_checkpoint(path)
         free = 'data out init resume overwrite batch accumulate device bf16 checkpoint log_every val_every save_minutes'.split()
         was = {name: value for name, value in file['options'].items() if name not in free and value != getattr(o, name)}
-        if was or file['images'] != global_batch:
-            raise SystemExit(f'{path}: a run goes on as it began, with {file["images"]} images a step (now {global_batch}) and '
-                             f'{was or "the same options"}')
+        if was or file.get('images') != global_batch:
+            raise SystemExit(f'{path}: a run goes on as it began, with {file.get("images")} images a step (now {global_batch}) '
+                             f'and {was or "the same options"}')
         model.load_state_dict(state)
         optimizer.load_state_dict(file['optimizer'])
         first, skipped = file['step'], file['skipped']
@@ -377,14 +378,14 @@ def train(o, rank, world, local, device):
                     entry |= validate(model, shards, o, device, autocast)
                 with open(log, 'a') as file:
                     file.write(json.dumps(entry) + '\n')
-            if in_a_row >= 10:
-                raise SystemExit(f'{o.out}: ten steps in a row had a loss or gradient that is not finite; lower --lr')
             logged = done, time.perf_counter()
+        if (not gpu or done == logged[0]) and in_a_row >= 10:
+            raise SystemExit(f'{o.out}: ten steps in a row had a loss or gradient that is not finite; lower --lr')
         # a signal reaches ranks at different steps: they act on the shared flag, and where reading it costs no extra wait
         stopping = (not gpu or done % o.log_every == 0) and stopping > 0
         if master and not o.bench and (stopping or done == steps or time.perf_counter() - saved > 60 * o.save_minutes):
-            save(path, model=model.state_dict(), optimizer=optimizer.state_dict(), step=done, skipped=int(skipped),
-                 images=global_batch, config=asdict(config), options=asdict(o))
+            save(path, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done, skipped=int(skipped),
+                            images=global_batch, config=asdict(config), options=asdict(o)))
             saved = time.perf_counter()
         if (stopping or done == steps) and master and not o.bench:
             print(f'\n{path}: saved after {done} of {steps} steps' + '; go on with --resume' * (done < steps))
@@ -428,7 +429,8 @@ def bench(o, rank, world, local, device, warm=5, count=20):
         o = replace(o, steps=1000, val_share=0.0, resume=False)
         dex, mae = (train(replace(o, experts=R, out=f'{out}/{R}'), rank, world, local, device) for R in (o.experts, 0))
         list(islice(dex, warm))
-        memory = torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        unit = 1 if sys.platform == 'darwin' else 1024
+        memory = torch.cuda.max_memory_allocated() if gpu else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         list(islice(mae, warm))
         steps = list(islice(zip(dex, mae), count))
     if gpu:
@@ -464,11 +466,12 @@ def main():
     if min(o.batch, o.accumulate, o.log_every) < 1 or o.clip <= 0:
         raise SystemExit('--batch, --accumulate and --log_every must be 1 or more, --clip above 0 (inf: off)')
     place = rank, world, _, _ = setup(o.device)
-    if o.bench and not list(Path(o.data).glob('*/meta.json')):
+    if without := o.bench and o.data == Options.data and not Path(o.data).exists():
         o = replace(o, data=f'data/phantoms-{o.size}')
-    if (o.demo or o.bench) and rank == 0 and not list(Path(o.data).glob('*/meta.json')):
-        script = Path(__file__).with_name('prepare_medverse.py')
-        subprocess.run([sys.executable, script, '--phantoms', '200', '--out', o.data, '--size', str(o.size)], check=True)
+    if (o.demo or without) and rank == 0 and not any(Path(o.data).glob('*')):
+        script, part = Path(__file__).with_name('prepare_medverse.py'), f'{o.data}.part'      # so that all are there or none
+        subprocess.run([sys.executable, script, '--phantoms', '200', '--out', part, '--size', str(o.size)], check=True)
+        os.replace(part, o.data)
     if world > 1:
         dist.barrier()
     try:

@@ -133,7 +133,9 @@ def miscount(source):
     (source / 'meta.json').write_text(json.dumps(dict(modality='CT', count=31)))
 
 @pytest.mark.parametrize('spoil, named', [(cut, 'a: .*cut short'), (miscount, 'a: .*30.*31'),
-                                          (lambda source: (source / '00001.npy').unlink(), 'a: .*16.*30')])
+                                          (lambda source: (source / '00001.npy').unlink(), 'a: .*16.*30'),
+                                          (lambda source: (source / 'meta.json').write_text('{"mod'), 'a: .*JSON'),
+                                          (lambda source: (source / 'meta.json').write_text('{"kind": ""}'), "a: no source.*'count'")])
 def test_damaged_sources_are_named(tmp_path, spoil, named):
     write_source(tmp_path / 'a', 'CT', 30)
     data.Shards(tmp_path)
@@ -145,7 +147,11 @@ def test_nothing_prepared_and_mixed_sizes_end_in_a_sentence(tmp_path):
     for folder in (tmp_path, tmp_path / 'missing'):
         with pytest.raises(SystemExit, match=f'{folder}: .*prepare_medverse'):
             data.Shards(folder)
+    write_source(tmp_path / 'empty', 'CT', 0)
+    with pytest.raises(SystemExit, match='no prepared images'):
+        data.Shards(tmp_path)
     write_source(tmp_path / 'a', 'CT', 3, size=32)
+    assert data.Shards(tmp_path).val.tolist() == [2]
     write_source(tmp_path / 'b', 'CT', 3, size=16)
     with pytest.raises(SystemExit, match=r'b: .*\[16, 32\]'):
         data.Shards(tmp_path)

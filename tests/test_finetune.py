@@ -350,8 +350,8 @@ def test_killed_and_resumed_equals_never_stopped(tasks, pretrained, tmp_path, mo
     run = dict(TINY, task='find', data=tasks, init=pretrained, epochs=4)
     assert script(out=tmp_path / 'whole', **run) == 0
     saved = finetune.save
-    def save(path, **content):      # as if killed right after the checkpoint of the second epoch
-        saved(path, **content)
+    def save(path, content):        # as if killed right after the checkpoint of the second epoch
+        saved(path, content)
         if path.name == 'ckpt.pt' and content['step'] == 6:
             raise KeyboardInterrupt
     ticks = iter(range(0, 10 ** 6, 100))        # more than a minute between checkpoints

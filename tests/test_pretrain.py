@@ -315,9 +315,10 @@ def test_a_step_that_is_not_finite_changes_nothing(sources, tmp_path, at_batch, 
     at_batch(lambda step, images: images * math.nan if step in (0, 3) else images)
     saved, save = [], pretrain.save
 
-    def keep(path, **content):
-        save(path, **content)
-        saved.append(read_checkpoint(path)[2])
+    def keep(path, content):
+        save(path, content)
+        if path.name == 'ckpt.pt':
+            saved.append(read_checkpoint(path)[2])
     monkeypatch.setattr(pretrain, 'save', keep)
     train(sources[0], tmp_path, save_minutes=0)
     assert [file['step'] for file in saved] == [1, 2, 3, 4, 5, 6]
@@ -356,13 +357,23 @@ def test_a_new_run_over_an_old_one_leaves_nothing_of_it_to_resume(sources, tmp_p
     with pytest.raises(ZeroDivisionError):
         train(sources[0], tmp_path, steps=2, overwrite=True)
     assert not (tmp_path / 'ckpt.pt').exists()
+    with pytest.raises(SystemExit, match='holds a run'):        # which may be under way, before its first checkpoint
+        train(sources[0], tmp_path, steps=2)
 
 def test_a_full_disk_in_a_picture_or_the_log_ends_in_a_sentence(sources, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(pretrain, 'draw_tables', full)
     with pytest.raises(SystemExit, match='No space left'):
-        train(sources[0], tmp_path)
+        train(sources[0], tmp_path / 'out')
+    (tmp_path / 'log.jsonl').write_text('{"step": 0, "loss": 1}\n{"step": 1, "lo')
+    monkeypatch.setattr(os, 'replace', full)
+    with pytest.raises(SystemExit, match='log.jsonl: could not be saved.*untouched'):
+        pretrain.save(tmp_path / 'log.jsonl', '')
+    monkeypatch.undo()
+    assert (tmp_path / 'log.jsonl').read_text() and not (tmp_path / 'log.new').exists()
+    pretrain.reopen(tmp_path, 1, {})
+    assert (tmp_path / 'log.jsonl').read_text() == '{"step": 0, "loss": 1}\n'
 
 def test_a_full_disk_leaves_the_checkpoint_before(sources, tmp_path, at_batch):
     (soft, hard), before = resource.getrlimit(resource.RLIMIT_FSIZE), []
@@ -384,7 +395,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(sources, tmp_path, at_batch):
 @pytest.mark.parametrize('options, sentence', [
     (dict(batch=100), '64 . 4 images are too few.*100'), (dict(model='giant'), 'giant.*tiny'), (dict(size=30), '30'),
     (dict(seed=-1), '--seed -1'), (dict(lr='nan'), '--lr nan'), (dict(steps=0, epochs=0), '--epochs'),
-    (dict(init='missing.pt'), 'missing.pt'), (dict(device='gpu'), '--device gpu')])
+    (dict(init='missing.pt'), 'missing.pt'), (dict(device='gpu'), '--device gpu'), (dict(device='cuda:1'), 'CUDA_VISIBLE')])
 def test_options_that_cannot_work_end_in_a_sentence(sources, tmp_path, options, sentence):
     with pytest.raises(SystemExit, match=sentence):
         train(sources[0], tmp_path, **options)
@@ -451,12 +462,20 @@ def test_bench_times_both_networks_and_both_gates(sources, tmp_path, capsys, mon
 
 def test_bench_without_shards_makes_phantoms(tmp_path, monkeypatch):
     commands = []
-    monkeypatch.setattr(subprocess, 'run', lambda command, check: commands.append(list(map(str, command))))
-    monkeypatch.setattr(sys, 'argv', ['pretrain.py', '--bench', *arguments(tmp_path / 'none', tmp_path / 'out')])
+    def run(command, check):
+        commands.append(list(map(str, command)))
+        write_source(tmp_path / 'data/phantoms-32.part/phantom-ct', 'CT', 3)
+    monkeypatch.setattr(subprocess, 'run', run)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match='data/phantoms-32'):       # none were made
+    with pytest.raises(SystemExit, match='none: no prepared images'):       # what was asked for is not replaced unasked
+        monkeypatch.setattr(sys, 'argv', ['pretrain.py', '--bench', *arguments(tmp_path / 'none', tmp_path / 'out')])
         pretrain.main()
-    assert commands[0][-6:] == ['--phantoms', '200', '--out', 'data/phantoms-32', '--size', '32']
+    assert not commands
+    with pytest.raises(SystemExit, match='data/phantoms-32: .* too few'):
+        monkeypatch.setattr(sys, 'argv', ['pretrain.py', '--bench', *arguments('data/medverse', tmp_path / 'out')])
+        pretrain.main()
+    assert commands[0][-6:] == ['--phantoms', '200', '--out', 'data/phantoms-32.part', '--size', '32']
+    assert [path.name for path in (tmp_path / 'data').iterdir()] == ['phantoms-32']     # it appeared as a whole
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 def test_a_steady_step_never_waits_for_the_gpu(sources, tmp_path):

@@ -125,6 +125,9 @@ def test_class_folders_in_given_splits(tmp_path):
         write_classes(tmp_path / 'raw', part + '/{kind}/{i}.png', n=n)
     task, _ = prepared(tmp_path / 'raw', tmp_path / 'out')
     assert {part: list(labels) for part, labels in task.answers.items()} == dict(train=[0, 0, 0, 1, 1, 1], val=[], test=[0, 0, 1, 1])
+    write_classes(tmp_path / 'raw', 'valid/{kind}/{i}.png', n=1)
+    _, split = prepared(tmp_path / 'raw', tmp_path / 'other')
+    assert split['val'] == ['valid/cat/0.png', 'valid/dog/0.png'] and len(split['train']) == 6 and len(split['test']) == 4
 
 def test_bad_folders_end_in_a_sentence(tmp_path):
     def pairs(name, n=4):
@@ -198,9 +201,26 @@ def test_masks_that_show_none_of_a_class_are_told(tmp_path):
     for i in range(4):
         save(tmp_path / f'raw/images/{i}.png', texture(i))
         save(tmp_path / f'raw/masks/{i}.png', blob(i) * 255)     # which is not scored where --values do not name it
-    printed = call(tmp_path / 'raw', tmp_path / 'out', '--task', 'mini')[1]
-    assert 'no image shows foreground' in printed and '--values' in printed
+    printed = failed(tmp_path / 'raw', tmp_path / 'out')
+    assert 'no image shows foreground' in printed and '--values 0 255' in printed
+    code, printed = call(tmp_path / 'raw', tmp_path / 'out', '--task', 'mini', '--values', '0', '255', '7', '--classes', *'abc')
+    assert code == 0 and 'warning: no image shows c;' in printed
     assert 'no image shows' not in call(tmp_path / 'raw', tmp_path / 'other', '--task', 'mini', '--values', '0', '255')[1]
+
+def test_a_palette_gives_numbers_to_its_colours(tmp_path):
+    for i in range(4):
+        save(tmp_path / f'raw/images/{i}.png', texture(i))
+        mask = Image.fromarray(blob(i) + 2 * blob(i + 4).T)
+        for kind, colours in (('colours', (0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0)), ('greys', (0,) * 3 + (9,) * 9)):
+            mask.putpalette(colours)
+            (tmp_path / f'raw/{kind}').mkdir(exist_ok=True)
+            mask.save(tmp_path / f'raw/{kind}/{i}.png')
+    for kind, values, number in (('colours', '0123', lambda mask: mask), ('greys', '09', lambda mask: mask > 0)):
+        task, split = prepared(tmp_path / 'raw', tmp_path / kind, '--masks', f'*{kind}/*.**', '--images', '*images/*.**', '--skip',
+                               '**/{colours,greys}/**'.replace(f'{kind}', 'none'), '--values', *values)
+        for name, mask in zip(split['train'], task.answers['train']):
+            i = int(name[7])
+            assert np.array_equal(mask, nearest(number(blob(i) + 2 * blob(i + 4).T)))
 
 def test_masks_of_fewer_slices_than_the_image_are_refused(tmp_path):
     for i in range(4):
@@ -217,6 +237,8 @@ def test_bad_tables_and_splits_end_in_a_sentence(tmp_path):
     (raw / 'answers.csv').write_text('\ufefffile,kind\n' + '\n'.join(rows[1:]) + '\n\n', encoding='utf-8')  # as Excel writes it
     code, printed = call(raw, tmp_path / 'fine', '--task', 'mini', '--labels', 'answers.csv', 'file', 'kind')
     assert code == 0 and re.search(r'\b1 images without', printed)
+    (raw / 'semicolons.csv').write_text('file;kind\n' + '\n'.join(rows).replace(',', ';'))
+    prepared(raw, tmp_path / 'excel', '--labels', 'semicolons.csv')
     assert 'none.csv' in failed(raw, out, '--labels', 'none.csv')
     assert re.search("no breed.*'kind'", failed(raw, out, '--labels', 'answers.csv', 'file', 'breed'))
     (raw / 'twice.csv').write_text('\n'.join(['file,kind', *rows, 'a/0-dog.png,cat']))

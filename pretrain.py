@@ -284,11 +284,14 @@ def train(o, rank, world, local, device):
         first, skipped = file['step'], file['skipped']
     elif o.init:
         load_weights(model, read_checkpoint(o.init)[0], o.init)
-    for block in (*model.blocks, *model.decoder_blocks) if o.checkpoint else ():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    net = torch.compile(model, fullgraph=True) if bf16 else model
+    for block in (*model.blocks, *model.decoder_blocks):
+        if bf16:        # by block: one graph serves all of a kind, and DDP need not wait for the gradients of the whole
+            block.forward = torch.compile(block.forward, fullgraph=True)
+        if o.checkpoint:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    net = model
     if world > 1:       # sends the gradients of a block while those of the block below are computed
-        net = DistributedDataParallel(net, [local] if gpu else None, broadcast_buffers=False, gradient_as_bucket_view=True)
+        net = DistributedDataParallel(model, [local] if gpu else None, broadcast_buffers=False, gradient_as_bucket_view=True)
     if master:
         log = reopen(path.parent, first, dict(options=asdict(o), model=asdict(config)))
         print(f'{o.model}: {L} blocks, {sum(p.numel() for p in trained) / 1e6:.1f} M parameters trained; {o.data}: '
@@ -375,7 +378,8 @@ def train(o, rank, world, local, device):
             bar.set_postfix_str(f'loss {entry["loss"]:.4f}, {speed:.0f} images/s')
             if master:
                 if looking:
-                    entry |= validate(model, shards, o, device, autocast)
+                    with torch.compiler.set_stance('force_eager'):      # its shapes are not worth compiling for
+                        entry |= validate(model, shards, o, device, autocast)
                 with open(log, 'a') as file:
                     file.write(json.dumps(entry) + '\n')
             logged = done, time.perf_counter()

@@ -426,22 +426,36 @@ def test_operations_of_the_known_sizes():
     assert pretrain.flops(Config(experts=0)) == pytest.approx(77.0e9, rel=1e-3)
     assert pretrain.flops(Config()) == pytest.approx(106.5e9, rel=1e-3)
 
-@pytest.mark.parametrize('change, checkpoint', [(dict(), False), (dict(routing='token'), True), (dict(experts=0), False)])
-def test_the_network_compiles_whole_in_bf16_with_the_same_results(change, checkpoint):
+@pytest.mark.parametrize('change, again', [(dict(), False), (dict(routing='token'), True), (dict(experts=0), False)])
+def test_blocks_compile_in_bf16_with_the_same_results_and_gradients_as_they_come(change, again):
     torch.manual_seed(0)
-    network, images, found = MAE(replace(MODEL, **change)), torch.randn(4, 3, 32, 32), []
-    compiled = torch.compile(network, fullgraph=True, backend='aot_eager')
-    for net in (network, compiled):
-        if net is compiled and checkpoint:
-            for block in (*network.blocks, *network.decoder_blocks):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    network, images, found, order = MAE(replace(MODEL, **change)), torch.randn(4, 3, 32, 32), [], []
+    blocks = [*network.blocks, *network.decoder_blocks]
+    for number, block in enumerate(blocks):     # in the backward pass: when it comes to a block, and to its weights' gradients
+        block.norm1.weight.register_post_accumulate_grad_hook(lambda _, number=number: order.append(number))
+    for compiled in (False, True):
+        for block in blocks if compiled else ():        # as pretrain.py has it
+            block.forward = torch.compile(block.forward, fullgraph=True, backend='aot_eager')
+            if again:
                 block.forward = partial(pretrain.checkpoint, block.forward, use_reentrant=False)
+
+        def watch(block, inputs, outputs):
+            outputs[0].register_hook(lambda _: order.append('first'))
+
+        handle = network.blocks[0].register_forward_hook(watch)
         torch.manual_seed(1)
         network.zero_grad()
         with torch.autocast('cpu', torch.bfloat16):
-            losses, routing, _, _ = net(images, torch.full((), 0.5), torch.rand(4, 16))
+            losses, routing, _, _ = network(images, torch.full((), 0.5), torch.rand(4, 16))
         (losses.mean() + (layer_losses(routing, routing.chosen.mean(1))[0] if routing else 0)).backward()
+        handle.remove()
         found.append([losses.detach()] + [p.grad for p in network.parameters() if p.requires_grad])
+        assert order == [3, 2, 1, 'first', 0]       # so DDP can send the others' while the first block computes its own
+        order.clear()
     assert all((a - b).norm() <= 0.01 * a.norm() for a, b in zip(*found))
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2      # one for all blocks of the encoder, one for the rest
 
 def test_bench_times_both_networks_and_both_gates(sources, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pretrain, 'GATES', ((32, 2), (64, 1)))

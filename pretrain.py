@@ -110,6 +110,7 @@ def setup(kind):
         raise SystemExit(f'--device {kind}: {error}')
     if kind == 'cuda':
         torch.cuda.set_device(device)
+    torch.set_flush_denormal(True)  # what fades of an idle expert's moments would slow AdamW on a CPU to a tenth
     if sys.platform == 'linux':     # glibc would return each big tensor to the system (M_MMAP_MAX, M_TRIM_THRESHOLD), and
         libc = ctypes.CDLL(None)    # faulting in the stacked gradients anew would cost a fifth of a step on the CPU
         libc.mallopt(-4, 0)

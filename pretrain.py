@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
@@ -228,19 +228,20 @@ def draw_reconstructions(path, model, images, noise, names):
 def draw_tables(path, tables, names, titles, counts=None):
     """Tables (L, D, R) of numbers from 0 (white) to 1 (blue), four in a row, with titles, row names and column numbers.
     Numbers `counts` (L, D, R) are written into the cells, which are then larger, and the columns have the names."""
-    (L, D, R), cell = tables.shape, 16 if counts is None else 48
-    heads = range(R) if counts is None else [name[:7] for name in names]
-    width, height = 80 + R * cell, 34 + D * cell
+    (L, D, R), longest = tables.shape, math.ceil(max(map(ImageFont.load_default().getlength, names)))
+    cell, heads = (16, range(R)) if counts is None else (max(48, 8 + longest), names)
+    left = max(80, 14 + longest)
+    width, height = left + R * cell, 34 + D * cell
     picture = Image.new('RGB', (width * min(L, 4) + 10, height * math.ceil(L / 4) + 10), 'white')
     draw = ImageDraw.Draw(picture)
     for l, d, r in np.ndindex(L, D, R):
-        x, y = width * (l % 4) + 80 + r * cell, height * (l // 4) + 34 + d * cell
+        x, y = width * (l % 4) + left + r * cell, height * (l // 4) + 34 + d * cell
         light = int(255 - 255 * tables[l, d, r])
         draw.rectangle((x, y, x + cell - 1, y + cell - 1), (light, light, 255 - (255 - light) // 4))
         if counts is not None:
-            draw.text((x + 4, y + 18), str(int(counts[l, d, r])), 'black' if light > 127 else 'white')
+            draw.text((x + 4, y + cell // 2 - 6), str(int(counts[l, d, r])), 'black' if light > 127 else 'white')
         if r == 0:
-            draw.text((x - 72, y + cell // 2 - 6), names[d][:12], 'black')
+            draw.text((x - left + 8, y + cell // 2 - 6), names[d], 'black')
         if d == 0:
             draw.text((x + 4, y - 14), str(heads[r]), 'gray')
         if d == r == 0:

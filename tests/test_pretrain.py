@@ -149,6 +149,8 @@ def test_tables_are_drawn_with_or_without_their_numbers(tmp_path, counts):
     assert picture.shape == (34 + 2 * cell + 10, 80 + 2 * cell + 10, 3)
     assert [tuple(picture[36 + cell * d, 82 + cell * r]) for d in (0, 1) for r in (0, 1)] == [
         (0, 0, 192), (255, 255, 255), (204, 204, 243), (51, 51, 204)]
+    pretrain.draw_tables(tmp_path / 'table.png', torch.zeros(1, 2, 2), ['a', 20 * 'm'], ['title'], torch.zeros(1, 2, 2))
+    assert Image.open(tmp_path / 'table.png').size == (14 + 180 + 2 * (180 + 8) + 10, 34 + 2 * (180 + 8) + 10)   # 9 pixels an m
 
 def test_every_trained_parameter_is_in_one_optimizer_group():
     model = MAE(MODEL)

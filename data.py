@@ -37,8 +37,9 @@ def parse_options(defaults, words=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, kind in cls.__annotations__.items():
         reading = {bool: dict(type=boolean, nargs='?', const=True), tuple: dict(nargs='+')}.get(kind, dict(type=kind))
-        text = comments.get(name, '').replace('%', '%%') + ' (default: %(default)s)'
-        parser.add_argument('--' + name, metavar=kind.__name__.upper(), help=text, **reading)
+        text = comments.get(name, '').replace('%', '%%')
+        text += ' (default: %(default)s)' * (getattr(defaults, name) not in ('', ()))
+        parser.add_argument('--' + name, metavar='ITEM' if kind is tuple else kind.__name__.upper(), help=text, **reading)
     parser.set_defaults(**vars(defaults))
     return cls(**vars(parser.parse_args(words)))
 

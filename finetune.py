@@ -386,18 +386,20 @@ def export(o):
 def main():
     """Train, or what else the options ask for."""
     o = data.parse_options(Options())
-    if o.adapt not in ('experts', 'director') or o.pool not in ('cls', 'mean'):
-        raise SystemExit(f'--adapt {o.adapt}: must be experts or director; --pool {o.pool}: must be cls or mean')
     refuse_negative(o)
-    if o.batch < 1 or not 0 < o.fraction <= 1:
-        raise SystemExit('--batch must be 1 or more, --fraction above 0 and at most 1')
+    for holds, rule in [(o.adapt in ('experts', 'director'), '--adapt must be experts or director'),
+                        (o.pool in ('cls', 'mean'), '--pool must be cls or mean'), (o.batch >= 1, '--batch must be 1 or more'),
+                        (0 < o.fraction <= 1, '--fraction must be above 0 and at most 1'),
+                        (o.out or not o.predict, '--predict needs --out, the folder of a fine-tuned run')]:
+        if not holds:
+            raise SystemExit(rule)
     work = report if o.report else predict if o.predict else export if o.export else train
     try:
         work(o)
     except OSError as error:
         raise SystemExit(f'{error}; what was saved before is whole')
     except KeyboardInterrupt:
-        print('stopped; --resume goes on from ckpt.pt, which is written once a minute', file=sys.stderr)
+        print('stopped; --resume goes on from ckpt.pt, which is written once a minute, or else begins anew', file=sys.stderr)
         sys.exit(130)
 
 if __name__ == '__main__':

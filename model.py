@@ -286,9 +286,11 @@ def read_checkpoint(path, token='cls_token'):
         if 'config' in file:
             return state, Config(**file['config']), file
         patch, side = state['patch_embed.proj.weight'].shape[2], round((state['pos_embed'].shape[1] - 1) ** 0.5)
+    except FileNotFoundError:
+        raise SystemExit(f'{path}: there is no such file')
     except Exception as error:      # torch raises a dozen types for a damaged zip or a pickle with code in it
-        raise SystemExit(f'{path}: missing, damaged or no checkpoint of plain tensors in the names of MAE and timm '
-                         f'({error!r:.150})')
+        raise SystemExit(f'{path}: damaged, or no checkpoint of plain tensors with a {token} (--init takes what pretraining or '
+                         f'the publishers of a ViT saved, --predict the folder of a fine-tuning): {error!r:.150}')
     depth = sum(name.startswith('blocks.') and name.endswith('.norm1.weight') for name in state)
     heads = 16 if width == 1280 else width // 64        # 64 channels a head, but for ViT-H
     return state, Config(size=patch * side, patch=patch, width=width, depth=depth, heads=heads, experts=0), file

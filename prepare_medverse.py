@@ -263,6 +263,8 @@ def read(path, draft=0):
     folder, of which dcm2niix makes volumes."""
     name = path.name.lower()
     if path.is_dir():
+        if not any(name.lower().endswith('.dcm') for name in os.listdir(path)):
+            raise ValueError('it is a folder, but no series of *.dcm files')
         with tempfile.TemporaryDirectory() as new:
             subprocess.run([find_program('dcm2niix'), '-z', 'n', '-o', new, path], check=True, capture_output=True)
             volumes = [volume for volume in sorted(Path(new).glob('*.nii'))  # other kinds of files may lie among them
@@ -444,7 +446,8 @@ def prepare(row, home, folder, config, pool):
             meta = json.loads((folder / 'meta.json').read_text())
         except (OSError, ValueError) as error:
             sys.exit(f'{folder}: is no finished source ({error}); move it away or delete it')
-        print(f'{folder}: finished before, {meta["files"]} files (now {len(names)}), {meta["size"]} px; delete it to redo')
+        note = 'warning: ' * (len(names) != meta['files'])
+        print(f'{note}{folder}: finished before, {meta["files"]} files (now {len(names)}), {meta["size"]} px; delete to redo')
         return meta
     calls = [(home / name, 'SUV' if row.modality == 'PET' and 'suv' in f'{home.name}/{name}'.lower() else row.modality,
               config.size, config.min_side) for name in wanted]
@@ -491,12 +494,15 @@ def home_of(row, raw):
     shared = [name for name in ('AutoPET', 'TopBrain', 'OCTA500') if row.name.startswith(name + '-')]
     return next((raw / name for name in (row.name, *shared) if (raw / name).is_dir()), None)
 
+def plain(name):  # so that Xray and x_ray are X-ray
+    return re.sub('[^a-z]', '', name.lower())
+
 def find_sources(raw, config):
     """[(row of a source, its folder below RAW, its name)]: the rows of Table 2, then whatever is RAW/<Modality>/<source>."""
-    known = {name.lower(): name for name in MODALITIES}
+    known = {plain(name): name for name in MODALITIES}
     found = [(row, home) for row in SOURCES if (home := home_of(row, raw))]
-    below = [path for path in sorted(raw.glob('*/*')) if path.parent.name.lower() in known]
-    found += [(Row(path.name, known[path.parent.name.lower()]), path) for path in below if path.is_dir()]
+    below = [path for path in sorted(raw.glob('*/*')) if plain(path.parent.name) in known]
+    found += [(Row(path.name, known[plain(path.parent.name)]), path) for path in below if path.is_dir()]
     used = {folder for _, home in found for folder in (home, home.parent)}
     if others := {*raw.glob('*')} - used | {path for path in below if path.is_file()}:
         print(f'warning: {len(others)} files and folders are no known data set RAW/<name>/ and no RAW/<Modality>/<source>/, '
@@ -516,8 +522,8 @@ def find_sources(raw, config):
 def list_tables(raw):
     """Print the rows of Tables 2 and 3: whether they lie below RAW, how to get them, and whose layout is not confirmed."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
-    print(f'{"name":<26}{"modality":<12}{"content":<26}{"images":>17}  {"":<7}access, link (images: kept by the paper, or train '
-          'val test)')
+    print(f'{"name":<26}{"modality":<12}{"content":<26}{"images":>17}  {"":<7}access, link (images: kept in the paper, or of '
+          'train, val and test)')
     for row in (*SOURCES, *TASKS.values()):
         unsure = ' (layout unsure: give --images, --masks)' if row.access.endswith('?') else ''
         print(f'{row.name:<26}{row.modality:<12}{row.content:<26}{row.count:>17}  {"found" if home_of(row, raw) else "-":<7}'
@@ -534,8 +540,10 @@ def find_labelled(raw, config):
     images = matches([name for name in names if name not in taken and is_image(raw, name)],
                      config.images or ('*images/*.**' if taken else '**'))
     table = read_labels(raw, names, config)
-    if not images or config.masks and not taken or config.labels and not table:
-        sys.exit(f'{raw}: {HINTS.get(config.task) or "no image or no mask here matches --images, --masks or --labels"}')
+    needed = config.masks or (config.values or config.outline) and not config.labels
+    if not images or needed and not taken or config.labels and not table:
+        text = f'{len(images)} images, {len(taken)} masks, {len(table)} labels match --images, --masks, --labels'
+        sys.exit(f'{raw}: {HINTS.get(config.task, text)}')
     singles = [name for found in images.values() for name in found]
     if config.labels:
         answers = {name: ([name], table[Path(name).stem][0]) for name in singles if Path(name).stem in table}
@@ -621,7 +629,7 @@ def split(files, raw, config):
         else:
             others.setdefault(patient, []).append(name)
     if others and not sum(shares):
-        sys.exit(f'{raw / min(others.values())[0]}: no rule of --split takes it; give three globs, lists or numbers')
+        sys.exit(f'{raw / min(others.values())[0]}: no rule of --split takes it; give globs, lists or shares, as 80 10 10')
     for patient, names in others.items():
         answer = files[names[0]][1]
         groups.setdefault(answer if isinstance(answer, str) else '', []).append(patient)
@@ -702,6 +710,8 @@ def prepare_task(config, raw, folder, pool):
     config.classes = config.classes or (tuple(sorted(kinds)) if kinds else config.values if len(config.values) > 2 else
                                         ('background', 'foreground'))
     splits, counts, square = split(files, raw, config), {}, (config.size, config.size)
+    if len(config.classes) < 2:
+        sys.exit(f'{raw}: {config.classes[0]} is the only class, so there is nothing to learn; give --masks or --labels')
     answers = ('labels', (), np.int64) if kinds else ('masks', square, np.uint8)
     with whole(folder, pool) as part:
         for name, chosen in splits.items():
@@ -726,8 +736,9 @@ def prepare_task(config, raw, folder, pool):
             if len(missing) > len(config.classes) - 2:
                 sys.exit(f'{raw}: {text}')
             print(f'warning: {text}?', file=sys.stderr)
+    paper = TASKS[config.task].count if config.task in TASKS else ''
     print(f'{folder}: {meta["kind"]} into {", ".join(config.classes)}; images: {counts}'
-          + (f', in the paper {TASKS[config.task].count or "none"}' if config.task in TASKS else ''))
+          + f', in the paper {paper}' * bool(paper))
 
 # --- phantoms: ten modalities simulated from their physics, with masks and classes ---------------------------------------
 # Tissues = mask classes: air 0, fat 1, muscle 2, gut 3, lung 4, liver 5, kidney 6, spleen 7, bone 8, blood 9, lesion 10
@@ -878,9 +889,11 @@ def main():
     if config.size < 1 or config.workers < 0:
         sys.exit('--size must be 1 or more, --workers 0 or more')
     if len(config.split) not in (0, 3):
-        sys.exit('--split takes three globs, lists or numbers: for train, val and test')
+        sys.exit('--split takes three globs, lists or shares: for train, val and test')
     if config.list:
         return list_tables(Path(config.raw))
+    if config.raw and not config.phantoms and not Path(config.raw).is_dir():
+        sys.exit(f'--raw {config.raw}: there is no such folder')
     if not (config.raw or config.phantoms or config.task.startswith('phantom-')):
         sys.exit('where are the images? give --raw RAW, a folder of <Modality>/<source>/** or of a task, or --phantoms N')
     config.workers = config.workers or os.cpu_count()

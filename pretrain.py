@@ -127,7 +127,8 @@ def refuse_negative(o):
 
 def claim(out, o):
     """Refuse to write over another run unasked."""
-    if (out / 'config.json').exists() and not (o.resume or o.overwrite):
+    log = out / 'log.jsonl'
+    if log.exists() and log.stat().st_size and not (o.resume or o.overwrite):
         raise SystemExit(f'{out}: holds a run already; go on with --resume, start anew with --overwrite, or choose --out')
 
 def make_optimizer(model, lr, weight_decay):
@@ -277,10 +278,9 @@ def train(o, rank, world, local, device):
     if o.resume and path.exists():
         state, _, file = read_checkpoint(path)
         free = 'data out init resume overwrite batch accumulate device bf16 checkpoint log_every val_every save_minutes'.split()
-        was = {name: value for name, value in file['options'].items() if name not in free and value != getattr(o, name)}
-        if was or file.get('images') != global_batch:
-            raise SystemExit(f'{path}: a run goes on as it began, with {file.get("images")} images a step (now {global_batch}) '
-                             f'and {was or "the same options"}')
+        was, now = file['options'] | dict(images=file.get('images')), vars(o) | dict(images=global_batch)
+        if changed := [f'{n} {was.get(n)} (not {now[n]})' for n in now if n not in free and was.get(n) != now[n]]:
+            raise SystemExit(f'{path}: a run goes on as it began, with {", ".join(changed)}; a new one can --init from it')
         model.load_state_dict(state)
         optimizer.load_state_dict(file['optimizer'])
         first, skipped = file['step'], file['skipped']
@@ -297,9 +297,10 @@ def train(o, rank, world, local, device):
     if master:
         log = reopen(path.parent, first, dict(options=asdict(o), model=asdict(config)))
         print(f'{o.model}: {L} blocks, {sum(p.numel() for p in trained) / 1e6:.1f} M parameters trained; {o.data}: '
-              f'{len(shards.train)} + {len(shards.val)} images of {len(shards.modalities)} modalities\n{steps} steps '
-              f'({steps / epoch_steps:.1f} epochs) of {o.batch} x {o.accumulate} x {world} = {global_batch} images, learning '
-              f'rate up to {peak:.2e} after {warmup} steps, on {world} x {device.type} in {"bfloat16" if bf16 else "float32"}')
+              f'{len(shards.train)} + {len(shards.val)} images of {len(shards.modalities)} modalities, {shards.side} pixels, '
+              f'seen at {o.size}\n{steps} steps ({steps / epoch_steps:.1f} epochs) of {o.batch} x {o.accumulate} x {world} = '
+              f'{global_batch} images, learning rate up to {peak:.2e} after {warmup} steps, on {world} x {device.type} in '
+              f'{"bfloat16" if bf16 else "float32"}')
     stop = []       # signals that came
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stop.append(number))

@@ -529,7 +529,8 @@ def test_errors_are_sentences(tasks, runs, pretrained, published, tmp_path):
                            (['already', '--resume'], dict(task='tell', out=runs / 'tell'))]:
         sentence = script(**dict(run, **changes))
         assert isinstance(sentence, str) and all(word in sentence for word in words), sentence
-    assert 'best.pt' in script('--predict', 'a.png', out=tmp_path / 'out') and not (tmp_path / 'out').exists()
+    assert 'no such file' in script('--predict', 'a.png', out=tmp_path / 'out') and not (tmp_path / 'out').exists()
+    assert 'needs --out' in script('--predict', 'a.png')
 
 @pytest.mark.parametrize('spoil, word', [
     (lambda task: (task / 'test' / 'labels.npy').write_bytes(b'cut'), 'damaged'),

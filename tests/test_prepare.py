@@ -427,20 +427,24 @@ def test_disk_full(long_raw, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['a']
 
 def test_errors_are_sentences(tmp_path):
-    (tmp_path / 'raw' / 'Xray' / 'source').mkdir(parents=True)
+    (tmp_path / 'raw' / 'Xrays' / 'source').mkdir(parents=True)
     (tmp_path / 'file').write_text('')
     ok = tmp_path / 'ok' / 'CT' / 'source'
     ok.mkdir(parents=True)
     (ok.parent / 'loose.png').write_text('')
     Image.fromarray(texture(0)).save(ok / 'a.png')
+    film = tmp_path / 'like' / 'x_Ray' / 'source'
+    film.mkdir(parents=True)
+    Image.fromarray(texture(0)).save(film / 'a.png')
     (tmp_path / 'empty' / 'CT' / 'nothing').mkdir(parents=True)
     for raw, out, options, code, words in [
             (tmp_path / 'none', tmp_path / 'out', [], 1, 'none'),
-            (tmp_path / 'raw', tmp_path / 'out', [], 1, 'Xray'),
+            (tmp_path / 'raw', tmp_path / 'out', [], 1, 'Xrays'),
             (tmp_path / 'ok', tmp_path / 'file' / 'out', [], 1, 'file/out'),
             (tmp_path / 'ok', tmp_path / 'out', ['--size', '0'], 1, '--size'),
             (tmp_path / 'ok', tmp_path / 'out', ['--sise', '3'], 2, '--sise'),
             (tmp_path / 'empty', tmp_path / 'out', [], 1, 'CT/nothing: no image'),
+            (tmp_path / 'like', tmp_path / 'like/out', [], 0, 'X-ray'),
             (tmp_path / 'ok', tmp_path / 'out', [], 0, 'loose.png')]:
         found, printed = call(raw, out, *options)
         assert found == code and words in printed, printed

@@ -343,8 +343,8 @@ def test_a_run_is_not_overwritten_unasked(sources, finished, tmp_path):
     before = (finished / 'ckpt.pt').read_bytes()
     with pytest.raises(SystemExit, match='--resume.*--overwrite'):
         train(sources[0], finished)
-    others = ((dict(experts=2), "'experts': 4"), (dict(batch=2), 'with 4 images a step .now 2'), (dict(seed=1), "'seed': 0"),
-              (dict(lr=9.0), "'lr': "), (dict(steps=99), "'steps': "))
+    others = ((dict(experts=2), r'experts 4 \(not 2\)'), (dict(batch=2), r'images 4 \(not 2\)'),
+              (dict(seed=1, lr=9.0), r'lr [0-9.]+ \(not 9.0\), seed 0 \(not 1\)'), (dict(steps=99), r'steps 6 \(not 99\)'))
     for other, sentence in others:
         with pytest.raises(SystemExit, match=sentence):
             train(sources[0], finished, resume=True, **other)
@@ -355,10 +355,12 @@ def test_a_run_is_not_overwritten_unasked(sources, finished, tmp_path):
 
 def test_a_new_run_over_an_old_one_leaves_nothing_of_it_to_resume(sources, tmp_path, at_batch):
     train(sources[0], tmp_path, steps=2)
-    at_batch(lambda step, images: 1 / 0)
+    at_batch(lambda step, images: images if step == 1 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(sources[0], tmp_path, steps=2, overwrite=True)
     assert not (tmp_path / 'ckpt.pt').exists()
+    with pytest.raises(ZeroDivisionError):      # what did not come to its first step is in nobody's way
+        train(sources[0], tmp_path, steps=2)
     with pytest.raises(SystemExit, match='holds a run'):        # which may be under way, before its first checkpoint
         train(sources[0], tmp_path, steps=2)
 

@@ -152,7 +152,10 @@ def test_bad_folders_end_in_a_sentence(tmp_path):
     assert 'no training image shows dog' in failed(tmp_path / 'unseen', out)
     write_classes(tmp_path / 'halves', 'train/{kind}/{i}.png', n=2)
     assert 'test split is empty' in failed(tmp_path / 'halves', out)
-    assert '--masks' in failed(pairs('rule'), out, '--masks', 'nowhere/*')
+    assert '8 images, 0 masks' in failed(pairs('rule'), out, '--masks', 'nowhere/*')
+    (tmp_path / 'rule/masks').rename(tmp_path / 'rule/truth')
+    assert '8 images, 0 masks' in failed(tmp_path / 'rule', out, '--values', '0', '1')      # no classification by these folders
+    assert 'images is the only class' in failed(tmp_path / 'rule', out, '--images', 'images/**')
     assert str(tmp_path / 'none') in failed(tmp_path / 'none', out)
     pairs('fine')
     prepared(tmp_path / 'fine', out)

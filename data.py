@@ -55,12 +55,15 @@ class Shards:
         for source in sorted(path.parent for path in Path(folder).glob('*/meta.json') if path.parent.suffix != '.part'):
             files = sorted(source.glob('*.npy'))
             try:
-                metas.append(json.loads((source / 'meta.json').read_text()))
-                shapes += (own := [np.load(file, mmap_mode='r').shape[:2] for file in files])
-                n, count, sides = sum(n for n, _ in own), metas[-1]['count'], {side for _, side in shapes}
+                meta, arrays = json.loads((source / 'meta.json').read_text()), [np.load(file, mmap_mode='r') for file in files]
+                metas.append((meta['modality'], meta['count']))
+                shapes += [array.shape[:2] for array in arrays]
+                n, count, sides = sum(map(len, arrays)), meta['count'], {side for _, side in shapes}
                 if n != count or len(sides) > 1:
                     raise ValueError(f'{n} images, {count} by meta.json, and sides of {sorted(sides)} pixels')
-            except (ValueError, KeyError, OSError, EOFError) as error:
+                if any(array.dtype != np.uint8 or array.shape[1:] != (*2 * [*sides], array.shape[-1]) for array in arrays):
+                    raise ValueError('its arrays are not uint8 (n, S, S, c)')
+            except (ValueError, KeyError, IndexError, TypeError, OSError, EOFError) as error:
                 raise SystemExit(f'{source}: no source for pretraining, or damaged, cut short or of another size than those '
                                  f'before it ({error!r}); move it away, or delete it and prepare it again')
             self.files += files
@@ -68,8 +71,8 @@ class Shards:
             raise SystemExit(f'{folder}: no prepared images here; make some with python prepare_medverse.py --raw RAW '
                              f'--out {folder}, or try python pretrain.py --demo')
         self.side, self.starts = sides.pop(), np.cumsum([0, *(n for n, _ in shapes)])     # shard s begins at starts[s]
-        counts = np.array([meta['count'] for meta in metas])
-        names, number = np.unique([meta['modality'] for meta in metas], return_inverse=True)
+        modalities, counts = map(np.array, zip(*metas))
+        names, number = np.unique(modalities, return_inverse=True)
         self.modalities, self.modality = names.tolist(), np.repeat(number, counts)      # (images,) index into the names
         held_out = np.clip((counts * val_share).astype(int), 1, np.minimum(val_most, counts - 1))
         in_tail = np.arange(counts.sum()) >= np.repeat(counts.cumsum() - held_out, counts)

@@ -244,6 +244,7 @@ def train(o):
         model.load_state_dict(weights)
         optimizer.load_state_dict(file['optimizer'])
         first, best, minutes, skipped = (file[name] for name in ('step', 'best', 'minutes', 'skipped'))
+        del weights, file       # gigabytes
     net = DistributedDataParallel(model, [local] if gpu else None, broadcast_buffers=False) if world > 1 else model
     if master:
         claim(out, o)

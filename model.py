@@ -89,7 +89,7 @@ class StackedLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         ends = torch.searchsorted(expert, torch.arange(len(self.weight), device=x.device), right=True)      # (R,)
         rows = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=(ends * x.shape[1]).int())
-        return rows.unflatten(0, x.shape[:2]) + self.bias.to(x.dtype)[expert, None]
+        return rows.unflatten(0, x.shape[:2]) + self.bias[expert, None].to(x.dtype)     # cast last: gradients add up in float32
 
 class MLP(nn.Module):
     """Two linear layers; or, of two stacks, R such MLPs: `expert` (M,) then numbers the one for each row of x (M, N, C)."""

@@ -521,7 +521,6 @@ def find_sources(raw, config):
 
 def list_tables(raw):
     """Print the rows of Tables 2 and 3: whether they lie below RAW, how to get them, and whose layout is not confirmed."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     print(f'{"name":<26}{"modality":<12}{"content":<26}{"images":>17}  {"":<7}access, link (images: kept in the paper, or of '
           'train, val and test)')
     for row in (*SOURCES, *TASKS.values()):
@@ -616,7 +615,7 @@ def split(files, raw, config):
     matches, a list (.txt below RAW) those whose stems it holds; numbers share out the other patients, n of each class: to
     test ceil of its share and to val floor, as the counts of Table 3 imply."""
     splits, others, groups = {'train': [], 'val': [], 'test': []}, {}, {}
-    given = {name.split('/')[0].lower() for name in files} <= {*splits, 'valid', 'validation'}
+    given = {'test'} <= {name.split('/')[0].lower() for name in files} <= {*splits, 'valid', 'validation'}
     rules = dict(zip(splits, config.split or (('train/**', 'val{,id,idation}/**', 'test/**') if given else ('50', '20', '30'))))
     shares = [int(rule) if rule.isdigit() else 0 for rule in rules.values()]
     lists = {part: {*find_file(raw, rule).read_text().split()} for part, rule in rules.items() if rule.endswith('.txt')}
@@ -650,7 +649,7 @@ def read_masks(path, shape):
         return [np.asarray(canvas)]
     if path.name.lower().endswith(PICTURES):
         with Image.open(path) as image:
-            if image.mode == 'P' and np.ptp(np.asarray(image.convert('RGB')), 2).any():
+            if image.mode == 'P' and np.ptp(np.reshape(image.getpalette(), (-1, 3)), 1).any():
                 return [np.asarray(image)]
     masks = [mask for volume in read(path) for mask in volume]
     return [mask.max(2) if mask.ndim == 3 else mask for mask in masks]

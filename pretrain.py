@@ -15,6 +15,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,7 +108,7 @@ def setup(kind):
     try:
         device = torch.empty(0, device=f'cuda:{local}' if kind == 'cuda' else kind).device
     except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f'--device {kind}: {error}')
+        raise SystemExit(f'--device {kind}: {str(error).splitlines()[0]}')
     if kind == 'cuda':
         torch.cuda.set_device(device)
     torch.set_flush_denormal(True)  # what fades of an idle expert's moments would slow AdamW on a CPU to a tenth
@@ -116,7 +117,7 @@ def setup(kind):
         libc.mallopt(-4, 0)
         libc.mallopt(-1, -1)
     if world > 1:
-        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
+        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', device_id=device if kind == 'cuda' else None)
     return rank, world, local, device
 
 def refuse_negative(o):
@@ -146,7 +147,7 @@ def total_norm(gradients):
 
 def save(path, content):
     """Write text or a checkpoint beside the old file, then move it into place: at any moment there is a whole one."""
-    new = path.with_suffix('.new')
+    new = path.with_name(path.name + '.new')
     try:
         new.write_text(content) if isinstance(content, str) else torch.save(content, new)
         os.replace(new, path)
@@ -237,7 +238,7 @@ def draw_tables(path, tables, names, titles, counts=None):
     draw = ImageDraw.Draw(picture)
     for l, d, r in np.ndindex(L, D, R):
         x, y = width * (l % 4) + left + r * cell, height * (l // 4) + 34 + d * cell
-        light = int(255 - 255 * tables[l, d, r])
+        light = int(255 - 255 * tables[l, d, r].nan_to_num())
         draw.rectangle((x, y, x + cell - 1, y + cell - 1), (light, light, 255 - (255 - light) // 4))
         if counts is not None:
             draw.text((x + 4, y + cell // 2 - 6), str(int(counts[l, d, r])), 'black' if light > 127 else 'white')
@@ -284,16 +285,23 @@ def train(o, rank, world, local, device):
         model.load_state_dict(state)
         optimizer.load_state_dict(file['optimizer'])
         first, skipped = file['step'], file['skipped']
+        del state, file         # gigabytes
     elif o.init:
         load_weights(model, read_checkpoint(o.init)[0], o.init)
+    if bf16:
+        torch._dynamo.config.optimize_ddp = False       # which would cut a block's graph once more
     for block in (*model.blocks, *model.decoder_blocks):
         if bf16:        # by block: one graph serves all of a kind, and DDP need not wait for the gradients of the whole
-            block.forward = torch.compile(block.forward, fullgraph=True)
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
         if o.checkpoint:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     net = model
     if world > 1:       # sends the gradients of a block while those of the block below are computed
         net = DistributedDataParallel(model, [local] if gpu else None, broadcast_buffers=False, gradient_as_bucket_view=True)
+        mine = torch.tensor([first, len(shards.train)], device=device)
+        dist.broadcast(theirs := mine.clone(), 0)
+        if not torch.equal(mine, theirs):
+            raise SystemExit(f'{o.out}, {o.data}: not the same on every machine; put both on a disk that all of them share')
     if master:
         log = reopen(path.parent, first, dict(options=asdict(o), model=asdict(config)))
         print(f'{o.model}: {L} blocks, {sum(p.numel() for p in trained) / 1e6:.1f} M parameters trained; {o.data}: '
@@ -475,13 +483,14 @@ def main():
     place = rank, world, _, _ = setup(o.device)
     if without := o.bench and o.data == Options.data and not Path(o.data).exists():
         o = replace(o, data=f'data/phantoms-{o.size}')
-    if (o.demo or without) and rank == 0 and not any(Path(o.data).glob('*')):
-        script, part = Path(__file__).with_name('prepare_medverse.py'), f'{o.data}.part'      # so that all are there or none
-        subprocess.run([sys.executable, script, '--phantoms', '200', '--out', part, '--size', str(o.size)], check=True)
-        os.replace(part, o.data)
-    if world > 1:
-        dist.barrier()
     try:
+        if (o.demo or without) and rank == 0 and not any(Path(o.data).glob('*')):
+            script, part = Path(__file__).with_name('prepare_medverse.py'), f'{Path(o.data)}.part'
+            shutil.rmtree(part, ignore_errors=True)     # of a run that was stopped: in the end all are there or none
+            subprocess.run([sys.executable, script, '--phantoms', '200', '--out', part, '--size', str(o.size)], check=True)
+            os.replace(part, o.data)
+        if world > 1:
+            dist.barrier()
         if o.bench:
             bench(o, *place)
         else:
@@ -489,6 +498,8 @@ def main():
                 pass
     except OSError as error:        # a full disk, say
         raise SystemExit(f'{error}; the last checkpoint is whole')
+    except (subprocess.CalledProcessError, KeyboardInterrupt):
+        raise SystemExit(f'{o.data}: its phantoms are not finished; start again')
     if world > 1:
         dist.destroy_process_group()
 

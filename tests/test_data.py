@@ -135,7 +135,10 @@ def miscount(source):
 @pytest.mark.parametrize('spoil, named', [(cut, 'a: .*cut short'), (miscount, 'a: .*30.*31'),
                                           (lambda source: (source / '00001.npy').unlink(), 'a: .*16.*30'),
                                           (lambda source: (source / 'meta.json').write_text('{"mod'), 'a: .*JSON'),
-                                          (lambda source: (source / 'meta.json').write_text('{"kind": ""}'), "a: no source.*'count'")])
+                                          (lambda source: (source / 'meta.json').write_text('[]'), 'a: .*TypeError'),
+                                          (lambda source: np.save(source / '00001.npy', np.ones((14, 32, 32))), 'a: .*uint8'),
+                                          (lambda source: np.save(source / '00001.npy', np.ones((14, 32, 16, 1), np.uint8)), 'a: .*S, S'),
+                                          (lambda source: (source / 'meta.json').write_text('{"kind": ""}'), "a: no source.*'modality'")])
 def test_damaged_sources_are_named(tmp_path, spoil, named):
     write_source(tmp_path / 'a', 'CT', 30)
     data.Shards(tmp_path)

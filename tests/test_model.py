@@ -76,6 +76,12 @@ def test_bf16_autocast_keeps_every_choice_and_is_within_its_error():
     assert torch.equal(low_routing.chosen, routing.chosen) and torch.equal(low_routing.weights, routing.weights)
     assert 1e-5 < (low - y).norm() / y.norm() < 0.01
 
+def test_the_gradients_of_biases_add_up_in_float32():
+    layer = StackedLinear(Linear(8, 8), 2)
+    with torch.autocast('cpu', torch.bfloat16):     # in which a sum of ones would end at 256
+        layer(torch.randn(4000, 1, 8), torch.arange(4000) // 2000).float().sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((2, 8), 2000.0))
+
 @pytest.mark.parametrize('dtype, error', [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_stacked_experts_equal_a_loop_over_rows(dtype, error):
     torch.manual_seed(0)

@@ -453,8 +453,6 @@ def test_errors_are_sentences(tmp_path):
     (tmp_path / 'out/source/meta.json').write_text('{"sou')
     code, printed = call(tmp_path / 'ok', tmp_path / 'out')
     assert code == 1 and 'out/source: is no finished source' in printed
-    listed = subprocess.run(f'{sys.executable} {ROOT / "prepare_medverse.py"} --list | head -1', shell=True, capture_output=True)
-    assert listed.stdout.startswith(b'name') and not listed.stderr
 
 def test_killed_worker(long_raw, tmp_path):
     with mock.patch.object(prep, 'slices', suicide):

@@ -151,7 +151,8 @@ def test_bad_folders_end_in_a_sentence(tmp_path):
         write_classes(tmp_path / 'unseen', part + '/{kind}/{i}.png', kinds.split(), 2)
     assert 'no training image shows dog' in failed(tmp_path / 'unseen', out)
     write_classes(tmp_path / 'halves', 'train/{kind}/{i}.png', n=2)
-    assert 'test split is empty' in failed(tmp_path / 'halves', out)
+    assert 'test split is empty' in failed(tmp_path / 'halves', out, '--split', '**', '', '')
+    prepared(tmp_path / 'halves', tmp_path / 'drawn')       # a folder alone that is called train is none of three
     assert '8 images, 0 masks' in failed(pairs('rule'), out, '--masks', 'nowhere/*')
     (tmp_path / 'rule/masks').rename(tmp_path / 'rule/truth')
     assert '8 images, 0 masks' in failed(tmp_path / 'rule', out, '--values', '0', '1')      # no classification by these folders

@@ -121,14 +121,14 @@ class Task:
             self.images, self.answers = ({split: np.load(folder / split / f'{name}.npy', mmap_mode='r')
                                           for split in ('train', 'val', 'test')}
                                          for name in ('images', 'masks' if self.segments else 'labels'))
-            self.seen = {split: set().union(*map(np.unique, answers)) - {255} for split, answers in self.answers.items()}
+            seen = {split: set().union(*map(np.unique, answers)) - {255} for split, answers in self.answers.items()}
             for split, answers in self.answers.items():
-                images, most = len(self.images[split]), max(self.seen[split], default=0)
+                images, most = len(self.images[split]), max(seen[split], default=0)
                 if not len(answers) and split != 'val':
                     raise ValueError(f'its {split} split is empty')
                 if len(answers) != images or most >= len(self.classes):
                     raise ValueError(f'its {split} split has {len(answers)} answers, up to class {most}, for {images} images')
-            if unseen := sorted(self.seen['test'] - self.seen['train']):
+            if unseen := sorted(seen['test'] - seen['train']):
                 raise ValueError(f'no training image shows {", ".join(self.classes[c] for c in unseen)}, but a test image does')
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise SystemExit(f'{str(folder).removesuffix(".part")}: missing, damaged or not fit to learn from: {error}; make '

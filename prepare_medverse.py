@@ -408,13 +408,24 @@ def in_order(pool, workers, folder, work, calls, title):
         jobs.extend(pool.submit(spill, folder, work, *call) for call in calls[done + len(jobs):done + 2 * workers])
         yield jobs.popleft().result()
 
-def save_arrays(path, count, shape, dtype, arrays):
-    """Write `count` arrays to a .npy file, one by one; those of fewer channels are repeated to the shape."""
-    with open(path, 'wb') as file:
-        header = {'descr': np.dtype(dtype).str, 'fortran_order': False, 'shape': (count, *shape)}
-        np.lib.format.write_array_header_1_0(file, header)
-        for array in arrays:
-            file.write(np.ascontiguousarray(np.broadcast_to(array, shape), dtype).data)
+class Stack:
+    """A .npy file of arrays of one shape, written one by one; numpy's header has the same length for every count."""
+    def __init__(self, path, shape, dtype=np.uint8):
+        self.file, self.shape, self.dtype, self.count = open(path, 'wb'), shape, np.dtype(dtype), 0
+        self.write_header()
+
+    def write_header(self):
+        self.file.seek(0)
+        header = {'descr': self.dtype.str, 'fortran_order': False, 'shape': (self.count, *self.shape)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def append(self, array):
+        self.file.write(np.ascontiguousarray(np.broadcast_to(array, self.shape), self.dtype).data)
+        self.count += 1
+
+    def close(self):
+        self.write_header()
+        self.file.close()
 
 @contextlib.contextmanager
 def whole(folder, pool):
@@ -451,13 +462,7 @@ def prepare(row, home, folder, config, pool):
         return meta
     calls = [(home / name, 'SUV' if row.modality == 'PET' and 'suv' in f'{home.name}/{name}'.lower() else row.modality,
               config.size, config.min_side) for name in wanted]
-    dropped, shards, filling, seen, chosen = dict.fromkeys(REASONS, 0), [], {1: [], 3: []}, {}, {*wanted}
-
-    def finish(images):
-        save_arrays(part / f'{len(shards):05d}.npy', len(images), images[0].shape, np.uint8, images)
-        shards.append((len(images), images[0].shape[2]))
-        images.clear()
-
+    dropped, shards, filling, seen, chosen = dict.fromkeys(REASONS, 0), [], {}, {}, {*wanted}
     with whole(folder, pool) as part, open(part / 'dropped.csv', 'w', encoding='utf-8', errors='surrogateescape') as file:
         log = csv.writer(file, lineterminator='\n')
         log.writerow(('path', 'slice', 'reason', 'detail'))
@@ -472,17 +477,20 @@ def prepare(row, home, folder, config, pool):
                     dropped[reason] += 1
                     log.writerow((name, index, reason, detail))
                     continue
-                images = filling[pixels.shape[2]]
-                images.append(pixels)
-                if len(images) * pixels.nbytes >= SHARD:
-                    finish(images)
+                channels = pixels.shape[2]
+                if channels not in filling:
+                    filling[channels] = Stack(part / f'{len(shards):05d}.npy', pixels.shape)
+                    shards.append(filling[channels])
+                filling[channels].append(pixels)
+                if filling[channels].count * pixels.nbytes >= SHARD:
+                    filling.pop(channels).close()
             path.unlink()
-        for images in filter(None, filling.values()):
-            finish(images)
+        for stack in filling.values():
+            stack.close()
         _, _, least, words = RULES.get(row.modality, RULES[''])
-        count = sum(n for n, _ in shards)
+        count = sum(stack.count for stack in shards)
         meta = {'source': folder.name, 'modality': row.modality, 'count': count, 'size': config.size,
-                'channels': sorted({channels for _, channels in shards}),
+                'channels': sorted({stack.shape[2] for stack in shards}),
                 'normalization': f'volumes: {words}; pictures: / 255, 16 bits / 4095 or 65535',
                 'foreground': f'slices: {least} of the pixels above 0.02' if least else 'any',
                 'files': len(names), 'read': count + sum(dropped.values()), 'dropped': dropped}
@@ -690,10 +698,10 @@ def labelled(raw, frames, answer, config):
                 if mask.shape != image.shape[:2]:
                     raise ValueError(f'a mask of {mask.shape} for an image of {image.shape}')
             else:  # a file for each class, painted in their order
-                mask = np.zeros(next(layer.shape for layer in masks if layer is not None), np.uint8)
-                for number, layer in enumerate(masks, 1):
-                    if layer is not None:
-                        mask[layer > 0] = number
+                shown = {number: layer > 0 for number, layer in enumerate(masks, 1) if layer is not None}
+                mask = np.zeros(next(iter(shown.values())).shape, np.uint8)
+                for number, place in shown.items():
+                    mask[place] = number
             square = Image.fromarray(mask).resize((config.size, config.size), Image.Resampling.NEAREST)
             yield resize(image, config.size), np.asarray(square)
     except Exception as error:  # decoders fail in every way there is
@@ -708,33 +716,38 @@ def prepare_task(config, raw, folder, pool):
     kinds = {answer for _, answer, _ in files.values() if isinstance(answer, str)}
     config.classes = config.classes or (tuple(sorted(kinds)) if kinds else config.values if len(config.values) > 2 else
                                         ('background', 'foreground'))
-    splits, counts, square = split(files, raw, config), {}, (config.size, config.size)
     if len(config.classes) < 2:
         sys.exit(f'{raw}: {config.classes[0]} is the only class, so there is nothing to learn; give --masks or --labels')
-    answers = ('labels', (), np.int64) if kinds else ('masks', square, np.uint8)
+    answers = ('labels', (), np.int64) if kinds else ('masks', (config.size, config.size), np.uint8)
+    splits, counts, shown = split(files, raw, config), {}, set()
     with whole(folder, pool) as part:
         for name, chosen in splits.items():
             (part / name).mkdir()
             calls = [(raw, *files[file][:2], config) for file in chosen]
             paths = [*in_order(pool, config.workers, part, labelled, calls, name)]
-            channels = [pixels.shape[2] for path in paths for pixels, _ in items(path)]
-            counts[name] = len(channels)
             # Grey images get three channels where others are in colour.
-            for place, (file, *form) in enumerate((('images', (*square, max(channels, default=1)), np.uint8), answers)):
-                arrays = (pair[place] for path in paths for pair in items(path))
-                save_arrays(part / name / f'{file}.npy', counts[name], *form, arrays)
+            channels = max((pixels.shape[2] for path in paths for pixels, _ in items(path)), default=1)
+            images = ('images', (config.size, config.size, channels), np.uint8)
+            stacks = [Stack(part / name / f'{kind}.npy', *form) for kind, *form in (images, answers)]
+            for pixels, answer in (pair for path in paths for pair in items(path)):
+                stacks[0].append(pixels)
+                stacks[1].append(answer)
+                shown.update(np.unique(answer).tolist())
+            for stack in stacks:
+                stack.close()
             for path in paths:
                 path.unlink()
+            counts[name] = stacks[0].count
         meta = {'kind': 'classification' if kinds else 'segmentation', 'classes': config.classes, 'modality': config.modality,
                 'size': config.size, 'counts': counts}
         (part / 'split.json').write_text(json.dumps(splits, indent=1))
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
-        shown = set().union(*Task(part).seen.values())  # which ends the program if the splits would not do for training
         if missing := [name for number, name in enumerate(config.classes) if number not in shown]:
             text = f'no image shows {", ".join(missing)}; mend --classes or --values (255 counts where named: --values 0 255)'
             if len(missing) > len(config.classes) - 2:
                 sys.exit(f'{raw}: {text}')
             print(f'warning: {text}?', file=sys.stderr)
+        Task(part)  # ends the program if the classes and splits would not do for training
     paper = TASKS[config.task].count if config.task in TASKS else ''
     print(f'{folder}: {meta["kind"]} into {", ".join(config.classes)}; images: {counts}'
           + f', in the paper {paper}' * bool(paper))

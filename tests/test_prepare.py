@@ -361,7 +361,7 @@ def test_many_shards(tmp_path, monkeypatch):
         Image.fromarray(texture(seed, 64, 64, (3,) if seed % 2 else ())).save(big / f'{seed}.png')
     assert call(tmp_path / 'raw', tmp_path / 'out', '--size', '512')[0] == 0
     shapes = {path.name: np.load(path).shape for path in (tmp_path / 'out/big').glob('*.npy')}
-    assert shapes == {'00000.npy': (2, 512, 512, 3), '00001.npy': (3, 512, 512, 1), '00002.npy': (1, 512, 512, 3)}
+    assert shapes == {'00000.npy': (3, 512, 512, 1), '00001.npy': (2, 512, 512, 3), '00002.npy': (1, 512, 512, 3)}
 
 def children(pid):
     return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]

@@ -121,10 +121,11 @@ def setup(kind):
     return rank, world, local, device
 
 def refuse_negative(o):
-    """End the program where a number is negative, or none at all, that is not so by default."""
+    """End the program where a number is negative, infinite (but for --clip) or none at all, that is not so by default."""
     for name, value in vars(o).items():
-        if isinstance(value, (int, float)) and value != getattr(type(o), name) and not value >= 0:
-            raise SystemExit(f'--{name} {value}: must be 0 or more')
+        fine = not isinstance(value, (int, float)) or 0 <= value < math.inf or name == 'clip' and value == math.inf
+        if not fine and value != getattr(type(o), name):
+            raise SystemExit(f'--{name} {value}: must be a number of 0 or more')
 
 def claim(out, o):
     """Refuse to write over another run unasked."""

@@ -61,7 +61,7 @@ class Shards:
                 n, count, sides = sum(map(len, arrays)), meta['count'], {side for _, side in shapes}
                 if n != count or len(sides) > 1:
                     raise ValueError(f'{n} images, {count} by meta.json, and sides of {sorted(sides)} pixels')
-                if any(array.dtype != np.uint8 or array.shape[1:] != (*2 * [*sides], array.shape[-1]) for array in arrays):
+                if any(array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] != array.shape[2] for array in arrays):
                     raise ValueError('its arrays are not uint8 (n, S, S, c)')
             except (ValueError, KeyError, IndexError, TypeError, OSError, EOFError) as error:
                 raise SystemExit(f'{source}: no source for pretraining, or damaged, cut short or of another size than those '

@@ -37,8 +37,7 @@ from tqdm import tqdm
 import data
 import prepare_medverse
 from model import ViT, load_weights, named_config, read_checkpoint
-from pretrain import (claim, draw_tables, learning_rate, make_optimizer, refuse_negative, reopen, save, seed_step,
-                      setup)
+from pretrain import check_numbers, claim, draw_tables, learning_rate, make_optimizer, reopen, save, seed_step, setup
 from unetr import UNETR
 
 @dataclass
@@ -223,8 +222,6 @@ def train(o):
     images = np.random.default_rng(o.seed).permutation(counts['train'])[:max(1, round(o.fraction * counts['train']))]
     epoch_steps = math.ceil(len(images) / (o.batch * world))
     steps = o.steps or o.epochs * epoch_steps
-    if steps < 1:
-        raise SystemExit('--epochs or --steps must be above 0')
     warmup = max(1, min(round(o.warmup_epochs * epoch_steps), steps // 2))
     if o.tune_blocks >= 0:
         for part in (vit.cls_token, vit.patch_embed, vit.norm, *vit.blocks[:-o.tune_blocks or None]):
@@ -232,8 +229,7 @@ def train(o):
     trained = [p for p in model.parameters() if p.requires_grad]
     about = dict(task=o.task, classes=task.classes, counts=counts | dict(train=len(images)), **source, seed=o.seed,
                  steps=steps, batch=o.batch, processes=world, lr=o.lr, weight_decay=o.weight_decay, warmup=warmup,
-                 parameters=sum(p.numel() for p in trained),
-                 config=asdict(config))
+                 parameters=sum(p.numel() for p in trained), config=asdict(config))
 
     optimizer = make_optimizer(model, o.lr, o.weight_decay)
     first, best, minutes, skipped = 0, -1.0, 0.0, 0
@@ -387,9 +383,9 @@ def export(o):
 def main():
     """Train, or what else the options ask for."""
     o = data.parse_options(Options())
-    refuse_negative(o)
+    check_numbers(o)
     for holds, rule in [(o.adapt in ('experts', 'director'), '--adapt must be experts or director'),
-                        (o.pool in ('cls', 'mean'), '--pool must be cls or mean'), (o.batch >= 1, '--batch must be 1 or more'),
+                        (o.pool in ('cls', 'mean'), '--pool must be cls or mean'),
                         (0 < o.fraction <= 1, '--fraction must be above 0 and at most 1'),
                         (o.out or not o.predict, '--predict needs --out, the folder of a fine-tuned run')]:
         if not holds:

@@ -120,12 +120,15 @@ def setup(kind):
         dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', device_id=device if kind == 'cuda' else None)
     return rank, world, local, device
 
-def refuse_negative(o):
-    """End the program where a number is negative, infinite (but for --clip) or none at all, that is not so by default."""
+def check_numbers(o):
+    """End the program where a number is negative, infinite (but for --clip) or none at all, that is not so by default, and
+    where there is nothing to train on or for."""
     for name, value in vars(o).items():
         fine = not isinstance(value, (int, float)) or 0 <= value < math.inf or name == 'clip' and value == math.inf
         if not fine and value != getattr(type(o), name):
             raise SystemExit(f'--{name} {value}: must be a number of 0 or more')
+    if o.batch < 1 or not (o.steps or o.epochs):
+        raise SystemExit('--batch must be 1 or more, and --epochs or --steps above 0')
 
 def claim(out, o):
     """Refuse to write over another run unasked."""
@@ -253,6 +256,17 @@ def draw_tables(path, tables, names, titles, counts=None):
 
 # --- training -----------------------------------------------------------------------------------------------------------
 
+def resume(path, o, images, model, optimizer):
+    """Load a run of `images` a step into model and optimizer, if the options are those of its numbers: (steps, skipped)."""
+    state, _, file = read_checkpoint(path)
+    free = 'data out init resume overwrite batch accumulate device bf16 checkpoint log_every val_every save_minutes'.split()
+    was, now = file['options'] | dict(images=file.get('images')), vars(o) | dict(images=images)
+    if changed := [f'{n} {was.get(n)} (not {now[n]})' for n in now if n not in free and was.get(n) != now[n]]:
+        raise SystemExit(f'{path}: a run goes on as it began, with {", ".join(changed)}; a new one can --init from it')
+    model.load_state_dict(state)
+    optimizer.load_state_dict(file['optimizer'])
+    return file['step'], file['skipped']
+
 def train(o, rank, world, local, device):
     """One run. Yields the Config and each step's marks, (phase that ends, moment), so that --bench can take turns."""
     master, gpu, path = rank == 0, device.type == 'cuda', Path(o.out, 'ckpt.pt')
@@ -266,8 +280,6 @@ def train(o, rank, world, local, device):
         raise SystemExit(f'{o.data}: {len(shards.train)} + {len(shards.val)} images are too few to train on, {global_batch} a '
                          'step, and to validate')
     steps = o.steps or o.epochs * epoch_steps
-    if steps < 1:
-        raise SystemExit('--epochs or --steps must be above 0')
     warmup, peak = max(1, round(o.warmup * steps)), o.lr * global_batch / 512      # linear scaling, C.2.1
 
     config = named_config(o.model, o.depth, size=o.size, patch=o.patch, experts=o.experts, top_k=o.top_k, routing=o.routing)
@@ -278,15 +290,7 @@ def train(o, rank, world, local, device):
     optimizer = make_optimizer(model, peak, o.weight_decay)
     first = skipped = 0
     if o.resume and path.exists():
-        state, _, file = read_checkpoint(path)
-        free = 'data out init resume overwrite batch accumulate device bf16 checkpoint log_every val_every save_minutes'.split()
-        was, now = file['options'] | dict(images=file.get('images')), vars(o) | dict(images=global_batch)
-        if changed := [f'{n} {was.get(n)} (not {now[n]})' for n in now if n not in free and was.get(n) != now[n]]:
-            raise SystemExit(f'{path}: a run goes on as it began, with {", ".join(changed)}; a new one can --init from it')
-        model.load_state_dict(state)
-        optimizer.load_state_dict(file['optimizer'])
-        first, skipped = file['step'], file['skipped']
-        del state, file         # gigabytes
+        first, skipped = resume(path, o, global_batch, model, optimizer)
     elif o.init:
         load_weights(model, read_checkpoint(o.init)[0], o.init)
     if bf16:
@@ -478,9 +482,9 @@ def main():
     o = data.parse_options(Options())
     if o.demo:
         o = data.parse_options(Options(demo=True, **DEMO))
-    refuse_negative(o)
-    if min(o.batch, o.accumulate, o.log_every) < 1 or o.clip <= 0:
-        raise SystemExit('--batch, --accumulate and --log_every must be 1 or more, --clip above 0 (inf: off)')
+    check_numbers(o)
+    if min(o.accumulate, o.log_every) < 1 or o.clip <= 0:
+        raise SystemExit('--accumulate and --log_every must be 1 or more, --clip above 0 (inf: off)')
     place = rank, world, _, _ = setup(o.device)
     if without := o.bench and o.data == Options.data and not Path(o.data).exists():
         o = replace(o, data=f'data/phantoms-{o.size}')

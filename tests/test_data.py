@@ -136,7 +136,7 @@ def miscount(source):
                                           (lambda source: (source / '00001.npy').unlink(), 'a: .*16.*30'),
                                           (lambda source: (source / 'meta.json').write_text('{"mod'), 'a: .*JSON'),
                                           (lambda source: (source / 'meta.json').write_text('[]'), 'a: .*TypeError'),
-                                          (lambda source: np.save(source / '00001.npy', np.ones((14, 32, 32))), 'a: .*uint8'),
+                                          (lambda source: np.save(source / '00001.npy', np.ones((14, 32, 32, 1))), 'a: .*uint8'),
                                           (lambda source: np.save(source / '00001.npy', np.ones((14, 32, 16, 1), np.uint8)), 'a: .*S, S'),
                                           (lambda source: (source / 'meta.json').write_text('{"kind": ""}'), "a: no source.*'modality'")])
 def test_damaged_sources_are_named(tmp_path, spoil, named):

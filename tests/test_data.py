@@ -138,6 +138,7 @@ def miscount(source):
                                           (lambda source: (source / 'meta.json').write_text('[]'), 'a: .*TypeError'),
                                           (lambda source: np.save(source / '00001.npy', np.ones((14, 32, 32, 1))), 'a: .*uint8'),
                                           (lambda source: np.save(source / '00001.npy', np.ones((14, 32, 16, 1), np.uint8)), 'a: .*S, S'),
+                                          (lambda source: np.save(source / '00001.npy', np.ones((14, 32, 32), np.uint8)), 'a: .*S, S'),
                                           (lambda source: (source / 'meta.json').write_text('{"kind": ""}'), "a: no source.*'modality'")])
 def test_damaged_sources_are_named(tmp_path, spoil, named):
     write_source(tmp_path / 'a', 'CT', 30)

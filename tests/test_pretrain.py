@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
+import bench
 import numpy as np
 import pytest
 import torch
@@ -22,12 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import model
 import pretrain
-from model import MAE, SIZES, Config, layer_losses, read_checkpoint
+from model import MAE, SIZES, Config, Routing, flops, layer_losses, read_checkpoint
 
 TINY = dict(model='tiny', depth=2, experts=4, size=32, patch=8, batch=4, steps=6, warmup=0.34, lr=0.1, log_every=1,
             device='cpu')
 MODEL = Config(size=32, patch=8, experts=4, **(SIZES['tiny'] | dict(depth=2)))
-FIELDS = {'step', 'loss', 'mae', 'co', 'bal', 'lr', 'momentum', 'sigma', 'images_per_second'}
+FIELDS = {'step', 'loss', 'mae', 'co', 'bal', 'lr', 'momentum', 'sigma', 'images_per_second', 'mfu'}
 
 @pytest.fixture(autouse=True)
 def keep_signals():
@@ -50,7 +51,7 @@ def train(folder, out, **options):
 
 def log(out, timed=False):
     lines = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
-    return [{k: v for k, v in line.items() if timed or k != 'images_per_second'} for line in lines]
+    return [{k: v for k, v in line.items() if timed or k not in ('images_per_second', 'mfu')} for line in lines]
 
 def same(a, b):
     """Equal to the last bit, through dictionaries and lists."""
@@ -233,6 +234,18 @@ def close(out, naive, norms):
         # AdamW makes a whole step of a gradient that is nothing but rounding: one element in a hundred may be such
         assert torch.isclose(ours[name], value, atol=5e-5, rtol=1e-5).float().mean() > 0.99, name
 
+def test_the_log_of_accumulated_steps_holds_the_loss_that_is_optimised(sources, tmp_path, monkeypatch):
+    products, losses = [], pretrain.layer_losses
+
+    def watch(co, scores, load):
+        if scores.requires_grad:        # the one that is optimised
+            products.append(4 * (scores * load).sum(1).mean().item())
+        return losses(co, scores, load)
+    monkeypatch.setattr(pretrain, 'layer_losses', watch)
+    train(sources[0], tmp_path, accumulate=3, steps=2, sigma=9)
+    assert [line['bal'] for line in log(tmp_path)] == pytest.approx([sum(products[:3]) / 3, sum(products[3:]) / 3])
+    assert len(products) == 6 and max(products) > min(products) + 0.01      # the product of the means would be another
+
 @pytest.mark.parametrize('parts', [1, 2])
 def test_accumulated_micro_batches_equal_one_batch_in_a_naive_loop(sources, tmp_path, parts):
     options = dict(STEP, balance=0.5 if parts == 1 else 0.0)      # balanced within a micro-batch
@@ -306,9 +319,8 @@ def test_killed_and_resumed_equals_never_stopped(sources, tmp_path):
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_resumed_run_equals_one_never_stopped(sources, finished, tmp_path, at_batch, number):
     at_batch(lambda step, images: (step == 2 and os.kill(os.getpid(), number)) or images)
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(SystemExit, match=f'^{128 + number}$'):
         train(sources[0], tmp_path, val_every=2)
-    assert error.value.code == 128 + number
     assert read_checkpoint(tmp_path / 'ckpt.pt')[2]['step'] in (3, 4)
     train(sources[0], tmp_path, val_every=2, resume=True)
     same_run(tmp_path, finished)
@@ -331,11 +343,12 @@ def test_a_step_that_is_not_finite_changes_nothing(sources, tmp_path, at_batch, 
     for before, after in ((0, 1), (1, 2), (3, 4)):
         assert not same(saved[after]['model'], saved[before]['model'])
     assert [line['skipped'] for line in log(tmp_path)] == [1, 1, 1, 2, 2, 2]
+    assert [line['loss'] is None for line in log(tmp_path)] == [True, False, False, True, False, False]     # JSON has no NaN
     assert all(tensor.isfinite().all() for tensor in saved[5]['model'].values())
 
 def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(sources, tmp_path, at_batch):
     at_batch(lambda step, images: images * math.inf if step > 3 else images)
-    with pytest.raises(SystemExit, match='ten steps in a row'):
+    with pytest.raises(SystemExit, match='10 steps in a row'):
         train(sources[0], tmp_path, steps=40)
     assert log(tmp_path)[-1]['step'] == 13 and log(tmp_path)[-1]['skipped'] == 10
 
@@ -343,7 +356,7 @@ def test_a_run_is_not_overwritten_unasked(sources, finished, tmp_path):
     before = (finished / 'ckpt.pt').read_bytes()
     with pytest.raises(SystemExit, match='--resume.*--overwrite'):
         train(sources[0], finished)
-    others = ((dict(experts=2), r'experts 4 \(not 2\)'), (dict(batch=2), r'images 4 \(not 2\)'),
+    others = ((dict(experts=2), r'experts 4 \(not 2\)'), (dict(batch=2), r'global_batch 4 \(not 2\)'),
               (dict(seed=1, lr=9.0), r'lr [0-9.]+ \(not 9.0\), seed 0 \(not 1\)'), (dict(steps=99), r'steps 6 \(not 99\)'))
     for other, sentence in others:
         with pytest.raises(SystemExit, match=sentence):
@@ -352,6 +365,28 @@ def test_a_run_is_not_overwritten_unasked(sources, finished, tmp_path):
     for _ in range(2):
         train(sources[0], tmp_path, steps=1, overwrite=True)
     assert [line['step'] for line in log(tmp_path)] == [0]
+
+def test_two_trainings_do_not_write_to_one_folder(sources, finished, tmp_path):
+    options = dict(steps=10 ** 6, val_every=10 ** 6, log_every=10 ** 6)
+    command = [sys.executable, ROOT / 'pretrain.py', *arguments(sources[0], tmp_path / 'run', **options)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while not (tmp_path / 'run' / 'config.json').exists() and process.poll() is None:
+            time.sleep(0.01)
+        for options in (dict(), dict(overwrite=True), dict(resume=True)):
+            with pytest.raises(SystemExit, match='run: another process trains here'):
+                train(sources[0], tmp_path / 'run', steps=1, **options)
+    finally:
+        process.kill()
+        process.wait()
+    train(sources[0], tmp_path / 'run', steps=1, overwrite=True)     # what a killed run held is free again
+
+def test_a_finished_run_says_so_and_other_data_are_refused(sources, finished, tmp_path):
+    with pytest.raises(SystemExit, match='finished, all 6 steps'):
+        train(sources[0], finished, resume=True)
+    write_source(tmp_path / 'data' / 'a', 'CT', 40)
+    with pytest.raises(SystemExit, match=r'training_images 64 \(not 38\)'):
+        train(tmp_path / 'data', finished, resume=True)
 
 def test_a_new_run_over_an_old_one_leaves_nothing_of_it_to_resume(sources, tmp_path, at_batch):
     train(sources[0], tmp_path, steps=2)
@@ -376,7 +411,7 @@ def test_a_full_disk_in_a_picture_or_the_log_ends_in_a_sentence(sources, tmp_pat
         pretrain.save(tmp_path / 'log.jsonl', '')
     monkeypatch.undo()
     assert (tmp_path / 'log.jsonl').read_text() and not list(tmp_path.glob('*.new'))
-    pretrain.reopen(tmp_path, 1, {})
+    pretrain.open_run(tmp_path, pretrain.Options(resume=True), 1, {})
     assert (tmp_path / 'log.jsonl').read_text() == '{"step": 0, "loss": 1}\n'
 
 def test_a_full_disk_leaves_the_checkpoint_before(sources, tmp_path, at_batch):
@@ -423,12 +458,12 @@ def test_counted_operations_are_those_that_torch_counts(change, monkeypatch):
     network = MAE(replace(MODEL, **change))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         losses, routing, _, _ = network(torch.randn(6, 3, 32, 32))
-        (losses.mean() + (layer_losses(routing, routing.chosen.mean(1))[1] if routing else 0)).backward()
-    assert counter.get_total_flops() == 6 * pretrain.flops(network.config)
+        (losses.mean() + (layer_losses(routing.co, routing.scores.mean(1), routing.chosen.mean(1))[1] if routing else 0)).backward()
+    assert counter.get_total_flops() == 6 * flops(network.config)
 
 def test_operations_of_the_known_sizes():
-    assert pretrain.flops(Config(experts=0)) == pytest.approx(77.0e9, rel=1e-3)
-    assert pretrain.flops(Config()) == pytest.approx(106.5e9, rel=1e-3)
+    assert flops(Config(experts=0)) == pytest.approx(77.0e9, rel=1e-3)
+    assert flops(Config()) == pytest.approx(106.5e9, rel=1e-3)
 
 @pytest.mark.parametrize('change, again', [(dict(), False), (dict(routing='token'), True), (dict(experts=0), False)])
 def test_blocks_compile_in_bf16_with_the_same_results_and_gradients_as_they_come(change, again):
@@ -453,7 +488,7 @@ def test_blocks_compile_in_bf16_with_the_same_results_and_gradients_as_they_come
         network.zero_grad()
         with torch.autocast('cpu', torch.bfloat16):
             losses, routing, _, _ = network(images, torch.full((), 0.5), torch.rand(4, 16))
-        (losses.mean() + (layer_losses(routing, routing.chosen.mean(1))[0] if routing else 0)).backward()
+        (losses.mean() + (layer_losses(routing.co, routing.scores.mean(1), routing.chosen.mean(1))[0] if routing else 0)).backward()
         handle.remove()
         found.append([losses.detach()] + [p.grad for p in network.parameters() if p.requires_grad])
         assert order == [3, 2, 1, 'first', 0]       # so DDP can send the others' while the first block computes its own
@@ -461,49 +496,33 @@ def test_blocks_compile_in_bf16_with_the_same_results_and_gradients_as_they_come
     assert all((a - b).norm() <= 0.01 * a.norm() for a, b in zip(*found))
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2      # one for all blocks of the encoder, one for the rest
 
-def test_bench_times_both_networks_and_both_gates(sources, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pretrain, 'GATES', ((32, 2), (64, 1)))
-    argv = ['pretrain.py', '--bench', *arguments(sources[0], tmp_path / 'out')]
-    monkeypatch.setattr(sys, 'argv', argv)
-    pretrain.main()
+def test_the_bench_times_both_networks_and_both_gates(sources, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, 'GATES', ((32, 2), (64, 1)))
+    monkeypatch.setattr(pretrain, 'tqdm', pretrain.tqdm)        # what the bench replaces comes back after the test
+    monkeypatch.setattr(pretrain, 'validate', pretrain.validate)
+    bench.real_steps(arguments(sources[0], tmp_path / 'out'), warm=2, count=4)
+    bench.gates(MODEL)
     lines = capsys.readouterr().out.splitlines()
     dex, mae = (next(line for line in lines if line.startswith(name)) for name in ('DEX:', 'MAE:'))
-    for line, config in ((dex, MODEL), (mae, replace(MODEL, experts=0))):
-        assert f'{pretrain.flops(config) / 1e9:.1f} GFLOP' in line and 'MFU 0.000' in line     # no chip, no guess
-        phases = [float(word) for word in re.findall(r'([0-9.]+)%', line)]
-        assert len(phases) == 5 and 60 < sum(phases) < 140      # medians need not add up
+    for line, config, phases in ((dex, MODEL, 5), (mae, replace(MODEL, experts=0), 4)):
+        assert f'{flops(config) / 1e9:.1f} GFLOP' in line and 'MFU 0.000' in line      # no chip, no guess
+        shares = [float(word) for word in re.findall(r'([0-9.]+)%', line)]
+        assert len(shares) == phases and 60 < sum(shares) < 140     # medians need not add up
     assert 'efficiency' in lines[-5]
     gates = [re.search(r'(\w+)-wise.* (\d+) images of (\d+) pixels: ([0-9.]+) MFLOP', line).groups() for line in lines[-4:]]
     assert [gate[:3] for gate in gates] == [(kind, *rest) for rest in (('2', '32'), ('1', '64')) for kind in ('image', 'token')]
     assert float(gates[1][3]) == pytest.approx(17 * float(gates[0][3]), rel=0.1)      # as many as an image has tokens
     assert not (tmp_path / 'out').exists()
 
-def test_bench_without_shards_makes_phantoms(tmp_path, monkeypatch):
-    commands = []
-    def run(command, check):
-        commands.append(list(map(str, command)))
-        write_source(tmp_path / 'data/phantoms-32.part/phantom-ct', 'CT', 3)
-    monkeypatch.setattr(subprocess, 'run', run)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match='none: no prepared images'):       # what was asked for is not replaced unasked
-        monkeypatch.setattr(sys, 'argv', ['pretrain.py', '--bench', *arguments(tmp_path / 'none', tmp_path / 'out')])
-        pretrain.main()
-    assert not commands
-    with pytest.raises(SystemExit, match='data/phantoms-32: .* too few'):
-        monkeypatch.setattr(sys, 'argv', ['pretrain.py', '--bench', *arguments('data/medverse', tmp_path / 'out')])
-        pretrain.main()
-    assert commands[0][-6:] == ['--phantoms', '200', '--out', 'data/phantoms-32.part', '--size', '32']
-    assert [path.name for path in (tmp_path / 'data').iterdir()] == ['phantoms-32']     # it appeared as a whole
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 def test_a_steady_step_never_waits_for_the_gpu(sources, tmp_path):
     o = replace(pretrain.Options(), **dict(TINY, data=str(sources[0]), out=str(tmp_path), device='cuda', steps=1000, log_every=1000))
-    run = pretrain.train(o, *pretrain.setup('cuda'))
-    for _ in range(5):      # compiles, validates, fills the caches
-        next(run)
+    run = pretrain.set_up(o, *pretrain.setup('cuda'))
+    run.last = 5        # compiles, validates, fills the caches
+    pretrain.train(run)
+    run.first, run.last = 5, 15
     torch.cuda.set_sync_debug_mode('error')
     try:
-        for _ in range(10):
-            next(run)
+        pretrain.train(run)
     finally:
         torch.cuda.set_sync_debug_mode('default')

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +28,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
@@ -72,7 +70,6 @@ class Options:
     device: str = ''                # cpu, cuda or mps; empty: the best there is
     seed: int = 0                   # of weights, order, augmentation, masks and noise
     bf16: bool = True               # bfloat16 autocast and torch.compile, on CUDA only
-    checkpoint: bool = False        # compute activations anew in the backward pass: less memory, a third more time
     # looking after it
     log_every: int = 10             # steps between lines of log.jsonl
     val_every: int = 0              # steps between validations; 0: ten a run
@@ -82,7 +79,7 @@ class Options:
     def __post_init__(self):
         check_numbers(self)
         if min(self.accumulate, self.log_every) < 1 or self.clip <= 0:
-            raise SystemExit('--accumulate and --log_every must be 1 or more, --clip above 0 (inf: off)')
+            raise SystemExit('--accumulate and --log_every must be 1 or more, --clip above 0')
 
 DEMO = dict(data='data/phantoms-64', out='out/demo', model='tiny', depth=4, size=64, patch=8, batch=64, steps=400,
             lr=8e-3, val_share=0.2, val_every=100)
@@ -92,10 +89,9 @@ MAX_SKIPPED = 10        # steps in a row that are not finite end a training
 # --- shared with finetune.py ------------------------------------------------------------------------------------------
 
 def check_numbers(o):
-    """End the program where an option is negative, infinite (but --clip) or no number, and is not so by default."""
+    """End the program where an option is negative, infinite or no number, and is not so by default."""
     for name, value in vars(o).items():
-        fine = not isinstance(value, (int, float)) or 0 <= value < math.inf or name == 'clip' and value == math.inf
-        if not fine and value != getattr(type(o), name):
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf and value != getattr(type(o), name):
             raise SystemExit(f'--{name} {value}: must be a number of 0 or more')
     if o.batch < 1 or not (o.steps or o.epochs):
         raise SystemExit('--batch must be 1 or more, and --epochs or --steps above 0')
@@ -196,8 +192,9 @@ def mutual_information(counts):
     return rows + columns - both, min(rows, math.log2(counts.shape[1]))
 
 @torch.no_grad()
+@torch.compiler.set_stance('force_eager')       # its shapes are not worth compiling for
 def validate(model, shards, o, device, autocast):
-    """Look at the whole held-out images without gate noise: draw recon.png and experts.png, print and return the rest."""
+    """Look at the whole held-out images without gate noise: draw recon.png, experts.png; print and return the rest."""
     present, picks, kinds = np.unique(shards.modality[shards.val], return_index=True, return_inverse=True)
     names, kinds = [shards.modalities[d] for d in present], F.one_hot(torch.from_numpy(kinds)).T.float()     # (D, images)
     # one fixed draw (images, N - 1), so that each image has the same mask at every validation
@@ -275,8 +272,8 @@ def resume(path, o, numbers, model, optimizer):
     """Load a checkpoint into model and optimizer, if its options and numbers are this run's: (steps, skipped)."""
     state, _, file = read_checkpoint(path)
     now, was = vars(o) | numbers, file['options'] | file.get('numbers', {})
-    for name in ('data', 'out', 'init', 'resume', 'overwrite', 'batch', 'accumulate', 'device', 'bf16', 'checkpoint',
-                 'log_every', 'val_every', 'save_minutes'):
+    for name in ('data', 'out', 'init', 'resume', 'overwrite', 'batch', 'accumulate', 'device', 'bf16', 'log_every',
+                 'val_every', 'save_minutes'):
         del now[name]       # which change no number, or only with another one here
     if changed := [f'{name} {was.get(name)} (not {value})' for name, value in now.items() if was.get(name) != value]:
         raise SystemExit(f'{path}: a run goes on as it began, with {", ".join(changed)}; a new one can --init from it')
@@ -309,11 +306,9 @@ def set_up(o, rank, world, local, device):
         first, skipped = resume(out / 'ckpt.pt', o, numbers, model, optimizer)
     elif o.init:
         load_weights(model, read_checkpoint(o.init)[0], o.init)
-    for block in (*model.blocks, *model.decoder_blocks):
-        if bf16:        # by block: one graph serves all of a kind, and DDP need not wait for the gradients of the whole
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
-        if o.checkpoint:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    # by block: one graph serves all of a kind, and DDP need not wait for the gradients of the whole network
+    for block in (*model.blocks, *model.decoder_blocks) if bf16 else ():
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
     net = model
     if world > 1:       # sends the gradients of a block while those of the block below are computed
         torch._dynamo.config.optimize_ddp = False       # which would cut a block's graph once more
@@ -338,11 +333,21 @@ def set_up(o, rank, world, local, device):
                            epoch_steps * o.accumulate, device)
     chip = torch.cuda.get_device_name() if gpu else ''
     return SimpleNamespace(
-        o=o, out=out, log=log, signals=stop_signals(), rank=rank, world=world, device=device, shards=shards,
-        batches=batches, model=model, net=net, optimizer=optimizer, numbers=numbers,
-        autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16), warmup=warmup, peak_rate=peak,
-        peak_flops=world * next((1e12 * value for name, value in PEAK.items() if name in chip), math.inf),
-        first=first, last=steps, skipped=skipped)
+        o=o, rank=rank, world=world, device=device, out=out, log=log, signals=stop_signals(),
+        shards=shards, batches=batches, model=model, net=net, optimizer=optimizer,
+        autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16), numbers=numbers, warmup=warmup, peak=peak,
+        chip_flops=next((1e12 * value for name, value in PEAK.items() if name in chip), math.inf),
+        first=first, last=steps, skipped=torch.tensor(skipped, device=device))
+
+def save_run(run, step):
+    save(run.out / 'ckpt.pt', dict(
+        model=run.model.state_dict(), optimizer=run.optimizer.state_dict(), step=step, skipped=run.skipped.item(),
+        config=asdict(run.model.config), options=asdict(run.o), numbers=run.numbers))
+
+def no_routing(model):
+    """Of the plain masked autoencoder: no alignment loss, and nothing of no experts."""
+    zeros = torch.zeros(len(model.blocks), 1, 0, device=model.cls_token.device)
+    return Routing(zeros.sum((1, 2)), zeros, zeros, zeros)
 
 def pack(mae, routing, signals):
     """What a step adds up over its ranks as one table (L, 3 R + 3); a row for each layer."""
@@ -357,22 +362,18 @@ def unpack(table):
     return scores, load, usage, others[:, 0], others[0, 1], others[0, 2] > 0
 
 def train(run):
-    """The steps run.first to run.last: the losses (Eq. 8), AdamW, GEMA (Eq. 7), and what looks after them."""
+    """The steps from run.first to run.last: losses (Eq. 8), AdamW, GEMA (Eq. 7). Returns how many steps are done."""
     o, model, optimizer, master, gpu = run.o, run.model, run.optimizer, run.rank == 0, run.device.type == 'cuda'
-    steps, images_a_step = run.numbers['steps'], run.numbers['global_batch']
-    trained = [p for group in optimizer.param_groups for p in group['params']]
-    zeros = torch.zeros(len(model.blocks), 1, 0, device=run.device)
-    no_experts = Routing(zeros.sum((1, 2)), zeros, zeros, zeros)
-    in_a_row = torch.zeros((), device=run.device)
-    skipped = in_a_row + run.skipped
-    logged, logged_at = run.first, time.perf_counter()
-    saved_at = logged_at
+    steps, global_batch, _ = run.numbers.values()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    in_a_row = torch.zeros_like(run.skipped)
+    logged, logged_at, saved_at = run.first, time.perf_counter(), time.perf_counter()
     bar = tqdm(range(run.first, run.last), initial=run.first, total=steps, unit='step', disable=not master)
     for step in bar:
-        progress = step / steps
-        sigma, balance = cosine(o.sigma, 0, progress), cosine(o.balance, 0, progress)
-        momentum = cosine(o.momentum, 1, progress)
-        rate = learning_rate(step, steps, run.warmup, run.peak_rate)
+        sigma = cosine(o.sigma, 0, step / steps)
+        balance = cosine(o.balance, 0, step / steps)
+        momentum = cosine(o.momentum, 1, step / steps)
+        rate = learning_rate(step, steps, run.warmup, run.peak)
         for group in optimizer.param_groups:
             group['lr'] = rate
         losses = usage = 0      # of the global batch: L_self, the layer sums of L_co and L_bal (3,); Omega (L, R)
@@ -383,15 +384,15 @@ def train(run):
             run.net.require_backward_grad_sync = micro == o.accumulate - 1      # DDP's gradients travel once a step
             with run.autocast:
                 mae, routing, _, _ = run.net(images, torch.full((), sigma, device=run.device))
-            mae, routing = mae.mean(), routing or no_experts
+            mae, routing = mae.mean(), routing or no_routing(model)
             table = pack(mae, routing, run.signals)
             if run.world > 1:       # the one small all-reduce of a step
                 dist.all_reduce(table)
                 table /= run.world
-            scores, load, omega, every_co, every_mae, stopping = unpack(table)
+            scores, load, omega, all_co, all_mae, stopping = unpack(table)
             co, bal = layer_losses(routing.co, routing.scores.mean(1), load)
             ((mae + o.co * co + balance * bal) / o.accumulate).backward()       # Eq. 8
-            losses = losses + torch.stack([every_mae, *layer_losses(every_co, scores, load)]) / o.accumulate
+            losses = losses + torch.stack([all_mae, *layer_losses(all_co, scores, load)]) / o.accumulate
             usage = usage + omega / o.accumulate
 
         norm = nn.utils.clip_grad_norm_(trained, o.clip)
@@ -399,10 +400,9 @@ def train(run):
         optimizer.found_inf = (~finite).float()                 # fused AdamW skips the step, and the host need not know
         optimizer.step()
         optimizer.zero_grad()
-        if o.experts:
-            for block, omega in zip(model.blocks, usage):
-                block.dex.gema(omega, momentum, finite)
-        skipped, in_a_row = skipped + ~finite, (in_a_row + 1) * ~finite
+        for block, omega in zip(model.blocks, usage if o.experts else ()):
+            block.dex.gema(omega, momentum, finite)
+        run.skipped, in_a_row = run.skipped + ~finite, (in_a_row + 1) * ~finite
 
         done = step + 1
         looking = done in (1, steps) or done % (o.val_every or max(1, steps // 10)) == 0
@@ -411,31 +411,22 @@ def train(run):
             continue
         if logging:
             mae, co, bal = losses.tolist()
-            speed = images_a_step * (done - logged) / (time.perf_counter() - logged_at)
+            speed = global_batch * (done - logged) / (time.perf_counter() - logged_at)
             entry = dict(step=step, loss=mae + o.co * co + balance * bal, mae=mae, co=co, bal=bal, lr=rate,
-                         momentum=momentum, sigma=sigma, grad_norm=norm.item(), skipped=int(skipped),
-                         images_per_second=speed, mfu=speed * flops(model.config) / run.peak_flops)
+                         momentum=momentum, sigma=sigma, grad_norm=norm.item(), skipped=run.skipped.item(),
+                         images_per_second=speed, mfu=speed * flops(model.config) / (run.world * run.chip_flops))
             bar.set_postfix_str(f'loss {entry["loss"]:.4f}, {speed:.0f} images/s, MFU {entry["mfu"]:.2f}')
             if master:
-                if looking:
-                    with torch.compiler.set_stance('force_eager'):      # its shapes are not worth compiling for
-                        entry |= validate(model, run.shards, o, run.device, run.autocast)
-                write_line(run.log, entry)
+                write_line(run.log, entry | (validate(model, run.shards, o, run.device, run.autocast) if looking else {}))
             logged, logged_at = done, time.perf_counter()
         if in_a_row >= MAX_SKIPPED:
-            raise SystemExit(f'{run.out}: {MAX_SKIPPED} steps in a row had a loss or gradient that is not finite; lower '
-                             '--lr')
+            raise SystemExit(f'{run.out}: {MAX_SKIPPED} steps in a row were not finite; lower --lr')
         if master and (stopping or done == steps or time.perf_counter() - saved_at > 60 * o.save_minutes):
-            save(run.out / 'ckpt.pt', dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done,
-                                           skipped=int(skipped), numbers=run.numbers, config=asdict(model.config),
-                                           options=asdict(o)))
+            save_run(run, done)
             saved_at = time.perf_counter()
-        if stopping and done < steps:
-            bar.close()
-            if not master:      # with another code than 0, torchrun would kill the master while it saves
-                sys.exit(0)
-            print(f'{run.out}: saved after {done} of {steps} steps; go on with --resume')
-            sys.exit(128 + (run.signals or [signal.SIGTERM])[0])
+        if stopping:
+            break
+    return done
 
 def make_phantoms(folder, size):
     """Simulate 200 images of each of the ten modalities in a folder, unless they are all there."""
@@ -456,15 +447,19 @@ def main():
             make_phantoms(o.data, o.size)
         if world > 1:
             dist.barrier()
-        train(set_up(o, rank, world, local, device))
-        if rank == 0:
-            print(f'{o.out}: done; ckpt.pt is the network for finetune.py --init, *.png are its pictures')
+        run = set_up(o, rank, world, local, device)
+        done, steps = train(run), run.numbers['steps']
     except OSError as error:        # a full disk, say
         raise SystemExit(f'{error}; the last checkpoint is whole')
     except KeyboardInterrupt:       # before the first step, when there is nothing to save
         raise SystemExit(130)
     if world > 1:
         dist.destroy_process_group()
+    if rank == 0:       # other ranks leave with 0 in any case, or torchrun would kill this one while it saves
+        print(f'{o.out}: {done} of {steps} steps; ckpt.pt is the network, *.png are its pictures')
+        if done < steps:
+            print('stopped; go on with --resume')
+            sys.exit(128 + (run.signals or [signal.SIGTERM])[0])
 
 if __name__ == '__main__':
     main()

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from model import MAE, Routing, flops, layer_losses, load_weights, named_config, read_checkpoint
+from model import MAE, Routing, ViT, flops, layer_losses, load_weights, named_config, read_checkpoint
 from prepare_medverse import parse_options
 
 @dataclass
@@ -85,6 +85,10 @@ DEMO = dict(data='data/phantoms-64', out='out/demo', model='tiny', depth=4, size
             lr=8e-3, val_share=0.2, val_every=100)
 PEAK = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, '4090': 165}     # bfloat16 TFLOP/s
 MAX_SKIPPED = 10        # steps in a row that are not finite end a training
+CURVES = dict(mae=('error of hidden patches', 'training'), val_mae=('error of hidden patches', 'validation'),
+              co=('alignment loss', 'training'), bal=('balance loss', 'training'),
+              bits=('bits of modality in the first expert', 'layers'), modality_share=('modality in features', 'layers'))
+COLOURS = 'royalblue darkorange seagreen crimson purple sienna deeppink gray olive teal black gold'.split()
 
 # --- shared with finetune.py ------------------------------------------------------------------------------------------
 
@@ -191,12 +195,20 @@ def mutual_information(counts):
     rows, columns, both = (torch.special.entr(p).sum().item() / math.log(2) for p in (joint.sum(1), joint.sum(0), joint))
     return rows + columns - both, min(rows, math.log2(counts.shape[1]))
 
+def modality_share(x):
+    """Share of the variance of features x, a list of (L, B, C) for each modality, that lies between modalities, (L,):
+    what Theorem A.3 argues about."""
+    centred = torch.cat(x, 1) - torch.cat(x, 1).mean(1, keepdim=True)
+    between = sum(part.shape[1] * (part.mean(1) - torch.cat(x, 1).mean(1)).square().sum(1) for part in x)
+    return between / centred.square().sum((1, 2))
+
 @torch.no_grad()
 @torch.compiler.set_stance('force_eager')       # its shapes are not worth compiling for
 def validate(model, shards, o, device, autocast):
-    """Look at the whole held-out images without gate noise: draw recon.png, experts.png; print and return the rest."""
+    """Look at the whole held-out images without gate noise: draw all pictures but curves.png, print and return the rest."""
     present, picks, kinds = np.unique(shards.modality[shards.val], return_index=True, return_inverse=True)
-    names, kinds = [shards.modalities[d] for d in present], F.one_hot(torch.from_numpy(kinds)).T.float()     # (D, images)
+    names = [shards.modalities[d] for d in present]
+    kinds = F.one_hot(torch.from_numpy(kinds)).T.float()        # (D, images)
     # one fixed draw (images, N - 1), so that each image has the same mask at every validation
     noise = torch.rand(kinds.shape[1], (o.size // o.patch) ** 2, generator=torch.Generator().manual_seed(o.seed))
     losses, usage = [], []
@@ -206,24 +218,45 @@ def validate(model, shards, o, device, autocast):
             loss, routing, _, _ = model(images, 0.0, part.to(device))
         losses.append(loss.cpu())
         if routing:
-            usage.append(routing.weights.unflatten(1, (len(ids), -1)).mean(2).cpu())     # omega (L, B, R)
+            usage.append(routing.weights.unflatten(1, (len(ids), -1)).mean(2).cpu())        # omega (L, B, R)
     losses = kinds @ torch.cat(losses) / kinds.sum(1)
-    entry = dict(val_mae=losses.mean().item(), val=dict(zip(names, losses.tolist())))
-    text = f'validation: L_self {entry["val_mae"]:.3f}'
+    shares = draw_features(Path(o.out), model, shards, o, device, autocast)
+    entry = dict(val_mae=losses.mean().item(), val=dict(zip(names, losses.tolist())), modality_share=shares)
+    text = f'validation: L_self {entry["val_mae"]:.3f}; modality in the features, by layer: {numbers(shares)}'
     if usage:
         usage = torch.cat(usage, 1)
         first = kinds @ F.one_hot(usage.argmax(2), usage.shape[2]).float()      # counts of first choices (L, D, R)
         bits, (most, *_) = zip(*map(mutual_information, first))
         dead = [f'{layer + 1}.{expert}' for layer, expert in (usage.sum(1) == 0).nonzero().tolist()]
         entry |= dict(bits=bits, bits_max=most, dead=dead)
-        text += (f'; modality in the first expert, by layer: {" ".join(f"{b:.2f}" for b in bits)} of {most:.2f} bits; experts '
-                 f'(layer.number) that no image activates: {" ".join(dead) or "none"}')
+        text += (f'; in the first expert: {numbers(bits)} of {most:.2f} bits; experts (layer.number) that no image '
+                 f'activates: {" ".join(dead) or "none"}')
         titles = [f'layer {layer}: {b:.2f} bits' for layer, b in enumerate(bits, 1)]
         draw_tables(Path(o.out, 'experts.png'), F.normalize(kinds @ usage, 1, 2), names, titles)        # Fig. 9
     images = data.center(shards.gather(shards.val[picks]).to(device), o.size)
     draw_reconstructions(Path(o.out, 'recon.png'), model, images, noise[picks].to(device), names)
     tqdm.write(text)
     return entry
+
+def numbers(values):
+    return ' '.join(f'{value:.2f}' for value in values)
+
+def brightness(images):
+    """What to multiply images (B, 3, S, S) in [0, 1] by, so that dark ones, as PET, are seen."""
+    return 1 / images.flatten(1).quantile(0.99, 1).clamp(min=0.1)[:, None, None, None]
+
+def draw_grid(path, rows, names, heads, side=96):
+    """Rows of tiles (n, 3, S, S) in [0, 1] with a name before each row and a head over each column."""
+    rows = [F.pad(F.interpolate(row.cpu(), (side, side), mode='area'), (4, 0, 4, 0), value=1) for row in rows]
+    page = torch.cat([torch.cat([*row], 2) for row in rows], 1)         # (3, rows, columns) of pixels
+    page = F.pad(page, (90, 4, 20, 4), value=1).clamp(0, 1).mul(255).byte()
+    picture = Image.fromarray(page.permute(1, 2, 0).numpy())
+    draw = ImageDraw.Draw(picture)
+    for number, name in enumerate(names):
+        draw.multiline_text((6, 24 + (side + 4) * (number + 0.5)), name, 'black', anchor='lm')
+    for number, head in enumerate(heads):
+        draw.text((94 + (side + 4) * number, 14), head, 'black', anchor='lm')
+    picture.quantize(palette=picture.quantize(method=Image.Quantize.MAXCOVERAGE)).save(path)    # a third of the bytes
 
 def draw_reconstructions(path, model, images, noise, names):
     """Of images (B, 3, S, S) with mask noise (B, N - 1) each image, what the encoder sees, and the prediction in place of
@@ -234,23 +267,71 @@ def draw_reconstructions(path, model, images, noise, names):
     seen, guess = (data.denormalize(x).clamp(0, 1) for x in (images, model.unpatchify(prediction * std + mean)))
     grey = (seen - seen[:, :1]).abs().amax((1, 2, 3), keepdim=True) < 1e-3      # three guesses at one channel: their mean
     guess = torch.where(grey, guess.mean(1, keepdim=True), guess)
-    rows = torch.stack([seen, torch.where(hidden, 0.5, seen), torch.where(hidden, guess, seen)])
-    pixels = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).mul(255).byte().cpu().numpy()      # (3 S, B S, 3)
-    zoom = max(1, 128 // images.shape[3])
-    pixels = pixels.repeat(zoom, 0).repeat(zoom, 1)
-    picture = Image.fromarray(np.pad(pixels, ((16, 0), (0, 0), (0, 0)), constant_values=255))       # with room for the names
-    for column, name in enumerate(names):
-        ImageDraw.Draw(picture).text((column * zoom * images.shape[3] + 4, 2), name, 'black')
-    picture.save(path)
+    gain = brightness(seen)
+    rows = [seen * gain, torch.where(hidden, 0.5, seen * gain), torch.where(hidden, guess, seen) * gain]
+    draw_grid(path, rows, ['image', 'what the\nencoder sees', 'its guess\nat the rest'], names)
+
+def cluster(x, k, rounds=20):
+    """Spherical k-means of features x (M, C) of length 1: centres (k, C). Each begins where none before it is near."""
+    centres = x[:1]
+    while len(centres) < k:
+        farthest = (x @ centres.T).amax(1).argmin()
+        centres = torch.cat([centres, x[farthest, None]])
+    for _ in range(rounds):
+        member = F.one_hot((x @ centres.T).argmax(1), k).to(x.dtype)        # (M, k)
+        centres = F.normalize(member.T @ x, dim=1)
+    return centres
+
+def draw_features(out, model, shards, o, device, autocast, k=6):
+    """What the last layer finds alike in some 32 held-out images of each modality, less the modality's mean feature.
+
+    layout.png (Fig. 7): the 16 patches nearest to each of k clusters' centres. attention.png (Fig. 6): an image, and how
+    like (cosine) its patches are to three of them, which lie in three clusters. Returns the `modality_share` by layer.
+    """
+    P, side, layout, maps, names, means = o.patch, o.size // o.patch, [], [], [], []
+    for d in np.unique(shards.modality[shards.val]):
+        ids = shards.val[shards.modality[shards.val] == d]
+        images = data.center(shards.gather(ids[::math.ceil(len(ids) / 32)]).to(device), o.size)
+        with autocast:
+            x, _, outputs = ViT.forward(model, images)
+        means.append(torch.stack([layer[:, 1:].float().mean(1) for layer in outputs]))      # (L, B, C)
+        x = x[:, 1:].float()
+        x = F.normalize(x - x.mean((0, 1)), dim=2)              # (B, N - 1, C)
+        images = data.denormalize(images)
+        images = images * brightness(images)
+        patches = model.patchify(images)                        # (B, N - 1, P * P * 3)
+        shows = patches.std(2) > 0.02                           # not air, not paper; nor the borders, with their text
+        shows &= F.pad(torch.ones(side - 2, side - 2, device=device), (1, 1, 1, 1)).flatten() > 0
+        if shows.sum() < 16:
+            continue
+        names.append(shards.modalities[d])
+        alike = x @ cluster(x[shows], k).T * shows[:, :, None]          # (B, N - 1, k)
+        nearest = patches.flatten(0, 1)[alike.flatten(0, 1).topk(16, 0).indices.T]          # (k, 16, P * P * 3)
+        layout.append(nearest.view(k, 4, 4, P, P, 3).permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3))
+
+        fills = F.one_hot(alike.argmax(2), k).mul(shows[:, :, None]).sum(1)                 # (B, k) patches
+        best = fills.sort(1).values[:, -3].argmax()             # the image that shows three clusters best
+        query = alike[best][:, fills[best].topk(3).indices].argmax(0)                       # (3,) patches
+        heat = (x[best, query] @ x[best].T).view(3, 1, side, side).clamp(min=0)
+        heat = F.interpolate(heat, (o.size, o.size), mode='bicubic').clamp(0, 1)
+        place = F.interpolate(F.one_hot(query, side ** 2).float().view(3, 1, side, side), (o.size, o.size))
+        frame = place + F.max_pool2d(-place, 5, 1, 2)           # the outermost pixels of the query's square
+        red = torch.tensor((1.0, 0, 0), device=device)[:, None, None]
+        maps.append(torch.cat([images[best, None], torch.lerp(images[best].mean(0), red, 0.8 * heat ** 2).maximum(frame)]))
+    if names:
+        draw_grid(out / 'layout.png', torch.stack(layout, 1), [f'alike, {number}' for number in range(1, k + 1)], names)
+        like = 'redder: more\nlike the patch\nin the square'
+        draw_grid(out / 'attention.png', torch.stack(maps, 1), ['image', like, like, like], names)
+    return modality_share(means).tolist()
 
 def draw_tables(path, tables, names, titles, counts=None):
-    """Tables (L, D, R) of numbers from 0 (white) to 1 (blue), four in a row, with titles, row names and column numbers.
+    """Tables (L, D, R) of shares from 0 (white) to 1 (blue), four in a row, with titles, row names and experts' numbers.
     Numbers `counts` (L, D, R) are written into the cells, which are then larger, and the columns have the names."""
     (L, D, R), longest = tables.shape, math.ceil(max(map(ImageFont.load_default().getlength, names)))
     cell, heads = (16, range(R)) if counts is None else (max(48, 8 + longest), names)
     left = max(80, 14 + longest)
     width, height = left + R * cell, 34 + D * cell
-    picture = Image.new('RGB', (width * min(L, 4) + 10, height * math.ceil(L / 4) + 10), 'white')
+    picture = Image.new('RGB', (width * min(L, 4) + 10, height * math.ceil(L / 4) + 30), 'white')
     draw = ImageDraw.Draw(picture)
     for l, d, r in np.ndindex(L, D, R):
         x, y = width * (l % 4) + left + r * cell, height * (l // 4) + 34 + d * cell
@@ -264,7 +345,44 @@ def draw_tables(path, tables, names, titles, counts=None):
             draw.text((x + 4, y - 14), str(heads[r]), 'gray')
         if d == r == 0:
             draw.text((x, y - 30), titles[l], 'black')
+            draw.text((x - left + 8, y - 14), 'expert' if counts is None else '', 'gray')
+    draw.text((8, picture.height - 16), 'white: none of the row; the bluer, the more of it; darkest: all', 'gray')
     picture.save(path)
+
+def draw_lines(path, panels):
+    """Panels {title: {name of a line: [(x, y), ...]}} side by side, each from its least to its greatest numbers."""
+    picture = Image.new('RGB', (330 * len(panels), 220), 'white')
+    draw = ImageDraw.Draw(picture)
+    for number, (title, lines) in enumerate(panels.items()):
+        points = np.concatenate(list(lines.values()))       # (points, 2)
+        low, high = points.min(0), points.max(0)
+        corner, size = np.array((330 * number + 55, 190)), np.array((190, -150))
+
+        def place(point):
+            return tuple(corner + size * (point - low) / (high - low + 1e-9))
+
+        draw.text((corner[0], 12), title, 'black')
+        draw.line([place((low[0], high[1])), place(low), place((high[0], low[1]))], 'silver')
+        for x, y in (low, high):
+            draw.text(place((x, low[1])), f'{x:.4g}', 'gray', anchor='ma')
+            draw.text(place((low[0], y)), f'{y:.3g} ', 'gray', anchor='rm')
+        for row, (colour, (name, line)) in enumerate(zip(COLOURS, lines.items())):
+            draw.line([place(point) for point in line], colour, 2)
+            draw.text((corner[0] + 198, 40 + 14 * row), name, colour)
+    picture.save(path)
+
+def draw_curves(path, entries):
+    """Losses, bits and modality shares against the step, from the objects of log.jsonl."""
+    panels = {}
+    for entry in entries:
+        for name, (title, label) in CURVES.items():
+            values = entry.get(name)
+            by_layer = label == 'layers' and values
+            lines = {f'layer {l}': value for l, value in enumerate(values, 1)} if by_layer else {label: values}
+            for line, value in lines.items():
+                if value is not None:       # not looked at in this step, or not finite
+                    panels.setdefault(title, {}).setdefault(line, []).append((entry['step'] + 1, value))
+    draw_lines(path, panels)
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
@@ -417,7 +535,11 @@ def train(run):
                          images_per_second=speed, mfu=speed * flops(model.config) / (run.world * run.chip_flops))
             bar.set_postfix_str(f'loss {entry["loss"]:.4f}, {speed:.0f} images/s, MFU {entry["mfu"]:.2f}')
             if master:
-                write_line(run.log, entry | (validate(model, run.shards, o, run.device, run.autocast) if looking else {}))
+                if looking:
+                    entry |= validate(model, run.shards, o, run.device, run.autocast)
+                write_line(run.log, entry)
+                if looking:
+                    draw_curves(run.out / 'curves.png', [json.loads(line) for line in open(run.out / 'log.jsonl')])
             logged, logged_at = done, time.perf_counter()
         if in_a_row >= MAX_SKIPPED:
             raise SystemExit(f'{run.out}: {MAX_SKIPPED} steps in a row were not finite; lower --lr')

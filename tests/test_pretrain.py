@@ -110,28 +110,74 @@ def test_validation_equals_one_image_at_a_time(finished, sources):
     entry = log(finished)[-1]
     naive = {name: sum(values) / len(values) for name, values in losses.items()}
     assert entry['val'] == pytest.approx(naive) and entry['val_mae'] == pytest.approx(sum(naive.values()) / 3)
+    assert len(entry['modality_share']) == 2 and all(0 < share < 1 for share in entry['modality_share'])
     assert entry['bits'] == pytest.approx([pretrain.mutual_information(table)[0] for table in counts])
 
-def test_pictures_show_what_is_seen_and_predicted(finished, sources):
-    picture = np.asarray(Image.open(finished / 'recon.png')).astype(int)
-    assert picture.shape == (16 + 3 * 128, 3 * 128, 3)      # 32 pixels drawn as 128 under a line of text
-    image, seen, shown = (picture[16 + row * 128:144 + row * 128:4, ::4] for row in range(3))
-    shards, model, guess = data.Shards(sources[0]), MAE(MODEL), shown.astype(float)
-    model.load_state_dict(read_checkpoint(finished / 'ckpt.pt')[0])
-    noise = torch.rand(4, 16, generator=torch.Generator().manual_seed(0))
-    for left, k, stored in ((32, 3, sources[1][3][-1]), (64, 1, sources[1][1][-1])):        # MR and Photo hold one out
-        pixels = data.center(shards.gather(shards.val[k:k + 1]), 32)
-        prediction, (_, mean, std) = model(pixels, 0.0, noise[k:k + 1])[2].detach(), model.targets(pixels)
-        undone = data.denormalize(model.unpatchify(prediction * std + mean))[0].permute(1, 2, 0)
-        undone = undone.clamp(0, 1) if stored.shape[2] == 3 else undone.clamp(0, 1).mean(2, keepdim=True)
-        guess[:, left:left + 32] = undone * 255
-        assert abs(image[:, left:left + 32] - stored).max() <= 1
-    patches = [x.reshape(4, 8, 12, 8, 3).swapaxes(1, 2).reshape(48, -1) for x in (image, seen, shown, guess)]
-    image, seen, shown, guess = patches
-    hidden = (abs(seen - 127) <= 1).all(1)
-    assert hidden.sum() == 3 * 12 and abs(shown - guess)[hidden].max() < 1.1
-    assert (seen == image)[~hidden].all() and abs(shown - image)[~hidden].max() <= 1
-    assert Image.open(finished / 'experts.png').size == ((80 + 4 * 16) * 2 + 10, 34 + 3 * 16 + 10)
+def test_reconstructions_show_what_is_seen_and_predicted(finished, sources, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pretrain, 'draw_grid', lambda path, rows, names, heads: drawn.append(torch.stack(rows)))
+    shards, network = data.Shards(sources[0]), MAE(MODEL)
+    network.load_state_dict(read_checkpoint(finished / 'ckpt.pt')[0])
+    pixels = data.center(shards.gather(shards.val[[3, 1]]), 32)      # MR and Photo hold one out
+    noise = torch.rand(2, 16)
+    with torch.no_grad():
+        pretrain.draw_reconstructions(tmp_path / 'recon.png', network, pixels, noise, ['MR', 'Photo'])
+        prediction, mask = network(pixels, 0.0, noise)[2:]
+    image, seen, shown = drawn[0]
+    _, mean, std = network.targets(pixels)
+    undone = data.denormalize(network.unpatchify(prediction * std + mean)).clamp(0, 1)
+    undone[0] = undone[0].mean(0)       # MR is grey
+    hidden = mask.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3).expand(2, 3, 32, 32) > 0
+    gain = [1 / stored.quantile(0.99).item() for stored in data.denormalize(pixels).clamp(0, 1)]
+    for k, stored in enumerate((sources[1][3][-1], sources[1][1][-1])):
+        truth = gain[k] * torch.from_numpy(stored).permute(2, 0, 1).expand(3, 32, 32) / 255
+        torch.testing.assert_close(image[k], truth, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(shown[k], torch.where(hidden[k], gain[k] * undone[k], truth), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(seen[k], torch.where(hidden[k], torch.tensor(0.5), truth), atol=1e-5, rtol=1e-5)
+    assert hidden.float().mean() == 0.75
+
+def test_a_grid_puts_each_tile_where_its_names_say(tmp_path):
+    tiles = torch.rand(2, 3, 3, 1, 1).expand(2, 3, 3, 8, 8)
+    pretrain.draw_grid(tmp_path / 'grid.png', tiles, ['a', 'b'], ['x', 'y', 'z'], side=16)
+    picture = torch.from_numpy(np.array(Image.open(tmp_path / 'grid.png').convert('RGB'))) / 255
+    assert picture.shape == (24 + 2 * 20, 94 + 3 * 20, 3)
+    for r, c in np.ndindex(2, 3):
+        shown = picture[26 + 20 * r:34 + 20 * r, 96 + 20 * c:104 + 20 * c].mean((0, 1))
+        torch.testing.assert_close(shown, tiles[r, c, :, 0, 0], atol=0.03, rtol=0)
+
+def test_a_run_ends_with_all_its_pictures(sources, tmp_path):
+    train(sources[0], tmp_path, steps=2, val_share=0.5)
+    for name in ('recon', 'experts', 'curves', 'attention', 'layout'):
+        picture = Image.open(tmp_path / f'{name}.png')
+        assert min(picture.size) > 90 and len(picture.convert('RGB').getcolors(1 << 20)) > 2, name
+
+def test_clusters_of_features_in_known_directions_are_found():
+    torch.manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(8, 8))[0][:4]
+    x = torch.nn.functional.normalize(directions.repeat_interleave(20, 0) + 0.1 * torch.randn(80, 8), dim=1)
+    centres = pretrain.cluster(x[torch.randperm(80)], 4)
+    assert sorted((centres @ directions.T).argmax(1).tolist()) == [0, 1, 2, 3]
+    assert (centres @ directions.T).amax(1).min() > 0.98
+
+def test_modality_share_is_the_share_of_variance_between_groups():
+    torch.manual_seed(0)
+    x = [torch.randn(2, n, 5) + shift for n, shift in ((7, 0), (4, 2), (9, -1))]
+    shares = pretrain.modality_share(x)
+    for layer in range(2):
+        everything = torch.cat([part[layer] for part in x])
+        within = sum((row - part[layer].mean(0)).square().sum() for part in x for row in part[layer])
+        whole = (everything - everything.mean(0)).square().sum()
+        assert shares[layer].item() == pytest.approx(1 - (within / whole).item(), rel=1e-5)
+    alike = [torch.full((1, n, 5), 1.0) * n for n in (3, 4)]
+    assert pretrain.modality_share(alike).item() == pytest.approx(1)
+
+def test_lines_are_drawn_from_the_least_to_the_greatest_number(tmp_path):
+    pretrain.draw_lines(tmp_path / 'lines.png', {'title': dict(up=[(1, 0), (2, 2), (5, 8)])})
+    picture = np.asarray(Image.open(tmp_path / 'lines.png')).astype(int)
+    blue = np.argwhere(abs(picture[:, :250] - (65, 105, 225)).sum(2) == 0)     # royalblue, without the legend
+    assert abs(blue.min(0) - (40, 55)).max() <= 1 and abs(blue.max(0) - (190, 245)).max() <= 1
+    middle = blue[blue[:, 1] == 55 + round(190 / 4)][:, 0].mean()       # a quarter of the way at x = 2, y = 2
+    assert abs(middle - (190 - 150 / 4)) <= 2
 
 def test_mutual_information_of_known_tables():
     independent = torch.outer(torch.tensor([1.0, 2, 5]), torch.tensor([3.0, 1, 4, 2]))
@@ -146,11 +192,11 @@ def test_tables_are_drawn_with_or_without_their_numbers(tmp_path, counts):
     pretrain.draw_tables(tmp_path / 'table.png', torch.tensor([[[1.0, 0], [0.2, 0.8]]]), ['a', 'b'], ['title'], counts)
     cell = 16 if counts is None else 48
     picture = np.asarray(Image.open(tmp_path / 'table.png'))
-    assert picture.shape == (34 + 2 * cell + 10, 80 + 2 * cell + 10, 3)
+    assert picture.shape == (34 + 2 * cell + 30, 80 + 2 * cell + 10, 3)
     assert [tuple(picture[36 + cell * d, 82 + cell * r]) for d in (0, 1) for r in (0, 1)] == [
         (0, 0, 192), (255, 255, 255), (204, 204, 243), (51, 51, 204)]
     pretrain.draw_tables(tmp_path / 'table.png', torch.zeros(1, 2, 2), ['a', 20 * 'm'], ['title'], torch.zeros(1, 2, 2))
-    assert Image.open(tmp_path / 'table.png').size == (14 + 180 + 2 * (180 + 8) + 10, 34 + 2 * (180 + 8) + 10)   # 9 pixels an m
+    assert Image.open(tmp_path / 'table.png').size == (14 + 180 + 2 * (180 + 8) + 10, 34 + 2 * (180 + 8) + 30)   # 9 pixels an m
 
 def test_every_trained_parameter_is_in_one_optimizer_group():
     model = MAE(MODEL)

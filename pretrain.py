@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from model import MAE, Routing, ViT, flops, layer_losses, load_weights, named_config, read_checkpoint
+from model import MAE, ViT, flops, layer_losses, load_weights, named_config, read_checkpoint
 from prepare_medverse import parse_options
 
 @dataclass
@@ -87,7 +87,7 @@ PEAK = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, '
 MAX_SKIPPED = 10        # steps in a row that are not finite end a training
 CURVES = dict(mae=('error of hidden patches', 'training'), val_mae=('error of hidden patches', 'validation'),
               co=('alignment loss', 'training'), bal=('balance loss', 'training'),
-              bits=('bits of modality in the first expert', 'layers'), modality_share=('modality in features', 'layers'))
+              bits=('bits of modality in the first expert', 'layer {}'), modality_share=('modality in features', 'layer {}'))
 COLOURS = 'royalblue darkorange seagreen crimson purple sienna deeppink gray olive teal black gold'.split()
 
 # --- shared with finetune.py ------------------------------------------------------------------------------------------
@@ -192,7 +192,8 @@ def mutual_information(counts):
     """Mutual information in bits between row and column of a table of counts (D, R), and its maximum, the smaller of
     the rows' entropy and log2 R. 0: experts ignore the modality; the maximum: they tell as much of it as they can."""
     joint = counts.double() / counts.sum()
-    rows, columns, both = (torch.special.entr(p).sum().item() / math.log(2) for p in (joint.sum(1), joint.sum(0), joint))
+    parts = joint.sum(1), joint.sum(0), joint
+    rows, columns, both = (torch.special.entr(p).sum().item() / math.log(2) for p in parts)
     return rows + columns - both, min(rows, math.log2(counts.shape[1]))
 
 def modality_share(x):
@@ -205,7 +206,7 @@ def modality_share(x):
 @torch.no_grad()
 @torch.compiler.set_stance('force_eager')       # its shapes are not worth compiling for
 def validate(model, shards, o, device, autocast):
-    """Look at the whole held-out images without gate noise: draw all pictures but curves.png, print and return the rest."""
+    """Look at the whole held-out images without gate noise: draw pictures, print and return the rest."""
     present, picks, kinds = np.unique(shards.modality[shards.val], return_index=True, return_inverse=True)
     names = [shards.modalities[d] for d in present]
     kinds = F.one_hot(torch.from_numpy(kinds)).T.float()        # (D, images)
@@ -217,13 +218,13 @@ def validate(model, shards, o, device, autocast):
         with autocast:
             loss, routing, _, _ = model(images, 0.0, part.to(device))
         losses.append(loss.cpu())
-        if routing:
+        if o.experts:
             usage.append(routing.weights.unflatten(1, (len(ids), -1)).mean(2).cpu())        # omega (L, B, R)
     losses = kinds @ torch.cat(losses) / kinds.sum(1)
     shares = draw_features(Path(o.out), model, shards, o, device, autocast)
     entry = dict(val_mae=losses.mean().item(), val=dict(zip(names, losses.tolist())), modality_share=shares)
     text = f'validation: L_self {entry["val_mae"]:.3f}; modality in the features, by layer: {numbers(shares)}'
-    if usage:
+    if o.experts:
         usage = torch.cat(usage, 1)
         first = kinds @ F.one_hot(usage.argmax(2), usage.shape[2]).float()      # counts of first choices (L, D, R)
         bits, (most, *_) = zip(*map(mutual_information, first))
@@ -259,14 +260,14 @@ def draw_grid(path, rows, names, heads, side=96):
     picture.quantize(palette=picture.quantize(method=Image.Quantize.MAXCOVERAGE)).save(path)    # a third of the bytes
 
 def draw_reconstructions(path, model, images, noise, names):
-    """Of images (B, 3, S, S) with mask noise (B, N - 1) each image, what the encoder sees, and the prediction in place of
-    what it does not see, with the per-patch normalization undone (so a patch's mean and contrast come from the truth)."""
+    """Of images (B, 3, S, S) with mask noise (B, N - 1) each image, what the encoder sees, and the prediction in place
+    of the rest, with the per-patch normalization undone (so a patch's mean and contrast come from the truth)."""
     _, _, prediction, mask = model(images, 0.0, noise)
     _, mean, std = model.targets(images)
     hidden = model.unpatchify(mask[:, :, None].expand_as(prediction)) > 0
     seen, guess = (data.denormalize(x).clamp(0, 1) for x in (images, model.unpatchify(prediction * std + mean)))
-    grey = (seen - seen[:, :1]).abs().amax((1, 2, 3), keepdim=True) < 1e-3      # three guesses at one channel: their mean
-    guess = torch.where(grey, guess.mean(1, keepdim=True), guess)
+    grey = (seen - seen[:, :1]).abs().amax((1, 2, 3), keepdim=True) < 1e-3
+    guess = torch.where(grey, guess.mean(1, keepdim=True), guess)       # of three guesses at one channel the mean
     gain = brightness(seen)
     rows = [seen * gain, torch.where(hidden, 0.5, seen * gain), torch.where(hidden, guess, seen) * gain]
     draw_grid(path, rows, ['image', 'what the\nencoder sees', 'its guess\nat the rest'], names)
@@ -285,8 +286,8 @@ def cluster(x, k, rounds=20):
 def draw_features(out, model, shards, o, device, autocast, k=6):
     """What the last layer finds alike in some 32 held-out images of each modality, less the modality's mean feature.
 
-    layout.png (Fig. 7): the 16 patches nearest to each of k clusters' centres. attention.png (Fig. 6): an image, and how
-    like (cosine) its patches are to three of them, which lie in three clusters. Returns the `modality_share` by layer.
+    layout.png (Fig. 7): the 16 patches nearest to each of k clusters' centres. attention.png (Fig. 6): an image, and
+    how like (cosine) its patches are to three of them, of three clusters. Returns the `modality_share` by layer.
     """
     P, side, layout, maps, names, means = o.patch, o.size // o.patch, [], [], [], []
     for d in np.unique(shards.modality[shards.val]):
@@ -317,36 +318,33 @@ def draw_features(out, model, shards, o, device, autocast, k=6):
         place = F.interpolate(F.one_hot(query, side ** 2).float().view(3, 1, side, side), (o.size, o.size))
         frame = place + F.max_pool2d(-place, 5, 1, 2)           # the outermost pixels of the query's square
         red = torch.tensor((1.0, 0, 0), device=device)[:, None, None]
-        maps.append(torch.cat([images[best, None], torch.lerp(images[best].mean(0), red, 0.8 * heat ** 2).maximum(frame)]))
+        shaded = torch.lerp(images[best].mean(0), red, 0.8 * heat ** 2)                     # (3, 3, S, S)
+        maps.append(torch.cat([images[best, None], shaded.maximum(frame)]))
     if names:
         draw_grid(out / 'layout.png', torch.stack(layout, 1), [f'alike, {number}' for number in range(1, k + 1)], names)
         like = 'redder: more\nlike the patch\nin the square'
         draw_grid(out / 'attention.png', torch.stack(maps, 1), ['image', like, like, like], names)
     return modality_share(means).tolist()
 
-def draw_tables(path, tables, names, titles, counts=None):
-    """Tables (L, D, R) of shares from 0 (white) to 1 (blue), four in a row, with titles, row names and experts' numbers.
-    Numbers `counts` (L, D, R) are written into the cells, which are then larger, and the columns have the names."""
-    (L, D, R), longest = tables.shape, math.ceil(max(map(ImageFont.load_default().getlength, names)))
-    cell, heads = (16, range(R)) if counts is None else (max(48, 8 + longest), names)
-    left = max(80, 14 + longest)
-    width, height = left + R * cell, 34 + D * cell
-    picture = Image.new('RGB', (width * min(L, 4) + 10, height * math.ceil(L / 4) + 30), 'white')
+def draw_tables(path, tables, names, titles, head='expert'):
+    """Tables (L, D, R) of shares, four in a row, with titles, row names, and the numbers of their columns after `head`."""
+    L, D, R = tables.shape
+    left, cell = 16 + math.ceil(max(map(ImageFont.load_default().getlength, [*names, head]))), 16
+    width, height = left + cell * R + 10, 40 + cell * D
+    picture = Image.new('RGB', (width * min(L, 4), height * math.ceil(L / 4) + 24), 'white')
     draw = ImageDraw.Draw(picture)
-    for l, d, r in np.ndindex(L, D, R):
-        x, y = width * (l % 4) + left + r * cell, height * (l // 4) + 34 + d * cell
-        light = int(255 - 255 * tables[l, d, r].nan_to_num())
-        draw.rectangle((x, y, x + cell - 1, y + cell - 1), (light, light, 255 - (255 - light) // 4))
-        if counts is not None:
-            draw.text((x + 4, y + cell // 2 - 6), str(int(counts[l, d, r])), 'black' if light > 127 else 'white')
-        if r == 0:
-            draw.text((x - left + 8, y + cell // 2 - 6), names[d], 'black')
-        if d == 0:
-            draw.text((x + 4, y - 14), str(heads[r]), 'gray')
-        if d == r == 0:
-            draw.text((x, y - 30), titles[l], 'black')
-            draw.text((x - left + 8, y - 14), 'expert' if counts is None else '', 'gray')
-    draw.text((8, picture.height - 16), 'white: none of the row; the bluer, the more of it; darkest: all', 'gray')
+    pale = (255 - 255 * tables.nan_to_num()).byte().cpu()
+    pixels = torch.stack([pale, pale, 191 + pale // 4], 3).numpy()      # (L, D, R, 3), from white to blue
+    for l in range(L):
+        x, y = width * (l % 4) + left, height * (l // 4) + 36
+        picture.paste(Image.fromarray(pixels[l]).resize((cell * R, cell * D), Image.Resampling.NEAREST), (x, y))
+        draw.text((x - left + 8, y - 32), titles[l], 'black')
+        draw.text((x - left + 8, y - 14), head, 'gray')
+        for r in range(R):
+            draw.text((x + cell * r + 4, y - 14), str(r), 'gray')
+        for d, name in enumerate(names):
+            draw.text((x - left + 8, y + cell * d + 2), name, 'black')
+    draw.text((8, picture.height - 18), 'white: none of the row; darkest blue: all of it', 'gray')
     picture.save(path)
 
 def draw_lines(path, panels):
@@ -375,13 +373,12 @@ def draw_curves(path, entries):
     """Losses, bits and modality shares against the step, from the objects of log.jsonl."""
     panels = {}
     for entry in entries:
-        for name, (title, label) in CURVES.items():
+        for name, (title, line) in CURVES.items():
             values = entry.get(name)
-            by_layer = label == 'layers' and values
-            lines = {f'layer {l}': value for l, value in enumerate(values, 1)} if by_layer else {label: values}
-            for line, value in lines.items():
+            for layer, value in enumerate(values if isinstance(values, list) else [values], 1):
                 if value is not None:       # not looked at in this step, or not finite
-                    panels.setdefault(title, {}).setdefault(line, []).append((entry['step'] + 1, value))
+                    points = panels.setdefault(title, {}).setdefault(line.format(layer), [])
+                    points.append((entry['step'] + 1, value))
     draw_lines(path, panels)
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -432,21 +429,17 @@ def set_up(o, rank, world, local, device):
         torch._dynamo.config.optimize_ddp = False       # which would cut a block's graph once more
         net = DistributedDataParallel(model, [local] if gpu else None, broadcast_buffers=False,
                                       gradient_as_bucket_view=True)
-        mine = torch.tensor([first, len(shards.train)], device=device)
-        dist.broadcast(theirs := mine.clone(), 0)
-        if not torch.equal(mine, theirs):
-            raise SystemExit(f'{out}, {o.data}: not alike on every machine; put both on a disk that all of them share')
     log = None
     if rank == 0:
         log = open_run(out, o, first, dict(options=asdict(o), model=asdict(model.config)))
         if not first:
             (out / 'ckpt.pt').unlink(missing_ok=True)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f'{o.model}: {len(model.blocks)} blocks, {trained / 1e6:.1f} M parameters trained; {o.data}: '
-              f'{len(shards.train)} + {len(shards.val)} images of {len(shards.modalities)} modalities, {shards.side} '
-              f'pixels, seen at {o.size}\n{steps} steps ({steps / epoch_steps:.1f} epochs) of {o.batch} x {o.accumulate} '
-              f'x {world} = {global_batch} images, learning rate up to {peak:.2e} after {warmup} steps, on {world} x '
-              f'{device.type} in {"bfloat16" if bf16 else "float32"}')
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        print(f'{o.model}: {len(model.blocks)} blocks, {trained:.1f} M parameters trained on {world} x {device.type} in '
+              f'{"bfloat16" if bf16 else "float32"}; {o.data}: {len(shards.train)} + {len(shards.val)} images of '
+              f'{len(shards.modalities)} modalities, {shards.side} pixels, seen at {o.size}\n{steps} steps '
+              f'({steps / epoch_steps:.1f} epochs) of {o.batch} x {o.accumulate} x {world} = {global_batch} images, '
+              f'learning rate up to {peak:.2e} after {warmup} steps')
     batches = data.batches(shards, o.seed, range(first * o.accumulate, steps * o.accumulate), o.batch, rank, world,
                            epoch_steps * o.accumulate, device)
     chip = torch.cuda.get_device_name() if gpu else ''
@@ -461,11 +454,6 @@ def save_run(run, step):
     save(run.out / 'ckpt.pt', dict(
         model=run.model.state_dict(), optimizer=run.optimizer.state_dict(), step=step, skipped=run.skipped.item(),
         config=asdict(run.model.config), options=asdict(run.o), numbers=run.numbers))
-
-def no_routing(model):
-    """Of the plain masked autoencoder: no alignment loss, and nothing of no experts."""
-    zeros = torch.zeros(len(model.blocks), 1, 0, device=model.cls_token.device)
-    return Routing(zeros.sum((1, 2)), zeros, zeros, zeros)
 
 def pack(mae, routing, signals):
     """What a step adds up over its ranks as one table (L, 3 R + 3); a row for each layer."""
@@ -502,7 +490,7 @@ def train(run):
             run.net.require_backward_grad_sync = micro == o.accumulate - 1      # DDP's gradients travel once a step
             with run.autocast:
                 mae, routing, _, _ = run.net(images, torch.full((), sigma, device=run.device))
-            mae, routing = mae.mean(), routing or no_routing(model)
+            mae = mae.mean()
             table = pack(mae, routing, run.signals)
             if run.world > 1:       # the one small all-reduce of a step
                 dist.all_reduce(table)

@@ -187,16 +187,15 @@ def test_mutual_information_of_known_tables():
     assert pretrain.mutual_information(torch.eye(8).repeat_interleave(2, 1)) == pytest.approx((3, 3))
     assert pretrain.mutual_information(torch.eye(2).repeat(4, 1)) == pytest.approx((1, 1))       # two columns
 
-@pytest.mark.parametrize('counts', [None, torch.tensor([[[7, 0], [3, 12]]])])
-def test_tables_are_drawn_with_or_without_their_numbers(tmp_path, counts):
-    pretrain.draw_tables(tmp_path / 'table.png', torch.tensor([[[1.0, 0], [0.2, 0.8]]]), ['a', 'b'], ['title'], counts)
-    cell = 16 if counts is None else 48
+def test_tables_are_drawn_from_white_to_blue(tmp_path):
+    pretrain.draw_tables(tmp_path / 'table.png', torch.tensor([[[1.0, 0], [0.2, 0.8]]]), ['a', 'b'], ['title'])
     picture = np.asarray(Image.open(tmp_path / 'table.png'))
-    assert picture.shape == (34 + 2 * cell + 30, 80 + 2 * cell + 10, 3)
-    assert [tuple(picture[36 + cell * d, 82 + cell * r]) for d in (0, 1) for r in (0, 1)] == [
-        (0, 0, 192), (255, 255, 255), (204, 204, 243), (51, 51, 204)]
-    pretrain.draw_tables(tmp_path / 'table.png', torch.zeros(1, 2, 2), ['a', 20 * 'm'], ['title'], torch.zeros(1, 2, 2))
-    assert Image.open(tmp_path / 'table.png').size == (14 + 180 + 2 * (180 + 8) + 10, 34 + 2 * (180 + 8) + 30)   # 9 pixels an m
+    left = picture.shape[1] - 2 * 16 - 10
+    assert picture.shape == (40 + 2 * 16 + 24, left + 2 * 16 + 10, 3)
+    assert [tuple(picture[44 + 16 * d, left + 8 + 16 * r]) for d in (0, 1) for r in (0, 1)] == [
+        (0, 0, 191), (255, 255, 254), (204, 204, 242), (51, 51, 203)]
+    pretrain.draw_tables(tmp_path / 'table.png', torch.zeros(5, 2, 2), ['a', 20 * 'm'], list('12345'))
+    assert Image.open(tmp_path / 'table.png').size == (4 * (16 + 180 + 2 * 16 + 10), 2 * (40 + 2 * 16) + 24)     # 9 pixels an m
 
 def test_every_trained_parameter_is_in_one_optimizer_group():
     model = MAE(MODEL)
@@ -503,7 +502,7 @@ def test_counted_operations_are_those_that_torch_counts(change, monkeypatch):
     network = MAE(replace(MODEL, **change))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         losses, routing, _, _ = network(torch.randn(6, 3, 32, 32))
-        (losses.mean() + (layer_losses(routing.co, routing.scores.mean(1), routing.chosen.mean(1))[1] if routing else 0)).backward()
+        (losses.mean() + layer_losses(routing.co, routing.scores.mean(1), routing.chosen.mean(1))[1]).backward()
     assert counter.get_total_flops() == 6 * flops(network.config)
 
 def test_operations_of_the_known_sizes():
@@ -531,7 +530,7 @@ def test_blocks_compile_in_bf16_with_the_same_results_and_gradients_as_they_come
         network.zero_grad()
         with torch.autocast('cpu', torch.bfloat16):
             losses, routing, _, _ = network(images, torch.full((), 0.5), torch.rand(4, 16))
-        (losses.mean() + (layer_losses(routing.co, routing.scores.mean(1), routing.chosen.mean(1))[0] if routing else 0)).backward()
+        (losses.mean() + layer_losses(routing.co, routing.scores.mean(1), routing.chosen.mean(1))[0]).backward()
         handle.remove()
         found.append([losses.detach()] + [p.grad for p in network.parameters() if p.requires_grad])
         assert order == [3, 2, 1, 'first', 0]       # so DDP can send the others' while the first block computes its own

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -87,7 +87,7 @@ PEAK = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, '
 MAX_SKIPPED = 10        # steps in a row that are not finite end a training
 CURVES = dict(mae=('error of hidden patches', 'training'), val_mae=('error of hidden patches', 'validation'),
               co=('alignment loss', 'training'), bal=('balance loss', 'training'),
-              bits=('bits of modality in the first expert', 'layer {}'), modality_share=('modality in features', 'layer {}'))
+              bits=('modality in first expert, bits', 'layer {}'), modality_share=('modality in features', 'layer {}'))
 COLOURS = 'royalblue darkorange seagreen crimson purple sienna deeppink gray olive teal black gold'.split()
 
 # --- shared with finetune.py ------------------------------------------------------------------------------------------
@@ -192,16 +192,16 @@ def mutual_information(counts):
     """Mutual information in bits between row and column of a table of counts (D, R), and its maximum, the smaller of
     the rows' entropy and log2 R. 0: experts ignore the modality; the maximum: they tell as much of it as they can."""
     joint = counts.double() / counts.sum()
-    parts = joint.sum(1), joint.sum(0), joint
-    rows, columns, both = (torch.special.entr(p).sum().item() / math.log(2) for p in parts)
+    rows, columns, both = (torch.special.entr(p).sum().item() / math.log(2)
+                           for p in (joint.sum(1), joint.sum(0), joint))
     return rows + columns - both, min(rows, math.log2(counts.shape[1]))
 
 def modality_share(x):
     """Share of the variance of features x, a list of (L, B, C) for each modality, that lies between modalities, (L,):
     what Theorem A.3 argues about."""
-    centred = torch.cat(x, 1) - torch.cat(x, 1).mean(1, keepdim=True)
-    between = sum(part.shape[1] * (part.mean(1) - torch.cat(x, 1).mean(1)).square().sum(1) for part in x)
-    return between / centred.square().sum((1, 2))
+    mean = torch.cat(x, 1).mean(1, keepdim=True)
+    between = sum(part.shape[1] * (part.mean(1, keepdim=True) - mean).square().sum((1, 2)) for part in x)
+    return between / (torch.cat(x, 1) - mean).square().sum((1, 2))
 
 @torch.no_grad()
 @torch.compiler.set_stance('force_eager')       # its shapes are not worth compiling for
@@ -232,8 +232,10 @@ def validate(model, shards, o, device, autocast):
         entry |= dict(bits=bits, bits_max=most, dead=dead)
         text += (f'; in the first expert: {numbers(bits)} of {most:.2f} bits; experts (layer.number) that no image '
                  f'activates: {" ".join(dead) or "none"}')
-        titles = [f'layer {layer}: {b:.2f} bits' for layer, b in enumerate(bits, 1)]
-        draw_tables(Path(o.out, 'experts.png'), F.normalize(kinds @ usage, 1, 2), names, titles)        # Fig. 9
+        heads = [f'layer {layer}: {b:.2f} bits' for layer, b in enumerate(bits, 1)]
+        rows = map(strips, F.normalize(kinds @ usage, 1, 2).unbind(1))      # Fig. 9: a row a modality, a strip a layer
+        note = f'in each strip experts 0 to {usage.shape[2] - 1}: the bluer, the larger their mean weight, up to 1'
+        draw_grid(Path(o.out, 'experts.png'), rows, names, heads, (24, 96), note)
     images = data.center(shards.gather(shards.val[picks]).to(device), o.size)
     draw_reconstructions(Path(o.out, 'recon.png'), model, images, noise[picks].to(device), names)
     tqdm.write(text)
@@ -246,18 +248,24 @@ def brightness(images):
     """What to multiply images (B, 3, S, S) in [0, 1] by, so that dark ones, as PET, are seen."""
     return 1 / images.flatten(1).quantile(0.99, 1).clamp(min=0.1)[:, None, None, None]
 
-def draw_grid(path, rows, names, heads, side=96):
-    """Rows of tiles (n, 3, S, S) in [0, 1] with a name before each row and a head over each column."""
-    rows = [F.pad(F.interpolate(row.cpu(), (side, side), mode='area'), (4, 0, 4, 0), value=1) for row in rows]
+def draw_grid(path, rows, names, heads, size=(96, 96), note=''):
+    """Rows of tiles (n, 3, H, W) in [0, 1] with a name before each row, a head over each column, a note below."""
+    rows = [F.pad(F.interpolate(row.float().cpu(), size, mode='area'), (4, 0, 4, 0), value=1) for row in rows]
     page = torch.cat([torch.cat([*row], 2) for row in rows], 1)         # (3, rows, columns) of pixels
-    page = F.pad(page, (90, 4, 20, 4), value=1).clamp(0, 1).mul(255).byte()
+    page = F.pad(page, (90, 4, 20, 24 if note else 4), value=1).clamp(0, 1).mul(255).byte()
     picture = Image.fromarray(page.permute(1, 2, 0).numpy())
     draw = ImageDraw.Draw(picture)
     for number, name in enumerate(names):
-        draw.multiline_text((6, 24 + (side + 4) * (number + 0.5)), name, 'black', anchor='lm')
+        draw.text((6, 24 + (size[0] + 4) * number + size[0] / 2), name, 'black', anchor='lm')
     for number, head in enumerate(heads):
-        draw.text((94 + (side + 4) * number, 14), head, 'black', anchor='lm')
+        draw.text((94 + (size[1] + 4) * number, 14), head, 'black', anchor='lm')
+    draw.text((94, picture.height - 12), note, 'gray', anchor='lm')
     picture.quantize(palette=picture.quantize(method=Image.Quantize.MAXCOVERAGE)).save(path)    # a third of the bytes
+
+def strips(shares):
+    """Shares (n, R) from 0, pale grey, to 1, blue, as tiles (n, 3, 1, R)."""
+    pale = 0.94 * (1 - shares.nan_to_num()[:, None, None])
+    return torch.cat([pale, pale, 0.75 + 0.2 * pale], 1)
 
 def draw_reconstructions(path, model, images, noise, names):
     """Of images (B, 3, S, S) with mask noise (B, N - 1) each image, what the encoder sees, and the prediction in place
@@ -321,31 +329,11 @@ def draw_features(out, model, shards, o, device, autocast, k=6):
         shaded = torch.lerp(images[best].mean(0), red, 0.8 * heat ** 2)                     # (3, 3, S, S)
         maps.append(torch.cat([images[best, None], shaded.maximum(frame)]))
     if names:
-        draw_grid(out / 'layout.png', torch.stack(layout, 1), [f'alike, {number}' for number in range(1, k + 1)], names)
+        groups = [f'alike, {number}' for number in range(1, k + 1)]
+        draw_grid(out / 'layout.png', torch.stack(layout, 1), groups, names, (72, 72))
         like = 'redder: more\nlike the patch\nin the square'
         draw_grid(out / 'attention.png', torch.stack(maps, 1), ['image', like, like, like], names)
     return modality_share(means).tolist()
-
-def draw_tables(path, tables, names, titles, head='expert'):
-    """Tables (L, D, R) of shares, four in a row, with titles, row names, and the numbers of their columns after `head`."""
-    L, D, R = tables.shape
-    left, cell = 16 + math.ceil(max(map(ImageFont.load_default().getlength, [*names, head]))), 16
-    width, height = left + cell * R + 10, 40 + cell * D
-    picture = Image.new('RGB', (width * min(L, 4), height * math.ceil(L / 4) + 24), 'white')
-    draw = ImageDraw.Draw(picture)
-    pale = (255 - 255 * tables.nan_to_num()).byte().cpu()
-    pixels = torch.stack([pale, pale, 191 + pale // 4], 3).numpy()      # (L, D, R, 3), from white to blue
-    for l in range(L):
-        x, y = width * (l % 4) + left, height * (l // 4) + 36
-        picture.paste(Image.fromarray(pixels[l]).resize((cell * R, cell * D), Image.Resampling.NEAREST), (x, y))
-        draw.text((x - left + 8, y - 32), titles[l], 'black')
-        draw.text((x - left + 8, y - 14), head, 'gray')
-        for r in range(R):
-            draw.text((x + cell * r + 4, y - 14), str(r), 'gray')
-        for d, name in enumerate(names):
-            draw.text((x - left + 8, y + cell * d + 2), name, 'black')
-    draw.text((8, picture.height - 18), 'white: none of the row; darkest blue: all of it', 'gray')
-    picture.save(path)
 
 def draw_lines(path, panels):
     """Panels {title: {name of a line: [(x, y), ...]}} side by side, each from its least to its greatest numbers."""
@@ -353,19 +341,16 @@ def draw_lines(path, panels):
     draw = ImageDraw.Draw(picture)
     for number, (title, lines) in enumerate(panels.items()):
         points = np.concatenate(list(lines.values()))       # (points, 2)
-        low, high = points.min(0), points.max(0)
-        corner, size = np.array((330 * number + 55, 190)), np.array((190, -150))
-
-        def place(point):
-            return tuple(corner + size * (point - low) / (high - low + 1e-9))
-
+        low, span = points.min(0), np.ptp(points, 0) + 1e-9
+        corner, size = (330 * number + 55, 190), (190, -150)
         draw.text((corner[0], 12), title, 'black')
-        draw.line([place((low[0], high[1])), place(low), place((high[0], low[1]))], 'silver')
-        for x, y in (low, high):
-            draw.text(place((x, low[1])), f'{x:.4g}', 'gray', anchor='ma')
-            draw.text(place((low[0], y)), f'{y:.3g} ', 'gray', anchor='rm')
+        for share in (0, 1):
+            x, y = low + share * span
+            draw.text((corner[0] + 190 * share, 194), f'{x:.4g}', 'gray', anchor='ma')
+            draw.text((corner[0] - 6, 190 - 150 * share), f'{y:.3g}', 'gray', anchor='rm')
         for row, (colour, (name, line)) in enumerate(zip(COLOURS, lines.items())):
-            draw.line([place(point) for point in line], colour, 2)
+            places = corner + size * (np.array(line) - low) / span
+            draw.line([tuple(place) for place in places], colour, 2)
             draw.text((corner[0] + 198, 40 + 14 * row), name, colour)
     picture.save(path)
 

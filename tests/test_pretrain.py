@@ -138,7 +138,7 @@ def test_reconstructions_show_what_is_seen_and_predicted(finished, sources, tmp_
 
 def test_a_grid_puts_each_tile_where_its_names_say(tmp_path):
     tiles = torch.rand(2, 3, 3, 1, 1).expand(2, 3, 3, 8, 8)
-    pretrain.draw_grid(tmp_path / 'grid.png', tiles, ['a', 'b'], ['x', 'y', 'z'], side=16)
+    pretrain.draw_grid(tmp_path / 'grid.png', tiles, ['a', 'b'], ['x', 'y', 'z'], (16, 16))
     picture = torch.from_numpy(np.array(Image.open(tmp_path / 'grid.png').convert('RGB'))) / 255
     assert picture.shape == (24 + 2 * 20, 94 + 3 * 20, 3)
     for r, c in np.ndindex(2, 3):
@@ -187,15 +187,11 @@ def test_mutual_information_of_known_tables():
     assert pretrain.mutual_information(torch.eye(8).repeat_interleave(2, 1)) == pytest.approx((3, 3))
     assert pretrain.mutual_information(torch.eye(2).repeat(4, 1)) == pytest.approx((1, 1))       # two columns
 
-def test_tables_are_drawn_from_white_to_blue(tmp_path):
-    pretrain.draw_tables(tmp_path / 'table.png', torch.tensor([[[1.0, 0], [0.2, 0.8]]]), ['a', 'b'], ['title'])
-    picture = np.asarray(Image.open(tmp_path / 'table.png'))
-    left = picture.shape[1] - 2 * 16 - 10
-    assert picture.shape == (40 + 2 * 16 + 24, left + 2 * 16 + 10, 3)
-    assert [tuple(picture[44 + 16 * d, left + 8 + 16 * r]) for d in (0, 1) for r in (0, 1)] == [
-        (0, 0, 191), (255, 255, 254), (204, 204, 242), (51, 51, 203)]
-    pretrain.draw_tables(tmp_path / 'table.png', torch.zeros(5, 2, 2), ['a', 20 * 'm'], list('12345'))
-    assert Image.open(tmp_path / 'table.png').size == (4 * (16 + 180 + 2 * 16 + 10), 2 * (40 + 2 * 16) + 24)     # 9 pixels an m
+def test_strips_go_from_grey_to_blue():
+    strip = pretrain.strips(torch.tensor([[1.0, 0], [0.2, 0.8]]))
+    assert strip.shape == (2, 3, 1, 2)
+    torch.testing.assert_close(strip[0, :, 0].T, torch.tensor([[0, 0, 0.75], [0.94, 0.94, 0.938]]))
+    torch.testing.assert_close(strip[1, :, 0, 0], torch.tensor([0.752, 0.752, 0.9004]))
 
 def test_every_trained_parameter_is_in_one_optimizer_group():
     model = MAE(MODEL)
@@ -446,7 +442,7 @@ def test_a_new_run_over_an_old_one_leaves_nothing_of_it_to_resume(sources, tmp_p
 def test_a_full_disk_in_a_picture_or_the_log_ends_in_a_sentence(sources, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(pretrain, 'draw_tables', full)
+    monkeypatch.setattr(pretrain, 'draw_grid', full)
     with pytest.raises(SystemExit, match='No space left'):
         train(sources[0], tmp_path / 'out')
     (tmp_path / 'log.jsonl').write_text('{"step": 0, "loss": 1}\n{"step": 1, "lo')

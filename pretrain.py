@@ -85,10 +85,6 @@ DEMO = dict(data='data/phantoms-64', out='out/demo', model='tiny', depth=4, size
             lr=8e-3, val_share=0.2, val_every=100)
 PEAK = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, '4090': 165}     # bfloat16 TFLOP/s
 MAX_SKIPPED = 10        # steps in a row that are not finite end a training
-CURVES = dict(mae=('error of hidden patches', 'training'), val_mae=('error of hidden patches', 'validation'),
-              co=('alignment loss', 'training'), bal=('balance loss', 'training'),
-              bits=('modality in first expert, bits', 'layer {}'), modality_share=('modality in features', 'layer {}'))
-COLOURS = 'royalblue darkorange seagreen crimson purple sienna deeppink gray olive teal black gold'.split()
 
 # --- shared with finetune.py ------------------------------------------------------------------------------------------
 
@@ -115,7 +111,7 @@ def seed_step(seed, step, rank):
 def setup(kind):
     """Join torchrun's processes if there are any: (rank, world size, rank on this machine, device). '' is the best."""
     rank, world, local = (int(os.environ.get(*pair)) for pair in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
-    kind = kind or ('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
+    kind = kind or (torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')).type
     if kind not in ('cpu', 'cuda', 'mps'):
         raise SystemExit(f'--device {kind}: must be cpu, cuda or mps; CUDA_VISIBLE_DEVICES chooses among several GPUs')
     try:
@@ -126,9 +122,8 @@ def setup(kind):
         torch.cuda.set_device(device)
     torch.set_flush_denormal(True)  # what fades of an idle expert's moments would slow AdamW on a CPU to a tenth
     if sys.platform == 'linux':     # glibc would give each big tensor back to the system, and faulting in the stacked
-        libc = ctypes.CDLL(None)    # gradients anew would cost a fifth of a step on the CPU
-        libc.mallopt(-4, 0)         # M_MMAP_MAX
-        libc.mallopt(-1, -1)        # M_TRIM_THRESHOLD
+        for option, value in ((-4, 0), (-1, -1)):       # gradients anew would cost a fifth of a step on the CPU
+            ctypes.CDLL(None).mallopt(option, value)    # M_MMAP_MAX, M_TRIM_THRESHOLD
     if world > 1:
         dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', device_id=device if kind == 'cuda' else None)
     return rank, world, local, device
@@ -223,15 +218,16 @@ def validate(model, shards, o, device, autocast):
     losses = kinds @ torch.cat(losses) / kinds.sum(1)
     shares = draw_features(Path(o.out), model, shards, o, device, autocast)
     entry = dict(val_mae=losses.mean().item(), val=dict(zip(names, losses.tolist())), modality_share=shares)
-    text = f'validation: L_self {entry["val_mae"]:.3f}; modality in the features, by layer: {numbers(shares)}'
+    text = f'validation: L_self {entry["val_mae"]:.3f}; by layer, modality in the features:' + len(shares) * ' {:.2f}'
+    text = text.format(*shares)
     if o.experts:
         usage = torch.cat(usage, 1)
         first = kinds @ F.one_hot(usage.argmax(2), usage.shape[2]).float()      # counts of first choices (L, D, R)
         bits, (most, *_) = zip(*map(mutual_information, first))
         dead = [f'{layer + 1}.{expert}' for layer, expert in (usage.sum(1) == 0).nonzero().tolist()]
         entry |= dict(bits=bits, bits_max=most, dead=dead)
-        text += (f'; in the first expert: {numbers(bits)} of {most:.2f} bits; experts (layer.number) that no image '
-                 f'activates: {" ".join(dead) or "none"}')
+        text += '; in the first expert:' + (len(bits) * ' {:.2f}').format(*bits) + f' of {most:.2f} bits; experts '
+        text += f'(layer.number) that no image activates: {" ".join(dead) or "none"}'
         heads = [f'layer {layer}: {b:.2f} bits' for layer, b in enumerate(bits, 1)]
         rows = map(strips, F.normalize(kinds @ usage, 1, 2).unbind(1))      # Fig. 9: a row a modality, a strip a layer
         note = f'in each strip experts 0 to {usage.shape[2] - 1}: the bluer, the larger their mean weight, up to 1'
@@ -240,9 +236,6 @@ def validate(model, shards, o, device, autocast):
     draw_reconstructions(Path(o.out, 'recon.png'), model, images, noise[picks].to(device), names)
     tqdm.write(text)
     return entry
-
-def numbers(values):
-    return ' '.join(f'{value:.2f}' for value in values)
 
 def brightness(images):
     """What to multiply images (B, 3, S, S) in [0, 1] by, so that dark ones, as PET, are seen."""
@@ -335,37 +328,6 @@ def draw_features(out, model, shards, o, device, autocast, k=6):
         draw_grid(out / 'attention.png', torch.stack(maps, 1), ['image', like, like, like], names)
     return modality_share(means).tolist()
 
-def draw_lines(path, panels):
-    """Panels {title: {name of a line: [(x, y), ...]}} side by side, each from its least to its greatest numbers."""
-    picture = Image.new('RGB', (330 * len(panels), 220), 'white')
-    draw = ImageDraw.Draw(picture)
-    for number, (title, lines) in enumerate(panels.items()):
-        points = np.concatenate(list(lines.values()))       # (points, 2)
-        low, span = points.min(0), np.ptp(points, 0) + 1e-9
-        corner, size = (330 * number + 55, 190), (190, -150)
-        draw.text((corner[0], 12), title, 'black')
-        for share in (0, 1):
-            x, y = low + share * span
-            draw.text((corner[0] + 190 * share, 194), f'{x:.4g}', 'gray', anchor='ma')
-            draw.text((corner[0] - 6, 190 - 150 * share), f'{y:.3g}', 'gray', anchor='rm')
-        for row, (colour, (name, line)) in enumerate(zip(COLOURS, lines.items())):
-            places = corner + size * (np.array(line) - low) / span
-            draw.line([tuple(place) for place in places], colour, 2)
-            draw.text((corner[0] + 198, 40 + 14 * row), name, colour)
-    picture.save(path)
-
-def draw_curves(path, entries):
-    """Losses, bits and modality shares against the step, from the objects of log.jsonl."""
-    panels = {}
-    for entry in entries:
-        for name, (title, line) in CURVES.items():
-            values = entry.get(name)
-            for layer, value in enumerate(values if isinstance(values, list) else [values], 1):
-                if value is not None:       # not looked at in this step, or not finite
-                    points = panels.setdefault(title, {}).setdefault(line.format(layer), [])
-                    points.append((entry['step'] + 1, value))
-    draw_lines(path, panels)
-
 # --- training ---------------------------------------------------------------------------------------------------------
 
 def resume(path, o, numbers, model, optimizer):
@@ -420,7 +382,7 @@ def set_up(o, rank, world, local, device):
         if not first:
             (out / 'ckpt.pt').unlink(missing_ok=True)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-        print(f'{o.model}: {len(model.blocks)} blocks, {trained:.1f} M parameters trained on {world} x {device.type} in '
+        print(f'{o.model}: {len(model.blocks)} blocks, {trained:.1f} M parameters, on {world} x {device.type} in '
               f'{"bfloat16" if bf16 else "float32"}; {o.data}: {len(shards.train)} + {len(shards.val)} images of '
               f'{len(shards.modalities)} modalities, {shards.side} pixels, seen at {o.size}\n{steps} steps '
               f'({steps / epoch_steps:.1f} epochs) of {o.batch} x {o.accumulate} x {world} = {global_batch} images, '
@@ -511,8 +473,6 @@ def train(run):
                 if looking:
                     entry |= validate(model, run.shards, o, run.device, run.autocast)
                 write_line(run.log, entry)
-                if looking:
-                    draw_curves(run.out / 'curves.png', [json.loads(line) for line in open(run.out / 'log.jsonl')])
             logged, logged_at = done, time.perf_counter()
         if in_a_row >= MAX_SKIPPED:
             raise SystemExit(f'{run.out}: {MAX_SKIPPED} steps in a row were not finite; lower --lr')

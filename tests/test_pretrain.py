@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 
 import bench
+import curves
 import numpy as np
 import pytest
 import torch
@@ -147,7 +148,8 @@ def test_a_grid_puts_each_tile_where_its_names_say(tmp_path):
 
 def test_a_run_ends_with_all_its_pictures(sources, tmp_path):
     train(sources[0], tmp_path, steps=2, val_share=0.5)
-    for name in ('recon', 'experts', 'curves', 'attention', 'layout'):
+    curves.draw_curves(tmp_path / 'curves.png', log(tmp_path))
+    for name in ('recon', 'experts', 'attention', 'layout', 'curves'):
         picture = Image.open(tmp_path / f'{name}.png')
         assert min(picture.size) > 90 and len(picture.convert('RGB').getcolors(1 << 20)) > 2, name
 
@@ -172,7 +174,7 @@ def test_modality_share_is_the_share_of_variance_between_groups():
     assert pretrain.modality_share(alike).item() == pytest.approx(1)
 
 def test_lines_are_drawn_from_the_least_to_the_greatest_number(tmp_path):
-    pretrain.draw_lines(tmp_path / 'lines.png', {'title': dict(up=[(1, 0), (2, 2), (5, 8)])})
+    curves.draw_lines(tmp_path / 'lines.png', {'title': dict(up=[(1, 0), (2, 2), (5, 8)])})
     picture = np.asarray(Image.open(tmp_path / 'lines.png')).astype(int)
     blue = np.argwhere(abs(picture[:, :250] - (65, 105, 225)).sum(2) == 0)     # royalblue, without the legend
     assert abs(blue.min(0) - (40, 55)).max() <= 1 and abs(blue.max(0) - (190, 245)).max() <= 1

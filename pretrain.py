@@ -10,6 +10,7 @@ Writes to --out: config.json, log.jsonl (one object a line), ckpt.pt, recon.png,
 first; the same command with --resume goes on from there as if nothing had happened.
 """
 import ctypes
+import fcntl
 import json
 import math
 import os
@@ -153,10 +154,12 @@ def save(path, content):
     """Write text or a checkpoint beside the old file, then move it into place: at any moment there is a whole one."""
     new = path.with_name(path.name + '.new')
     try:
-        new.write_text(content) if isinstance(content, str) else torch.save(content, new)
+        with open(new, 'wb') as file:
+            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
         os.replace(new, path)
     except (OSError, RuntimeError) as error:
-        raise SystemExit(f'{path}: could not be saved ({str(error).splitlines()[0]}); what it was before is untouched')
+        why = error.__context__ or error        # torch hides 'no space left on device' behind an error of its own
+        raise SystemExit(f'{path}: could not be saved ({why}); what was there before is untouched')
     finally:
         new.unlink(missing_ok=True)
 
@@ -170,6 +173,39 @@ def reopen(out, first, config):
     if not first:
         (out / 'ckpt.pt').unlink(missing_ok=True)
     return log
+
+MAX_SKIPPED = 10        # steps in a row that are not finite end a training
+
+def stop_signals():
+    """A list to which SIGTERM and SIGINT (Ctrl-C) add their numbers from now on, so that a training can save first."""
+    signals = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    return signals
+
+def open_run(out, o, first, config):
+    """Open a run's log.jsonl, cut to the steps before `first`, and write config.json. The log stays locked until this
+    process ends, however it ends, so that no two trainings (or --resume, and workers that outlived their torchrun)
+    write to one folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    log = open(out / 'log.jsonl', 'a+')
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f'{out}: another process trains here (a killed torchrun leaves workers); end it first')
+    log.seek(0)
+    lines = log.readlines()
+    if lines and not (o.resume or o.overwrite):
+        raise SystemExit(f'{out}: holds a run; go on with --resume, start anew with --overwrite, or choose --out')
+    whole = [line for line in lines if line.endswith('}\n') and json.loads(line)['step'] < first]
+    log.truncate(len(''.join(whole)))       # ASCII, so characters are bytes; the last line may have been cut short
+    save(out / 'config.json', json.dumps(config, indent=1))
+    return log
+
+def write_line(log, entry):
+    """Add a line to log.jsonl; NaN and infinity, which JSON does not know, become null."""
+    entry = json.loads(json.dumps(entry), parse_constant=lambda name: None)
+    print(json.dumps(entry), file=log, flush=True)
 
 # --- validation and pictures --------------------------------------------------------------------------------------------
 

@@ -1,17 +1,14 @@
-"""Options, shards, batches and augmentation: everything between the prepared files and the model.
+"""Shards, batches and augmentation: everything between the prepared files and the model.
 
     data/medverse/<source>/00000.npy ...   uint8 (n, S, S, c), written by prepare_medverse.py
     data/medverse/<source>/meta.json       its modality, counts and normalization
 
 Letters: B images of a batch, S stored side in pixels, c channels as stored (1 or 3).
 """
-import argparse
 import functools
-import inspect
 import json
 import math
 import mmap
-import re
 import resource
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -23,26 +20,6 @@ import torch.nn.functional as F
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # ImageNet's, as MAE and the paper (C.2.1) use them
 
-def boolean(text):
-    return ('false', 'no', '0', 'true', 'yes', '1').index(text.lower()) >= 3
-
-def parse_options(defaults, words=None):
-    """The dataclass instance `defaults` with what the command line, or `words`, changes: --name value, --name=value, --flag.
-
-    The help of an option is the comment beside its field; unknown names and wrong types end the program with a sentence.
-    """
-    cls = type(defaults)
-    comments = dict(re.findall(r'^    (\w+): .*?  # (.*)$', inspect.getsource(cls), re.M))
-    parser = argparse.ArgumentParser(description=inspect.getmodule(cls).__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, kind in cls.__annotations__.items():
-        reading = {bool: dict(type=boolean, nargs='?', const=True), tuple: dict(nargs='+')}.get(kind, dict(type=kind))
-        text = comments.get(name, '').replace('%', '%%')
-        text += ' (default: %(default)s)' * (getattr(defaults, name) not in ('', ()))
-        parser.add_argument('--' + name, metavar='ITEM' if kind is tuple else kind.__name__.upper(), help=text, **reading)
-    parser.set_defaults(**vars(defaults))
-    return cls(**vars(parser.parse_args(words)))
-
 class Shards:
     """The images of all prepared sources below a folder, numbered through; the tail of each source is for validation.
 
@@ -51,27 +28,31 @@ class Shards:
     def __init__(self, folder, val_share=0.05, val_most=200):
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192) if hard > 0 else 8192, hard))
-        self.files, shapes, metas = [], [], []
+        self.files, lengths, sides, modalities, counts = [], [], set(), [], []
         for source in sorted(path.parent for path in Path(folder).glob('*/meta.json') if path.parent.suffix != '.part'):
-            files = sorted(source.glob('*.npy'))
             try:
-                meta, arrays = json.loads((source / 'meta.json').read_text()), [np.load(file, mmap_mode='r') for file in files]
-                metas.append((meta['modality'], meta['count']))
-                shapes += [array.shape[:2] for array in arrays]
-                n, count, sides = sum(map(len, arrays)), meta['count'], {side for _, side in shapes}
-                if n != count or len(sides) > 1:
-                    raise ValueError(f'{n} images, {count} by meta.json, and sides of {sorted(sides)} pixels')
-                if any(array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] != array.shape[2] for array in arrays):
-                    raise ValueError('its arrays are not uint8 (n, S, S, c)')
-            except (ValueError, KeyError, IndexError, TypeError, OSError, EOFError) as error:
-                raise SystemExit(f'{source}: no source for pretraining, or damaged, cut short or of another size than those '
-                                 f'before it ({error!r}); move it away, or delete it and prepare it again')
+                meta = json.loads((source / 'meta.json').read_text())
+                if 'kind' in meta:
+                    raise SystemExit(f'{source}: a labelled task, for finetune.py; --data takes the folder of sources')
+                files = sorted(source.glob('*.npy'))
+                arrays = [np.load(file, mmap_mode='r') for file in files]
+                sides |= {side for array in arrays for side in array.shape[1:3]}
+                if any(array.dtype != np.uint8 or array.ndim != 4 for array in arrays) or len(sides) > 1:
+                    raise ValueError(f'not all uint8 (n, S, S, c) with one side S, but {sorted(sides)}')
+                if sum(map(len, arrays)) != meta['count']:
+                    raise ValueError(f'{sum(map(len, arrays))} images, {meta["count"]} by meta.json')
+                modalities.append(meta['modality'])
+                counts.append(meta['count'])
+            except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
+                raise SystemExit(f'{source}: damaged, cut short, or of another size than the sources before it '
+                                 f'({error!r}); move it away, or delete it and prepare it again')
             self.files += files
-        if not shapes:
+            lengths += map(len, arrays)
+        if not lengths:
             raise SystemExit(f'{folder}: no prepared images here; make some with python prepare_medverse.py --raw RAW '
                              f'--out {folder}, or try python pretrain.py --demo')
-        self.side, self.starts = sides.pop(), np.cumsum([0, *(n for n, _ in shapes)])     # shard s begins at starts[s]
-        modalities, counts = map(np.array, zip(*metas))
+        self.side, self.starts = sides.pop(), np.cumsum([0, *lengths])      # shard s begins at starts[s]
+        counts = np.array(counts)
         names, number = np.unique(modalities, return_inverse=True)
         self.modalities, self.modality = names.tolist(), np.repeat(number, counts)      # (images,) index into the names
         held_out = np.clip((counts * val_share).astype(int), 1, np.minimum(val_most, counts - 1))
@@ -102,7 +83,7 @@ class Shards:
     def plan(self, seed, number, batch, rank, world, steps_in_epoch):
         """The images of one rank's micro-batch `number`, sorted: a slice of the epoch's permutation.
 
-        It follows from its arguments alone, so a resumed run goes on with the same images; none comes twice in an epoch.
+        It follows from its arguments alone, so a resumed run goes on alike; no image comes twice in an epoch.
         """
         epoch, slot = divmod(number, steps_in_epoch)
         first = (slot * world + rank) * batch
@@ -115,24 +96,26 @@ class Shards:
 class Task:
     """A labelled task, as prepare_medverse.py --task writes it: images with masks or labels in three splits."""
     def __init__(self, folder):
+        if not (folder / 'meta.json').exists():
+            raise SystemExit(f'{folder}: this task is not prepared; python prepare_medverse.py --task {folder.name} '
+                             '--raw RAW makes it of the images in RAW')
         try:
             self.meta = json.loads((folder / 'meta.json').read_text())
             self.classes, self.segments = self.meta['classes'], self.meta['kind'] == 'segmentation'
             self.images, self.answers = ({split: np.load(folder / split / f'{name}.npy', mmap_mode='r')
                                           for split in ('train', 'val', 'test')}
                                          for name in ('images', 'masks' if self.segments else 'labels'))
-            seen = {split: set().union(*map(np.unique, answers)) - {255} for split, answers in self.answers.items()}
-            for split, answers in self.answers.items():
-                images, most = len(self.images[split]), max(seen[split], default=0)
-                if not len(answers) and split != 'val':
-                    raise ValueError(f'its {split} split is empty')
-                if len(answers) != images or most >= len(self.classes):
-                    raise ValueError(f'its {split} split has {len(answers)} answers, up to class {most}, for {images} images')
-            if unseen := sorted(seen['test'] - seen['train']):
-                raise ValueError(f'no training image shows {", ".join(self.classes[c] for c in unseen)}, but a test image does')
         except (OSError, ValueError, KeyError, EOFError) as error:
-            raise SystemExit(f'{str(folder).removesuffix(".part")}: missing, damaged or not fit to learn from: {error}; make '
-                             'this task (again) with python prepare_medverse.py --task NAME --raw RAW')
+            raise SystemExit(f'{folder}: no labelled task, or damaged ({error!r}); delete it and prepare it again')
+        seen = {split: set().union(*map(np.unique, answers)) - {255} for split, answers in self.answers.items()}
+        for split, answers in self.answers.items():
+            if len(answers) != len(self.images[split]) or max(seen[split], default=0) >= len(self.classes):
+                raise SystemExit(f'{folder}: its {split} images, answers and classes do not agree; prepare it again')
+            if not len(answers) and split != 'val':
+                raise SystemExit(f'{folder}: its {split} split is empty; prepare it again with another --split')
+        if unseen := sorted(seen['test'] - seen['train']):
+            raise SystemExit(f'{folder}: no training image shows {", ".join(self.classes[c] for c in unseen)}, but a '
+                             'test image does; prepare it again with another --split, or more images')
 
     def gather(self, split, ids):
         """uint8 images (n, 3, S, S), and masks (n, S, S) or labels (n,) as int64."""
@@ -153,9 +136,27 @@ def prefetch(load, numbers, threads=2, ahead=4):
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
+def batches(shards, seed, numbers, batch, rank, world, steps_in_epoch, device):
+    """Yield images (B, 3, S, S) of one rank's micro-batches `numbers`, as Shards.plan has them, on the device."""
+    copies = torch.cuda.Stream() if device.type == 'cuda' else None
+
+    def load(number):       # on CUDA it is this thread that waits for the copy, while the training computes
+        images = shards.gather(shards.plan(seed, number, batch, rank, world, steps_in_epoch))
+        if copies:
+            torch.cuda.set_device(device)       # a thread begins on the first GPU
+            with torch.cuda.stream(copies):
+                images = images.pin_memory().to(device, non_blocking=True)
+                copies.record_event().synchronize()
+        return images.to(device)
+
+    for images in prefetch(load, numbers):
+        if copies:      # the memory is not free for another copy before this stream has done with it
+            images.record_stream(torch.cuda.current_stream())
+        yield images
+
 def matrices(u, w, h):
-    """Flip, rotation and crop as one matrix (count, 2, 3) from output to input coordinates in [-1, 1], of uniform draws u
-    (4, count) and the sides w, h (count,) of the crop, 1 for the whole image; it lies anywhere inside."""
+    """Flip, rotation and crop as one matrix (count, 2, 3) from output to input coordinates in [-1, 1], of uniform draws
+    u (4, count) and the sides w, h (count,) of the crop, 1 for the whole image; it lies anywhere inside."""
     x, y = (2 * u[0] - 1) * (1 - w), (2 * u[1] - 1) * (1 - h)           # centre of the crop
     angle = (2 * u[2] - 1) * math.radians(15)
     flip, cos, sin = torch.where(u[3] < 0.5, -1.0, 1.0), angle.cos(), angle.sin()
@@ -163,8 +164,9 @@ def matrices(u, w, h):
     return torch.stack(rows, 1).view(-1, 2, 3)
 
 def draw_views(count, zoom, device):
-    """Matrices of random horizontal flips, rotations of up to 15 degrees and resized crops (area 0.2 to 1, aspect 3/4 to
-    4/3). zoom is output side / stored side; a crop has at least half of the output's own pixels."""
+    """Matrices of random horizontal flips, rotations of up to 15 degrees and resized crops (aspect 3/4 to 4/3). zoom is
+    output side / stored side. A crop has at least half of the output's own pixels: where images are trained on as they
+    are stored, 0.5 to 1 of the area, and the paper's 0.2 to 1 where they are stored 1.6 times as large."""
     u = torch.rand(6, count, device=device)
     smallest = min(max(0.2, 0.5 * zoom ** 2), 1)
     area, aspect = smallest + (1 - smallest) * u[4], torch.exp((2 * u[5] - 1) * math.log(4 / 3))
@@ -199,7 +201,7 @@ def center(images, size):
     return normalize(views(images, size, torch.eye(2, 3, device=images.device).expand(len(images), 2, 3)))
 
 def augment(images, size):
-    """uint8 (B, 3, S, S) -> normalised random views (B, 3, size, size); nearly black ones are drawn again, three times."""
+    """uint8 (B, 3, S, S) -> normalised random views (B, 3, size, size); nearly black ones are drawn again, thrice."""
     zoom, stride = size / images.shape[-1], max(images.shape[-1] // 32, 1)
     where = draw_views(len(images), zoom, images.device)
     for _ in range(3):      # judged on 16 x 16 samples of every few pixels, and without asking the host
@@ -209,7 +211,7 @@ def augment(images, size):
 
 def augment_labelled(images, answers, size):
     """Random flip, rotation of up to 15 degrees, zoom of up to 1.25, contrast and brightness within 20%: uint8
-    (B, 3, S, S) and masks (B, S, S) or labels (B,) -> normalised (B, 3, size, size) and the masks seen alike (255 outside)."""
+    (B, 3, S, S) and masks (B, S, S) or labels (B,) -> normalised (B, 3, size, size), and masks alike (255 outside)."""
     u = torch.rand(7, len(images), device=images.device)
     side, (contrast, brightness) = 1 - 0.2 * u[4], 0.8 + 0.4 * u[5:, :, None, None, None]
     where = matrices(u[:4], side, side)

@@ -34,7 +34,6 @@ from tqdm import tqdm
 
 import data
 import prepare_medverse
-from data import parse_options
 from model import ViT, load_weights, named_config, read_checkpoint
 from pretrain import MAX_SKIPPED, check_numbers, draw_tables, learning_rate, make_optimizer, open_run, save, seed_step
 from pretrain import setup, stop_signals, write_line
@@ -279,9 +278,8 @@ def train(o):
     if task.segments:
         draw_cases(out / 'cases.png', model, task, table, device)
     else:
-        numbers = torch.tensor(scores['confusion'])[None]       # (1, C, C)
-        title = ['truth (rows) by prediction']
-        draw_tables(out / 'confusion.png', F.normalize(numbers.float(), 1, 2), task.classes, title, numbers)
+        shares = F.normalize(torch.tensor([scores['confusion']]).float(), 1, 2)     # (1, C, C)
+        draw_tables(out / 'confusion.png', shares, task.classes, ['truth (rows) by prediction'], 'class')
     results = about | dict(scores=scores, validation=best, skipped=skipped, minutes=minutes, options=asdict(o))
     save(results_file, json.dumps(results, indent=1))
     print(f'{out}: test {"Dice" if task.segments else "macro-F1"} {headline(scores):.4f}; all are in results.json')
@@ -398,7 +396,7 @@ def export(o):
 
 def main():
     """Train, or what else the options ask for."""
-    o = parse_options(Options())
+    o = prepare_medverse.parse_options(Options())
     check_numbers(o)
     if o.adapt not in ('experts', 'director') or o.pool not in ('cls', 'mean') or not 0 < o.fraction <= 1:
         raise SystemExit('--adapt is experts or director, --pool cls or mean, --fraction above 0 and at most 1')

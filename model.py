@@ -8,7 +8,7 @@ Letters, also the paper's: B images, N tokens (class token first), C width, H hi
 K activated experts, L layers, P pixels of a patch's side, M routed units (B images, or B*N tokens if routing='token').
 """
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,8 @@ class Config:
     patch: int = 16             # side P of a patch in pixels
     width: int = 768            # C
     depth: int = 12             # L
-    heads: int = 12
+    heads: int = 12             # of attention, C / heads channels each
+    mlp_ratio: int = 4          # H / C
     experts: int = 8            # R; 0 is the plain ViT
     top_k: int = 2              # K
     routing: str = 'image'      # 'image': one choice for all tokens (the paper's); 'token': one for each (its Fig. 8)
@@ -40,12 +41,15 @@ class Config:
     decoder_heads: int = 16
 
     def __post_init__(self):
-        for holds, rule in [(0 < self.patch <= self.size and self.size % self.patch == 0, 'size must be a multiple of patch'),
-                            (not self.experts or 1 <= self.top_k <= self.experts, 'top_k must lie between 1 and experts'),
-                            (0 < self.mask_ratio < 1, 'mask_ratio must lie between 0 and 1'),
-                            (self.routing in ('image', 'token'), "routing must be 'image' or 'token'")]:
+        for holds, rule in [
+                (0 < self.patch <= self.size and self.size % self.patch == 0, 'size must be a multiple of patch'),
+                (self.heads > 0 and self.width % self.heads == 0, 'width must be a multiple of heads'),
+                (not self.experts or 1 <= self.top_k <= self.experts, 'top_k must lie between 1 and experts'),
+                (self.routing in ('image', 'token'), 'routing must be image or token'),
+                (0 < self.mask_ratio < 1, 'mask_ratio must lie between 0 and 1')]:
             if not holds:
-                raise SystemExit(f'{rule}: {self}')
+                values = [f'{name} {value}' for name, value in vars(self).items() if name in rule.split()]
+                raise SystemExit(f'{rule}, not {", ".join(values)}')
 
 def named_config(model, depth=0, **others):
     """The Config of a row of SIZES; with another depth where it is not 0."""
@@ -62,43 +66,55 @@ class Linear(nn.Linear):
 
 class Attention(nn.Module):
     """Self-attention of all tokens, x (B, N, C) -> (B, N, C)."""
-    def __init__(self, width, heads):
+    def __init__(self, c):
         super().__init__()
-        self.heads = heads
-        self.qkv = Linear(width, 3 * width)
-        self.proj = Linear(width, width)
+        self.heads = c.heads
+        self.qkv = Linear(c.width, 3 * c.width)
+        self.proj = Linear(c.width, c.width)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)      # 3 of (B, heads, N, C/heads)
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))     # (B, N, 3, heads, C/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # 3 of (B, heads, N, C/heads)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+class MLP(nn.Module):
+    """Two linear layers, x (..., C) -> (..., C) by way of H."""
+    def __init__(self, c):
+        super().__init__()
+        self.fc1 = Linear(c.width, c.mlp_ratio * c.width)
+        self.fc2 = Linear(c.mlp_ratio * c.width, c.width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
 
 class StackedLinear(nn.Module):
     """R linear layers, which start as copies of one: weights (R, out, in) and biases (R, out)."""
-    def __init__(self, linear, count):
+    def __init__(self, linear, R):
         super().__init__()
-        self.weight = nn.Parameter(linear.weight.detach().repeat(count, 1, 1))
-        self.bias = nn.Parameter(linear.bias.detach().repeat(count, 1))
+        self.weight = nn.Parameter(linear.weight.detach().repeat(R, 1, 1))
+        self.bias = nn.Parameter(linear.bias.detach().repeat(R, 1))
 
     def forward(self, x, expert):
-        """Rows of x (M, N, in), sorted by expert, through the layers number `expert` (M,) -> (M, N, out).
-
-        In bfloat16 on an H100 or newer, one kernel finds the groups' sizes on the device, so that the host does not wait for
-        them; elsewhere grouped_mm is a loop over the experts, each of which writes its gradient into the stack.
-        """
+        """Rows of x (M, N, in), sorted by expert, through the layers number `expert` (M,) -> (M, N, out)."""
         if torch.is_autocast_enabled(x.device.type):        # which does not know grouped_mm: cast by hand, once a step
             x = x.to(torch.get_autocast_dtype(x.device.type))
         ends = torch.searchsorted(expert, torch.arange(len(self.weight), device=x.device), right=True)      # (R,)
-        rows = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=(ends * x.shape[1]).int())
-        return rows.unflatten(0, x.shape[:2]) + self.bias[expert, None].to(x.dtype)     # cast last: gradients add up in float32
+        # one kernel in bfloat16 on an H100 or newer, and the host need not wait for the groups' sizes; elsewhere a loop
+        y = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=(ends * x.shape[1]).int())
+        # index_select: the gradient of self.bias[expert] would add up in the order in which threads happen to arrive
+        bias = self.bias.index_select(0, expert)[:, None]
+        return y.unflatten(0, x.shape[:2]) + bias.to(x.dtype)       # cast last, so that gradients add up in float32
 
-class MLP(nn.Module):
-    """Two linear layers; or, of two stacks, R such MLPs: `expert` (M,) then numbers the one for each row of x (M, N, C)."""
-    def __init__(self, fc1, fc2):
+class Experts(nn.Module):
+    """R MLPs, which start as copies of one. Stacked, so that DDP, AdamW and GEMA see 4 tensors, not 4 R."""
+    def __init__(self, mlp, R):
         super().__init__()
-        self.fc1, self.fc2 = fc1, fc2
+        self.fc1 = StackedLinear(mlp.fc1, R)
+        self.fc2 = StackedLinear(mlp.fc2, R)
 
-    def forward(self, x, *expert):
-        return self.fc2(F.gelu(self.fc1(x, *expert)), *expert)
+    def forward(self, x, expert):
+        """Rows of x (M, N, C), sorted by expert, through the MLPs number `expert` (M,)."""
+        return self.fc2(F.gelu(self.fc1(x, expert)), expert)
 
 class Routing(NamedTuple):
     """What a DEX module decided; a network stacks its layers' along a first axis L."""
@@ -110,21 +126,21 @@ class Routing(NamedTuple):
 class DEX(nn.Module):
     """Director-Experts module (Sec. 3.2, 3.3): the K best experts for each image, mixed; a director that follows them.
 
-    Experts are stacked, so that DDP, AdamW and GEMA see 4 tensors, not 4 R. They start as copies of the director: to average
-    parameters (Eq. 7) means something only among MLPs that start alike, with one common order of hidden units.
+    Experts start as copies of the director: to average parameters (Eq. 7) means something only among MLPs that start
+    alike, with one common order of hidden units.
     """
-    def __init__(self, width, experts, top_k, routing):
+    def __init__(self, c):
         super().__init__()
-        self.top_k, self.routing = top_k, routing
-        self.gate = Linear(width, experts, bias=False)                     # pi of Eq. 2
-        layers = Linear(width, 4 * width), Linear(4 * width, width)
-        self.director = MLP(*layers).requires_grad_(False)                 # moved by GEMA alone
-        self.experts = MLP(*(StackedLinear(layer, experts) for layer in layers))
-        self.register_buffer('usage', torch.full((experts,), 1 / experts))     # c of Eq. 20
+        self.top_k, self.routing = c.top_k, c.routing
+        self.gate = Linear(c.width, c.experts, bias=False)                      # pi of Eq. 2
+        self.director = MLP(c).requires_grad_(False)                            # moved by GEMA alone
+        self.experts = Experts(self.director, c.experts)
+        self.register_buffer('usage', torch.full((c.experts,), 1 / c.experts))  # c of Eq. 20
 
     def forward(self, x, sigma=None):
-        """x (B, N, C) -> (B, N, C) and, where the noise level sigma >= 0 is given, the Routing; None is plain inference."""
-        units = x if self.routing == 'image' else x.flatten(0, 1)[:, None]  # (M, N, C): a token is an image of one token
+        """x (B, N, C) -> (B, N, C), and where the noise level sigma >= 0 is given, the Routing; None is inference."""
+        # (M, N, C): with a choice for each token, a token is an image of one token
+        units = x if self.routing == 'image' else x.flatten(0, 1)[:, None]
         with torch.autocast(x.device.type, enabled=False):      # float32: in bf16, ties would change the top-K set
             logits = self.gate(units[:, 0].float())             # (M, R), from the class token
             if sigma is not None:       # Eq. 21: noise, shifted in favour of the experts that are seldom used
@@ -134,19 +150,20 @@ class DEX(nn.Module):
             weights = top / top.sum(-1, keepdim=True)           # omega of Eq. 5; 1 where K = 1: no gradient to the gate
         expert, order = chosen.flatten().sort(stable=True)      # (M*K,) pairs of unit and expert, grouped by expert
         unit = order // self.top_k
-        y = self.experts(units.index_select(0, unit), expert) * weights.flatten()[order, None, None]
-        y = torch.zeros_like(units, dtype=y.dtype).index_add(0, unit, y).view_as(x)         # f^E of Eq. 2 and 5
+        y = self.experts(units.index_select(0, unit), expert)
+        y = y * weights.flatten().index_select(0, order)[:, None, None]
+        y = torch.zeros_like(units, dtype=y.dtype).index_add(0, unit, y).view_as(x)     # f^E of Eq. 2 and 5
         if sigma is None:
             return y, None
-        target = self.director(x.detach())                                                  # f^D, without gradient
-        co = 1 - F.cosine_similarity(y.float(), target.float(), dim=-1).mean()              # Eq. 3 and 15
+        target = self.director(x.detach())                                              # f^D, without gradient
+        co = 1 - F.cosine_similarity(y.float(), target.float(), dim=-1).mean()          # Eq. 3 and 15
         zeros = torch.zeros_like(scores)
         return y, Routing(co, scores, zeros.scatter(1, chosen, 1), zeros.scatter(1, chosen, weights))
 
     @torch.no_grad()
     def gema(self, usage, momentum, finite):
-        """Group exponential moving average. usage (R,) is the normalised sum of omega over the global batch, which is
-        Omega of Eq. 6 and c-hat of Eq. 19 alike; where `finite` (bool tensor) is False, nothing changes."""
+        """Group exponential moving average, once after the optimizer's step. usage (R,) is the normalised sum of omega over
+        the global batch, Omega of Eq. 6 and c-hat of Eq. 19 alike; where `finite` (bool) is False, nothing changes."""
         usage = torch.where(finite, usage, self.usage)      # NaN times a weight of 0 would still be NaN
         for director, experts in zip(self.director.parameters(), self.experts.parameters()):
             average = (usage @ experts.flatten(1)).view_as(director)
@@ -155,28 +172,32 @@ class DEX(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm transformer block; with experts, its MLP is a DEX module."""
-    def __init__(self, width, heads, experts=0, top_k=0, routing='image'):
+    def __init__(self, c):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        if experts:
-            self.dex = DEX(width, experts, top_k, routing)
+        self.norm1 = nn.LayerNorm(c.width, eps=1e-6)
+        self.attn = Attention(c)
+        self.norm2 = nn.LayerNorm(c.width, eps=1e-6)
+        if c.experts:
+            self.dex = DEX(c)
         else:
-            self.mlp = MLP(Linear(width, 4 * width), Linear(4 * width, width))
+            self.mlp = MLP(c)
 
     def forward(self, x, sigma=None):
-        """x (B, N, C) -> (B, N, C), Routing or None."""
+        """x (B, N, C) -> (B, N, C), and the Routing, without experts one of R = 0, or None at inference."""
         x = x + self.attn(self.norm1(x))
-        y, routing = self.dex(self.norm2(x), sigma) if hasattr(self, 'dex') else (self.mlp(self.norm2(x)), None)
+        if hasattr(self, 'dex'):
+            y, routing = self.dex(self.norm2(x), sigma)
+        else:
+            y, none = self.mlp(self.norm2(x)), x.new_zeros(1, 0, dtype=torch.float32)
+            routing = None if sigma is None else Routing(none.sum(), none, none, none)
         return x + y, routing
 
 def sincos_positions(width, side):
-    """Fixed sine-cosine positions (1, 1 + side * side, width): column, then row, as in MAE; zeros for the class token."""
+    """Fixed sine-cosine positions (1, 1 + side * side, width): column, row, as in MAE; zeros for the class token."""
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega                   # (side, width / 4)
-    axis = torch.cat([angles.sin(), angles.cos()], 1).float()                           # (side, width / 2)
-    table = torch.cat([axis.repeat(side, 1), axis.repeat_interleave(side, 0)], 1)       # row by row, (side * side, width)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega               # (side, width / 4)
+    axis = torch.cat([angles.sin(), angles.cos()], 1).float()                       # (side, width / 2)
+    table = torch.cat([axis.repeat(side, 1), axis.repeat_interleave(side, 0)], 1)   # row by row, (side * side, width)
     return F.pad(table, (0, 0, 1, 0))[None]
 
 class ViT(nn.Module):
@@ -188,7 +209,7 @@ class ViT(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed['proj'].weight.flatten(1))     # as the linear layer that it is
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, c.width))
         self.register_buffer('pos_embed', sincos_positions(c.width, c.size // c.patch))
-        self.blocks = nn.ModuleList(Block(c.width, c.heads, c.experts, c.top_k, c.routing) for _ in range(c.depth))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.width, eps=1e-6)
 
     def forward(self, images, sigma=None, kept=None):
@@ -205,22 +226,18 @@ class ViT(nn.Module):
             x, routing = block(x, sigma)
             outputs.append(x)
             routings.append(routing)
-        routing = Routing(*map(torch.stack, zip(*routings))) if routing is not None else None
+        routing = None if sigma is None else Routing(*map(torch.stack, zip(*routings)))
         return self.norm(x), routing, outputs
-
-    def update_directors(self, usage, momentum, finite):
-        """GEMA in every layer, once after the optimizer's step; usage (L, R)."""
-        for block, row in zip(self.blocks, usage):
-            block.dex.gema(row, momentum, finite)
 
 class MAE(ViT):
     """Masked autoencoder on a ViT: L_self of Eq. 8."""
     def __init__(self, c: Config):
         super().__init__(c)
+        plain = replace(c, width=c.decoder_width, heads=c.decoder_heads, experts=0)
         self.decoder_embed = Linear(c.width, c.decoder_width)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, c.decoder_width))
         self.register_buffer('decoder_pos_embed', sincos_positions(c.decoder_width, c.size // c.patch))
-        self.decoder_blocks = nn.ModuleList(Block(c.decoder_width, c.decoder_heads) for _ in range(c.decoder_depth))
+        self.decoder_blocks = nn.ModuleList(Block(plain) for _ in range(c.decoder_depth))
         self.decoder_norm = nn.LayerNorm(c.decoder_width, eps=1e-6)
         self.decoder_pred = Linear(c.decoder_width, c.patch ** 2 * 3)
 
@@ -232,10 +249,11 @@ class MAE(ViT):
     def unpatchify(self, patches):
         """Inverse of patchify."""
         P, side = self.config.patch, self.config.size // self.config.patch
-        return patches.unflatten(2, (P, P, 3)).unflatten(1, (side, side)).permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+        patches = patches.unflatten(2, (P, P, 3)).unflatten(1, (side, side))
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
     def targets(self, images):
-        """Patches brought to mean 0 and variance 1, their means and deviations. A constant patch (air) becomes zeros."""
+        """Patches of mean 0 and variance 1, and their means and deviations. A constant patch (air) becomes zeros."""
         patches = self.patchify(images.float())
         var, mean = torch.var_mean(patches, -1, keepdim=True)
         std = (var + 1e-6).sqrt()
@@ -262,15 +280,28 @@ class MAE(ViT):
         error = (prediction.float() - self.targets(images)[0]).square().mean(-1)        # (B, N-1)
         return (error * mask).sum(1) / mask.sum(1), routing, prediction, mask
 
-def layer_losses(routing, load):
-    """(sum of alpha^l L_co^l, sum of L_bal^l) / L: the two layer sums of Eq. 8.
+def layer_losses(co, scores, load):
+    """(sum of alpha^l L_co^l, sum of L_bal^l) / L, the two layer sums of Eq. 8, from the layers' alignment losses co
+    (L,), the mean scores (L, R), and load (L, R), the share of the global batch's images that activate each expert."""
+    L, R = scores.shape
+    alpha = 1 / torch.arange(L, 0, -1, device=co.device)        # alpha^l = 1 / (L - (l - 1))
+    balance = R * (scores * load).sum(1)                        # Eq. 18, (L,)
+    return (alpha * co).sum() / L, balance.sum() / L
 
-    load (L, R), the second factor of Eq. 18, is the share of the global batch's images that activate each expert.
-    """
-    L, _, R = routing.scores.shape
-    alpha = 1 / torch.arange(L, 0, -1, device=load.device)      # alpha^l = 1 / (L - (l - 1))
-    balance = R * (routing.scores.mean(1) * load).sum(1)        # Eq. 18, (L,)
-    return (alpha * routing.co).sum() / L, balance.sum() / L
+def flops(c):
+    """Operations in the matrix products of MAE(c)'s training step for one image: two for each weight and token in the
+    forward pass and, where both the weight and what goes into it have a gradient, four in the backward pass."""
+    patches, pixels, C, D = (c.size // c.patch) ** 2, 3 * c.patch ** 2, c.width, c.decoder_width
+    seen, tokens = int(patches * (1 - c.mask_ratio)) + 1, patches + 1
+
+    def block(tokens, C, mlps):         # queries, keys, values, projection; scores and mixing of attention; MLPs
+        return tokens * C * (4 * C + 2 * tokens + mlps * 2 * c.mlp_ratio * C)
+
+    gate = C * c.experts * (seen if c.routing == 'token' else 1)
+    director = seen * 2 * c.mlp_ratio * C ** 2 if c.experts else 0
+    encoder = c.depth * (block(seen, C, c.top_k if c.experts else 1) + gate)
+    decoder = c.decoder_depth * block(tokens, D, 1) + D * (seen * C + tokens * pixels)
+    return 6 * (encoder + decoder) + 4 * patches * pixels * C + 2 * c.depth * director
 
 # --- checkpoints --------------------------------------------------------------------------------------------------------
 
@@ -292,7 +323,7 @@ def read_checkpoint(path, token='cls_token'):
         raise SystemExit(f'{path}: damaged, or no checkpoint of plain tensors with a {token} (--init takes what pretraining or '
                          f'the publishers of a ViT saved, --predict the folder of a fine-tuning): {error!r:.150}')
     depth = sum(name.startswith('blocks.') and name.endswith('.norm1.weight') for name in state)
-    heads = 16 if width == 1280 else width // 64        # 64 channels a head, but for ViT-H
+    heads = 16 if width == 1280 else max(1, width // 64)        # 64 channels a head, but for ViT-H
     return state, Config(size=patch * side, patch=patch, width=width, depth=depth, heads=heads, experts=0), file
 
 def resize_positions(positions, height, width):

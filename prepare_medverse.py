@@ -14,10 +14,12 @@ at any moment and started again. A task is images in pairs with masks (segmentat
 
 Letters: H, W sides as published, S side as stored, c channels, n slices of a volume or images of a shard.
 """
+import argparse
 import contextlib
 import csv
 import functools
 import glob
+import inspect
 import json
 import multiprocessing
 import os
@@ -42,7 +44,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps, ImageSequence
 from tqdm import tqdm
 
-from data import Task, parse_options
 
 Image.MAX_IMAGE_PIXELS = None  # slides and fundus photographs are large, not decompression bombs
 MODALITIES = ('CT', 'PET', 'MR', 'X-ray', 'Ultrasound', 'Fundus', 'OCT', 'Pathology', 'Endoscope', 'Photo')
@@ -58,6 +59,26 @@ VIDEOS = ('.avi', '.mp4')
 IMAGES = (*PICTURES, *VIDEOS, '.nii', '.nii.gz', '.npy', '.mhd', '.img')
 SHARD = 256 << 20  # bytes of a full shard
 REASONS = ('corrupt', 'small', 'blank', 'duplicate', 'other')
+
+def boolean(text):
+    return ('false', 'no', '0', 'true', 'yes', '1').index(text.lower()) >= 3
+
+def parse_options(defaults, words=None):
+    """The dataclass instance `defaults` with what the command line, or `words`, changes: --name value, --name=value, --flag.
+
+    The help of an option is the comment beside its field; unknown names and wrong types end the program with a sentence.
+    """
+    cls = type(defaults)
+    comments = dict(re.findall(r'^    (\w+): .*?  # (.*)$', inspect.getsource(cls), re.M))
+    parser = argparse.ArgumentParser(description=inspect.getmodule(cls).__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, kind in cls.__annotations__.items():
+        reading = {bool: dict(type=boolean, nargs='?', const=True), tuple: dict(nargs='+')}.get(kind, dict(type=kind))
+        text = comments.get(name, '').replace('%', '%%')
+        text += ' (default: %(default)s)' * (getattr(defaults, name) not in ('', ()))
+        parser.add_argument('--' + name, metavar='ITEM' if kind is tuple else kind.__name__.upper(), help=text, **reading)
+    parser.set_defaults(**vars(defaults))
+    return cls(**vars(parser.parse_args(words)))
 
 @dataclass
 class Config:
@@ -747,7 +768,8 @@ def prepare_task(config, raw, folder, pool):
             if len(missing) > len(config.classes) - 2:
                 sys.exit(f'{raw}: {text}')
             print(f'warning: {text}?', file=sys.stderr)
-        Task(part)  # ends the program if the classes and splits would not do for training
+        from data import Task
+        Task(part)
     paper = TASKS[config.task].count if config.task in TASKS else ''
     print(f'{folder}: {meta["kind"]} into {", ".join(config.classes)}; images: {counts}'
           + f', in the paper {paper}' * bool(paper))

@@ -3,7 +3,6 @@
     python pretrain.py --demo                           phantoms and a small model, minutes on a laptop's CPU
     python pretrain.py --model tiny --size 128 --batch 32 --device cpu
     torchrun --nproc_per_node=2 pretrain.py             the paper's run, on two GPUs
-    python pretrain.py --bench --device cpu --depth 3 --batch 8      how fast a step is, and what it is spent on
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py   on each of two
 
 Writes to --out: config.json, log.jsonl (one object a line), ckpt.pt, recon.png, experts.png. Ctrl-C and SIGTERM save
@@ -14,32 +13,26 @@ import fcntl
 import json
 import math
 import os
-import re
-import resource
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections import Counter
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import islice, product
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.benchmark import Timer
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from model import DEX, MAE, Routing, layer_losses, load_weights, named_config, read_checkpoint
+from model import MAE, ViT, flops, layer_losses, load_weights, named_config, read_checkpoint
+from prepare_medverse import parse_options
 
 @dataclass
 class Options:
@@ -77,16 +70,35 @@ class Options:
     device: str = ''                # cpu, cuda or mps; empty: the best there is
     seed: int = 0                   # of weights, order, augmentation, masks and noise
     bf16: bool = True               # bfloat16 autocast and torch.compile, on CUDA only
-    checkpoint: bool = False        # compute activations anew in the backward pass: less memory, a third more time
-    bench: bool = False             # time steps of this run, and of the plain masked autoencoder, instead of training
     # looking after it
     log_every: int = 10             # steps between lines of log.jsonl
     val_every: int = 0              # steps between validations; 0: ten a run
-    val_share: float = 0.05         # share of each source held out for validation (its tail, at most 200 images)
+    val_share: float = 0.05         # share of each source held out (its tail, 1 to 200 images) for validation
     save_minutes: float = 15.0      # between checkpoints
+
+    def __post_init__(self):
+        check_numbers(self)
+        if min(self.accumulate, self.log_every) < 1 or self.clip <= 0:
+            raise SystemExit('--accumulate and --log_every must be 1 or more, --clip above 0')
 
 DEMO = dict(data='data/phantoms-64', out='out/demo', model='tiny', depth=4, size=64, patch=8, batch=64, steps=400,
             lr=8e-3, val_share=0.2, val_every=100)
+PEAK = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, '4090': 165}     # bfloat16 TFLOP/s
+MAX_SKIPPED = 10        # steps in a row that are not finite end a training
+CURVES = dict(mae=('error of hidden patches', 'training'), val_mae=('error of hidden patches', 'validation'),
+              co=('alignment loss', 'training'), bal=('balance loss', 'training'),
+              bits=('bits of modality in the first expert', 'layer {}'), modality_share=('modality in features', 'layer {}'))
+COLOURS = 'royalblue darkorange seagreen crimson purple sienna deeppink gray olive teal black gold'.split()
+
+# --- shared with finetune.py ------------------------------------------------------------------------------------------
+
+def check_numbers(o):
+    """End the program where an option is negative, infinite or no number, and is not so by default."""
+    for name, value in vars(o).items():
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf and value != getattr(type(o), name):
+            raise SystemExit(f'--{name} {value}: must be a number of 0 or more')
+    if o.batch < 1 or not (o.steps or o.epochs):
+        raise SystemExit('--batch must be 1 or more, and --epochs or --steps above 0')
 
 def cosine(start, end, progress):
     """Half a cosine from `start` at progress 0 to `end` at 1."""
@@ -101,7 +113,7 @@ def seed_step(seed, step, rank):
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
 
 def setup(kind):
-    """Join torchrun's processes if there are any: (rank, world size, rank on this machine, device). kind: '' is the best."""
+    """Join torchrun's processes if there are any: (rank, world size, rank on this machine, device). '' is the best."""
     rank, world, local = (int(os.environ.get(*pair)) for pair in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
     kind = kind or ('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
     if kind not in ('cpu', 'cuda', 'mps'):
@@ -113,68 +125,22 @@ def setup(kind):
     if kind == 'cuda':
         torch.cuda.set_device(device)
     torch.set_flush_denormal(True)  # what fades of an idle expert's moments would slow AdamW on a CPU to a tenth
-    if sys.platform == 'linux':     # glibc would return each big tensor to the system (M_MMAP_MAX, M_TRIM_THRESHOLD), and
-        libc = ctypes.CDLL(None)    # faulting in the stacked gradients anew would cost a fifth of a step on the CPU
-        libc.mallopt(-4, 0)
-        libc.mallopt(-1, -1)
+    if sys.platform == 'linux':     # glibc would give each big tensor back to the system, and faulting in the stacked
+        libc = ctypes.CDLL(None)    # gradients anew would cost a fifth of a step on the CPU
+        libc.mallopt(-4, 0)         # M_MMAP_MAX
+        libc.mallopt(-1, -1)        # M_TRIM_THRESHOLD
     if world > 1:
         dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', device_id=device if kind == 'cuda' else None)
     return rank, world, local, device
 
-def check_numbers(o):
-    """End the program where a number is negative, infinite (but for --clip) or none at all, that is not so by default, and
-    where there is nothing to train on or for."""
-    for name, value in vars(o).items():
-        fine = not isinstance(value, (int, float)) or 0 <= value < math.inf or name == 'clip' and value == math.inf
-        if not fine and value != getattr(type(o), name):
-            raise SystemExit(f'--{name} {value}: must be a number of 0 or more')
-    if o.batch < 1 or not (o.steps or o.epochs):
-        raise SystemExit('--batch must be 1 or more, and --epochs or --steps above 0')
-
-def claim(out, o):
-    """Refuse to write over another run unasked."""
-    log = out / 'log.jsonl'
-    if log.exists() and log.stat().st_size and not (o.resume or o.overwrite):
-        raise SystemExit(f'{out}: holds a run already; go on with --resume, start anew with --overwrite, or choose --out')
-
 def make_optimizer(model, lr, weight_decay):
-    """AdamW with decay on weight matrices and kernels; none on norms, biases (stacked ones are two-dimensional) and tokens."""
-    trained = [(name.endswith('.weight') and 'norm' not in name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [dict(params=[p for matrix, p in trained if matrix], weight_decay=weight_decay),
-              dict(params=[p for matrix, p in trained if not matrix], weight_decay=0.0)]
+    """AdamW, decay on matrices and kernels; none on norms, biases (stacked ones are two-dimensional) and tokens."""
+    groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = name.endswith('.weight') and 'norm' not in name
+            groups[not decays]['params'].append(parameter)
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
-
-def total_norm(gradients):
-    """Norm of all gradients together. On a CPU by dot products, which read them faster and lose fewer digits than norms."""
-    if gradients[0].device.type == 'cpu':
-        return torch.stack([g.flatten().dot(g.flatten()) for g in gradients]).sum().sqrt()
-    return torch.nn.utils.get_total_norm(gradients)
-
-def save(path, content):
-    """Write text or a checkpoint beside the old file, then move it into place: at any moment there is a whole one."""
-    new = path.with_name(path.name + '.new')
-    try:
-        with open(new, 'wb') as file:
-            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
-        os.replace(new, path)
-    except (OSError, RuntimeError) as error:
-        why = error.__context__ or error        # torch hides 'no space left on device' behind an error of its own
-        raise SystemExit(f'{path}: could not be saved ({why}); what was there before is untouched')
-    finally:
-        new.unlink(missing_ok=True)
-
-def reopen(out, first, config):
-    """Make the run's folder, with config.json and a log.jsonl of the steps before `first` (none: no checkpoint either)."""
-    out.mkdir(parents=True, exist_ok=True)
-    save(out / 'config.json', json.dumps(config, indent=1))
-    log = out / 'log.jsonl'
-    lines = re.findall(r'^({"step": (\d+),.*}\n)', log.read_text() if log.exists() else '', re.M)    # none that was cut short
-    save(log, ''.join(line for line, step in lines if int(step) < first))
-    if not first:
-        (out / 'ckpt.pt').unlink(missing_ok=True)
-    return log
-
-MAX_SKIPPED = 10        # steps in a row that are not finite end a training
 
 def stop_signals():
     """A list to which SIGTERM and SIGINT (Ctrl-C) add their numbers from now on, so that a training can save first."""
@@ -207,20 +173,43 @@ def write_line(log, entry):
     entry = json.loads(json.dumps(entry), parse_constant=lambda name: None)
     print(json.dumps(entry), file=log, flush=True)
 
-# --- validation and pictures --------------------------------------------------------------------------------------------
+def save(path, content):
+    """Write text or a checkpoint beside the old file, then move it into place: at any moment there is a whole one."""
+    new = path.with_name(path.name + '.new')
+    try:
+        with open(new, 'wb') as file:
+            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+        os.replace(new, path)
+    except (OSError, RuntimeError) as error:
+        why = error.__context__ or error        # torch hides 'no space left on device' behind an error of its own
+        raise SystemExit(f'{path}: could not be saved ({why}); what was there before is untouched')
+    finally:
+        new.unlink(missing_ok=True)
+
+# --- validation and pictures ------------------------------------------------------------------------------------------
 
 def mutual_information(counts):
     """Mutual information in bits between row and column of a table of counts (D, R), and its maximum, the smaller of
     the rows' entropy and log2 R. 0: experts ignore the modality; the maximum: they tell as much of it as they can."""
     joint = counts.double() / counts.sum()
-    rows, columns, both = (torch.special.entr(p).sum().item() / math.log(2) for p in (joint.sum(1), joint.sum(0), joint))
+    parts = joint.sum(1), joint.sum(0), joint
+    rows, columns, both = (torch.special.entr(p).sum().item() / math.log(2) for p in parts)
     return rows + columns - both, min(rows, math.log2(counts.shape[1]))
 
+def modality_share(x):
+    """Share of the variance of features x, a list of (L, B, C) for each modality, that lies between modalities, (L,):
+    what Theorem A.3 argues about."""
+    centred = torch.cat(x, 1) - torch.cat(x, 1).mean(1, keepdim=True)
+    between = sum(part.shape[1] * (part.mean(1) - torch.cat(x, 1).mean(1)).square().sum(1) for part in x)
+    return between / centred.square().sum((1, 2))
+
 @torch.no_grad()
+@torch.compiler.set_stance('force_eager')       # its shapes are not worth compiling for
 def validate(model, shards, o, device, autocast):
-    """Look at the whole held-out images without gate noise: draw recon.png and experts.png, print and return the rest."""
+    """Look at the whole held-out images without gate noise: draw pictures, print and return the rest."""
     present, picks, kinds = np.unique(shards.modality[shards.val], return_index=True, return_inverse=True)
-    names, kinds = [shards.modalities[d] for d in present], F.one_hot(torch.from_numpy(kinds)).T.float()     # (D, images)
+    names = [shards.modalities[d] for d in present]
+    kinds = F.one_hot(torch.from_numpy(kinds)).T.float()        # (D, images)
     # one fixed draw (images, N - 1), so that each image has the same mask at every validation
     noise = torch.rand(kinds.shape[1], (o.size // o.patch) ** 2, generator=torch.Generator().manual_seed(o.seed))
     losses, usage = [], []
@@ -229,19 +218,20 @@ def validate(model, shards, o, device, autocast):
         with autocast:
             loss, routing, _, _ = model(images, 0.0, part.to(device))
         losses.append(loss.cpu())
-        if routing:
-            usage.append(routing.weights.unflatten(1, (len(ids), -1)).mean(2).cpu())     # omega (L, B, R)
+        if o.experts:
+            usage.append(routing.weights.unflatten(1, (len(ids), -1)).mean(2).cpu())        # omega (L, B, R)
     losses = kinds @ torch.cat(losses) / kinds.sum(1)
-    entry = dict(val_mae=losses.mean().item(), val=dict(zip(names, losses.tolist())))
-    text = f'validation: L_self {entry["val_mae"]:.3f}'
-    if usage:
+    shares = draw_features(Path(o.out), model, shards, o, device, autocast)
+    entry = dict(val_mae=losses.mean().item(), val=dict(zip(names, losses.tolist())), modality_share=shares)
+    text = f'validation: L_self {entry["val_mae"]:.3f}; modality in the features, by layer: {numbers(shares)}'
+    if o.experts:
         usage = torch.cat(usage, 1)
         first = kinds @ F.one_hot(usage.argmax(2), usage.shape[2]).float()      # counts of first choices (L, D, R)
         bits, (most, *_) = zip(*map(mutual_information, first))
         dead = [f'{layer + 1}.{expert}' for layer, expert in (usage.sum(1) == 0).nonzero().tolist()]
         entry |= dict(bits=bits, bits_max=most, dead=dead)
-        text += (f'; modality in the first expert, by layer: {" ".join(f"{b:.2f}" for b in bits)} of {most:.2f} bits; experts '
-                 f'(layer.number) that no image activates: {" ".join(dead) or "none"}')
+        text += (f'; in the first expert: {numbers(bits)} of {most:.2f} bits; experts (layer.number) that no image '
+                 f'activates: {" ".join(dead) or "none"}')
         titles = [f'layer {layer}: {b:.2f} bits' for layer, b in enumerate(bits, 1)]
         draw_tables(Path(o.out, 'experts.png'), F.normalize(kinds @ usage, 1, 2), names, titles)        # Fig. 9
     images = data.center(shards.gather(shards.val[picks]).to(device), o.size)
@@ -249,300 +239,337 @@ def validate(model, shards, o, device, autocast):
     tqdm.write(text)
     return entry
 
+def numbers(values):
+    return ' '.join(f'{value:.2f}' for value in values)
+
+def brightness(images):
+    """What to multiply images (B, 3, S, S) in [0, 1] by, so that dark ones, as PET, are seen."""
+    return 1 / images.flatten(1).quantile(0.99, 1).clamp(min=0.1)[:, None, None, None]
+
+def draw_grid(path, rows, names, heads, side=96):
+    """Rows of tiles (n, 3, S, S) in [0, 1] with a name before each row and a head over each column."""
+    rows = [F.pad(F.interpolate(row.cpu(), (side, side), mode='area'), (4, 0, 4, 0), value=1) for row in rows]
+    page = torch.cat([torch.cat([*row], 2) for row in rows], 1)         # (3, rows, columns) of pixels
+    page = F.pad(page, (90, 4, 20, 4), value=1).clamp(0, 1).mul(255).byte()
+    picture = Image.fromarray(page.permute(1, 2, 0).numpy())
+    draw = ImageDraw.Draw(picture)
+    for number, name in enumerate(names):
+        draw.multiline_text((6, 24 + (side + 4) * (number + 0.5)), name, 'black', anchor='lm')
+    for number, head in enumerate(heads):
+        draw.text((94 + (side + 4) * number, 14), head, 'black', anchor='lm')
+    picture.quantize(palette=picture.quantize(method=Image.Quantize.MAXCOVERAGE)).save(path)    # a third of the bytes
+
 def draw_reconstructions(path, model, images, noise, names):
-    """Of images (B, 3, S, S) with mask noise (B, N - 1) each image, what the encoder sees, and the prediction in place of
-    what it does not see, with the per-patch normalization undone (so a patch's mean and contrast come from the truth)."""
+    """Of images (B, 3, S, S) with mask noise (B, N - 1) each image, what the encoder sees, and the prediction in place
+    of the rest, with the per-patch normalization undone (so a patch's mean and contrast come from the truth)."""
     _, _, prediction, mask = model(images, 0.0, noise)
     _, mean, std = model.targets(images)
     hidden = model.unpatchify(mask[:, :, None].expand_as(prediction)) > 0
     seen, guess = (data.denormalize(x).clamp(0, 1) for x in (images, model.unpatchify(prediction * std + mean)))
-    grey = (seen - seen[:, :1]).abs().amax((1, 2, 3), keepdim=True) < 1e-3      # three guesses at one channel: their mean
-    guess = torch.where(grey, guess.mean(1, keepdim=True), guess)
-    rows = torch.stack([seen, torch.where(hidden, 0.5, seen), torch.where(hidden, guess, seen)])
-    pixels = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).mul(255).byte().cpu().numpy()      # (3 S, B S, 3)
-    zoom = max(1, 128 // images.shape[3])
-    pixels = pixels.repeat(zoom, 0).repeat(zoom, 1)
-    picture = Image.fromarray(np.pad(pixels, ((16, 0), (0, 0), (0, 0)), constant_values=255))       # with room for the names
-    for column, name in enumerate(names):
-        ImageDraw.Draw(picture).text((column * zoom * images.shape[3] + 4, 2), name, 'black')
-    picture.save(path)
+    grey = (seen - seen[:, :1]).abs().amax((1, 2, 3), keepdim=True) < 1e-3
+    guess = torch.where(grey, guess.mean(1, keepdim=True), guess)       # of three guesses at one channel the mean
+    gain = brightness(seen)
+    rows = [seen * gain, torch.where(hidden, 0.5, seen * gain), torch.where(hidden, guess, seen) * gain]
+    draw_grid(path, rows, ['image', 'what the\nencoder sees', 'its guess\nat the rest'], names)
 
-def draw_tables(path, tables, names, titles, counts=None):
-    """Tables (L, D, R) of numbers from 0 (white) to 1 (blue), four in a row, with titles, row names and column numbers.
-    Numbers `counts` (L, D, R) are written into the cells, which are then larger, and the columns have the names."""
-    (L, D, R), longest = tables.shape, math.ceil(max(map(ImageFont.load_default().getlength, names)))
-    cell, heads = (16, range(R)) if counts is None else (max(48, 8 + longest), names)
-    left = max(80, 14 + longest)
-    width, height = left + R * cell, 34 + D * cell
-    picture = Image.new('RGB', (width * min(L, 4) + 10, height * math.ceil(L / 4) + 10), 'white')
+def cluster(x, k, rounds=20):
+    """Spherical k-means of features x (M, C) of length 1: centres (k, C). Each begins where none before it is near."""
+    centres = x[:1]
+    while len(centres) < k:
+        farthest = (x @ centres.T).amax(1).argmin()
+        centres = torch.cat([centres, x[farthest, None]])
+    for _ in range(rounds):
+        member = F.one_hot((x @ centres.T).argmax(1), k).to(x.dtype)        # (M, k)
+        centres = F.normalize(member.T @ x, dim=1)
+    return centres
+
+def draw_features(out, model, shards, o, device, autocast, k=6):
+    """What the last layer finds alike in some 32 held-out images of each modality, less the modality's mean feature.
+
+    layout.png (Fig. 7): the 16 patches nearest to each of k clusters' centres. attention.png (Fig. 6): an image, and
+    how like (cosine) its patches are to three of them, of three clusters. Returns the `modality_share` by layer.
+    """
+    P, side, layout, maps, names, means = o.patch, o.size // o.patch, [], [], [], []
+    for d in np.unique(shards.modality[shards.val]):
+        ids = shards.val[shards.modality[shards.val] == d]
+        images = data.center(shards.gather(ids[::math.ceil(len(ids) / 32)]).to(device), o.size)
+        with autocast:
+            x, _, outputs = ViT.forward(model, images)
+        means.append(torch.stack([layer[:, 1:].float().mean(1) for layer in outputs]))      # (L, B, C)
+        x = x[:, 1:].float()
+        x = F.normalize(x - x.mean((0, 1)), dim=2)              # (B, N - 1, C)
+        images = data.denormalize(images)
+        images = images * brightness(images)
+        patches = model.patchify(images)                        # (B, N - 1, P * P * 3)
+        shows = patches.std(2) > 0.02                           # not air, not paper; nor the borders, with their text
+        shows &= F.pad(torch.ones(side - 2, side - 2, device=device), (1, 1, 1, 1)).flatten() > 0
+        if shows.sum() < 16:
+            continue
+        names.append(shards.modalities[d])
+        alike = x @ cluster(x[shows], k).T * shows[:, :, None]          # (B, N - 1, k)
+        nearest = patches.flatten(0, 1)[alike.flatten(0, 1).topk(16, 0).indices.T]          # (k, 16, P * P * 3)
+        layout.append(nearest.view(k, 4, 4, P, P, 3).permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3))
+
+        fills = F.one_hot(alike.argmax(2), k).mul(shows[:, :, None]).sum(1)                 # (B, k) patches
+        best = fills.sort(1).values[:, -3].argmax()             # the image that shows three clusters best
+        query = alike[best][:, fills[best].topk(3).indices].argmax(0)                       # (3,) patches
+        heat = (x[best, query] @ x[best].T).view(3, 1, side, side).clamp(min=0)
+        heat = F.interpolate(heat, (o.size, o.size), mode='bicubic').clamp(0, 1)
+        place = F.interpolate(F.one_hot(query, side ** 2).float().view(3, 1, side, side), (o.size, o.size))
+        frame = place + F.max_pool2d(-place, 5, 1, 2)           # the outermost pixels of the query's square
+        red = torch.tensor((1.0, 0, 0), device=device)[:, None, None]
+        shaded = torch.lerp(images[best].mean(0), red, 0.8 * heat ** 2)                     # (3, 3, S, S)
+        maps.append(torch.cat([images[best, None], shaded.maximum(frame)]))
+    if names:
+        draw_grid(out / 'layout.png', torch.stack(layout, 1), [f'alike, {number}' for number in range(1, k + 1)], names)
+        like = 'redder: more\nlike the patch\nin the square'
+        draw_grid(out / 'attention.png', torch.stack(maps, 1), ['image', like, like, like], names)
+    return modality_share(means).tolist()
+
+def draw_tables(path, tables, names, titles, head='expert'):
+    """Tables (L, D, R) of shares, four in a row, with titles, row names, and the numbers of their columns after `head`."""
+    L, D, R = tables.shape
+    left, cell = 16 + math.ceil(max(map(ImageFont.load_default().getlength, [*names, head]))), 16
+    width, height = left + cell * R + 10, 40 + cell * D
+    picture = Image.new('RGB', (width * min(L, 4), height * math.ceil(L / 4) + 24), 'white')
     draw = ImageDraw.Draw(picture)
-    for l, d, r in np.ndindex(L, D, R):
-        x, y = width * (l % 4) + left + r * cell, height * (l // 4) + 34 + d * cell
-        light = int(255 - 255 * tables[l, d, r].nan_to_num())
-        draw.rectangle((x, y, x + cell - 1, y + cell - 1), (light, light, 255 - (255 - light) // 4))
-        if counts is not None:
-            draw.text((x + 4, y + cell // 2 - 6), str(int(counts[l, d, r])), 'black' if light > 127 else 'white')
-        if r == 0:
-            draw.text((x - left + 8, y + cell // 2 - 6), names[d], 'black')
-        if d == 0:
-            draw.text((x + 4, y - 14), str(heads[r]), 'gray')
-        if d == r == 0:
-            draw.text((x, y - 30), titles[l], 'black')
+    pale = (255 - 255 * tables.nan_to_num()).byte().cpu()
+    pixels = torch.stack([pale, pale, 191 + pale // 4], 3).numpy()      # (L, D, R, 3), from white to blue
+    for l in range(L):
+        x, y = width * (l % 4) + left, height * (l // 4) + 36
+        picture.paste(Image.fromarray(pixels[l]).resize((cell * R, cell * D), Image.Resampling.NEAREST), (x, y))
+        draw.text((x - left + 8, y - 32), titles[l], 'black')
+        draw.text((x - left + 8, y - 14), head, 'gray')
+        for r in range(R):
+            draw.text((x + cell * r + 4, y - 14), str(r), 'gray')
+        for d, name in enumerate(names):
+            draw.text((x - left + 8, y + cell * d + 2), name, 'black')
+    draw.text((8, picture.height - 18), 'white: none of the row; darkest blue: all of it', 'gray')
     picture.save(path)
 
-# --- training -----------------------------------------------------------------------------------------------------------
+def draw_lines(path, panels):
+    """Panels {title: {name of a line: [(x, y), ...]}} side by side, each from its least to its greatest numbers."""
+    picture = Image.new('RGB', (330 * len(panels), 220), 'white')
+    draw = ImageDraw.Draw(picture)
+    for number, (title, lines) in enumerate(panels.items()):
+        points = np.concatenate(list(lines.values()))       # (points, 2)
+        low, high = points.min(0), points.max(0)
+        corner, size = np.array((330 * number + 55, 190)), np.array((190, -150))
 
-def resume(path, o, images, model, optimizer):
-    """Load a run of `images` a step into model and optimizer, if the options are those of its numbers: (steps, skipped)."""
+        def place(point):
+            return tuple(corner + size * (point - low) / (high - low + 1e-9))
+
+        draw.text((corner[0], 12), title, 'black')
+        draw.line([place((low[0], high[1])), place(low), place((high[0], low[1]))], 'silver')
+        for x, y in (low, high):
+            draw.text(place((x, low[1])), f'{x:.4g}', 'gray', anchor='ma')
+            draw.text(place((low[0], y)), f'{y:.3g} ', 'gray', anchor='rm')
+        for row, (colour, (name, line)) in enumerate(zip(COLOURS, lines.items())):
+            draw.line([place(point) for point in line], colour, 2)
+            draw.text((corner[0] + 198, 40 + 14 * row), name, colour)
+    picture.save(path)
+
+def draw_curves(path, entries):
+    """Losses, bits and modality shares against the step, from the objects of log.jsonl."""
+    panels = {}
+    for entry in entries:
+        for name, (title, line) in CURVES.items():
+            values = entry.get(name)
+            for layer, value in enumerate(values if isinstance(values, list) else [values], 1):
+                if value is not None:       # not looked at in this step, or not finite
+                    points = panels.setdefault(title, {}).setdefault(line.format(layer), [])
+                    points.append((entry['step'] + 1, value))
+    draw_lines(path, panels)
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+def resume(path, o, numbers, model, optimizer):
+    """Load a checkpoint into model and optimizer, if its options and numbers are this run's: (steps, skipped)."""
     state, _, file = read_checkpoint(path)
-    free = 'data out init resume overwrite batch accumulate device bf16 checkpoint log_every val_every save_minutes'.split()
-    was, now = file['options'] | dict(images=file.get('images')), vars(o) | dict(images=images)
-    if changed := [f'{n} {was.get(n)} (not {now[n]})' for n in now if n not in free and was.get(n) != now[n]]:
+    now, was = vars(o) | numbers, file['options'] | file.get('numbers', {})
+    for name in ('data', 'out', 'init', 'resume', 'overwrite', 'batch', 'accumulate', 'device', 'bf16', 'log_every',
+                 'val_every', 'save_minutes'):
+        del now[name]       # which change no number, or only with another one here
+    if changed := [f'{name} {was.get(name)} (not {value})' for name, value in now.items() if was.get(name) != value]:
         raise SystemExit(f'{path}: a run goes on as it began, with {", ".join(changed)}; a new one can --init from it')
+    if file['step'] == numbers['steps']:
+        raise SystemExit(f'{path}: this run is finished, all {file["step"]} steps')
     model.load_state_dict(state)
     optimizer.load_state_dict(file['optimizer'])
     return file['step'], file['skipped']
 
-def train(o, rank, world, local, device):
-    """One run. Yields the Config and each step's marks, (phase that ends, moment), so that --bench can take turns."""
-    master, gpu, path = rank == 0, device.type == 'cuda', Path(o.out, 'ckpt.pt')
+def set_up(o, rank, world, local, device):
+    """All that a training works with: data, schedule, network and optimizer, new or as --out's checkpoint has them."""
+    gpu, out = device.type == 'cuda', Path(o.out)
     bf16 = gpu and o.bf16 and torch.cuda.is_bf16_supported(including_emulation=False)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    claim(path.parent, o)
     shards = data.Shards(o.data, o.val_share)
     global_batch = o.batch * o.accumulate * world
     epoch_steps = len(shards.train) // global_batch
     if not epoch_steps or not len(shards.val):
-        raise SystemExit(f'{o.data}: {len(shards.train)} + {len(shards.val)} images are too few to train on, {global_batch} a '
-                         'step, and to validate')
+        raise SystemExit(f'{o.data}: {len(shards.train)} + {len(shards.val)} images are too few to train on, '
+                         f'{global_batch} a step, and to validate')
     steps = o.steps or o.epochs * epoch_steps
-    warmup, peak = max(1, round(o.warmup * steps)), o.lr * global_batch / 512      # linear scaling, C.2.1
+    warmup, peak = max(1, round(o.warmup * steps)), o.lr * global_batch / 512       # linear scaling, C.2.1
 
-    config = named_config(o.model, o.depth, size=o.size, patch=o.patch, experts=o.experts, top_k=o.top_k, routing=o.routing)
-    L, R = config.depth, config.experts
     torch.manual_seed(o.seed)
-    model = MAE(config).to(device)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    model = MAE(named_config(o.model, o.depth, size=o.size, patch=o.patch, experts=o.experts, top_k=o.top_k,
+                             routing=o.routing)).to(device)
     optimizer = make_optimizer(model, peak, o.weight_decay)
+    numbers = dict(steps=steps, global_batch=global_batch, training_images=len(shards.train))
     first = skipped = 0
-    if o.resume and path.exists():
-        first, skipped = resume(path, o, global_batch, model, optimizer)
+    if o.resume and (out / 'ckpt.pt').exists():
+        first, skipped = resume(out / 'ckpt.pt', o, numbers, model, optimizer)
     elif o.init:
         load_weights(model, read_checkpoint(o.init)[0], o.init)
-    if bf16:
-        torch._dynamo.config.optimize_ddp = False       # which would cut a block's graph once more
-    for block in (*model.blocks, *model.decoder_blocks):
-        if bf16:        # by block: one graph serves all of a kind, and DDP need not wait for the gradients of the whole
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
-        if o.checkpoint:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    # by block: one graph serves all of a kind, and DDP need not wait for the gradients of the whole network
+    for block in (*model.blocks, *model.decoder_blocks) if bf16 else ():
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
     net = model
     if world > 1:       # sends the gradients of a block while those of the block below are computed
-        net = DistributedDataParallel(model, [local] if gpu else None, broadcast_buffers=False, gradient_as_bucket_view=True)
-        mine = torch.tensor([first, len(shards.train)], device=device)
-        dist.broadcast(theirs := mine.clone(), 0)
-        if not torch.equal(mine, theirs):
-            raise SystemExit(f'{o.out}, {o.data}: not the same on every machine; put both on a disk that all of them share')
-    if master:
-        log = reopen(path.parent, first, dict(options=asdict(o), model=asdict(config)))
-        print(f'{o.model}: {L} blocks, {sum(p.numel() for p in trained) / 1e6:.1f} M parameters trained; {o.data}: '
-              f'{len(shards.train)} + {len(shards.val)} images of {len(shards.modalities)} modalities, {shards.side} pixels, '
-              f'seen at {o.size}\n{steps} steps ({steps / epoch_steps:.1f} epochs) of {o.batch} x {o.accumulate} x {world} = '
-              f'{global_batch} images, learning rate up to {peak:.2e} after {warmup} steps, on {world} x {device.type} in '
-              f'{"bfloat16" if bf16 else "float32"}')
-    stop = []       # signals that came
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stop.append(number))
-    copies = torch.cuda.Stream() if gpu else None
-    # a moment: on CUDA an event in the queue of work, which the host does not wait for
-    now = (lambda: torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))) if gpu else time.perf_counter
+        torch._dynamo.config.optimize_ddp = False       # which would cut a block's graph once more
+        net = DistributedDataParallel(model, [local] if gpu else None, broadcast_buffers=False,
+                                      gradient_as_bucket_view=True)
+    log = None
+    if rank == 0:
+        log = open_run(out, o, first, dict(options=asdict(o), model=asdict(model.config)))
+        if not first:
+            (out / 'ckpt.pt').unlink(missing_ok=True)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        print(f'{o.model}: {len(model.blocks)} blocks, {trained:.1f} M parameters trained on {world} x {device.type} in '
+              f'{"bfloat16" if bf16 else "float32"}; {o.data}: {len(shards.train)} + {len(shards.val)} images of '
+              f'{len(shards.modalities)} modalities, {shards.side} pixels, seen at {o.size}\n{steps} steps '
+              f'({steps / epoch_steps:.1f} epochs) of {o.batch} x {o.accumulate} x {world} = {global_batch} images, '
+              f'learning rate up to {peak:.2e} after {warmup} steps')
+    batches = data.batches(shards, o.seed, range(first * o.accumulate, steps * o.accumulate), o.batch, rank, world,
+                           epoch_steps * o.accumulate, device)
+    chip = torch.cuda.get_device_name() if gpu else ''
+    return SimpleNamespace(
+        o=o, rank=rank, world=world, device=device, out=out, log=log, signals=stop_signals(),
+        shards=shards, batches=batches, model=model, net=net, optimizer=optimizer,
+        autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16), numbers=numbers, warmup=warmup, peak=peak,
+        chip_flops=next((1e12 * value for name, value in PEAK.items() if name in chip), math.inf),
+        first=first, last=steps, skipped=torch.tensor(skipped, device=device))
 
-    def load(number):
-        """Images (B, 3, S, S) on the device. On CUDA it is this thread that waits for the copy, while the loop computes."""
-        images = shards.gather(shards.plan(o.seed, number, o.batch, rank, world, epoch_steps * o.accumulate))
-        if gpu:
-            torch.cuda.set_device(device)       # a thread begins on the first GPU
-            with torch.cuda.stream(copies):
-                images = images.pin_memory().to(device, non_blocking=True)
-                copies.record_event().synchronize()
-        return images.to(device)
+def save_run(run, step):
+    save(run.out / 'ckpt.pt', dict(
+        model=run.model.state_dict(), optimizer=run.optimizer.state_dict(), step=step, skipped=run.skipped.item(),
+        config=asdict(run.model.config), options=asdict(run.o), numbers=run.numbers))
 
-    batches = data.prefetch(load, range(first * o.accumulate, steps * o.accumulate))
-    no_experts = Routing(torch.zeros(L, device=device), *3 * [torch.zeros(L, 1, 0, device=device)])
-    in_a_row = torch.zeros((), device=device)
-    skipped, logged, saved = in_a_row + skipped, (first, time.perf_counter()), time.perf_counter()
-    bar = tqdm(range(first, steps), initial=first, total=steps, unit='step', disable=o.bench or not master)
+def pack(mae, routing, signals):
+    """What a step adds up over its ranks as one table (L, 3 R + 3); a row for each layer."""
+    means = [tensor.mean(1) for tensor in (routing.scores, routing.chosen, routing.weights)]        # 3 of (L, R)
+    others = torch.stack([routing.co, mae.expand_as(routing.co), torch.full_like(routing.co, len(signals))], 1)
+    return torch.cat([*means, others], 1).detach()
+
+def unpack(table):
+    """Mean scores, load and usage (L, R); alignment losses (L,), L_self (), and whether there was a signal to stop."""
+    R = table.shape[1] // 3 - 1
+    scores, load, usage, others = table.split([R, R, R, 3], 1)
+    return scores, load, usage, others[:, 0], others[0, 1], others[0, 2] > 0
+
+def train(run):
+    """The steps from run.first to run.last: losses (Eq. 8), AdamW, GEMA (Eq. 7). Returns how many steps are done."""
+    o, model, optimizer, master, gpu = run.o, run.model, run.optimizer, run.rank == 0, run.device.type == 'cuda'
+    steps, global_batch, _ = run.numbers.values()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    in_a_row = torch.zeros_like(run.skipped)
+    logged, logged_at, saved_at = run.first, time.perf_counter(), time.perf_counter()
+    bar = tqdm(range(run.first, run.last), initial=run.first, total=steps, unit='step', disable=not master)
     for step in bar:
-        sigma, balance, momentum = (cosine(*ends, step / steps) for ends in ((o.sigma, 0), (o.balance, 0), (o.momentum, 1)))
+        sigma = cosine(o.sigma, 0, step / steps)
+        balance = cosine(o.balance, 0, step / steps)
+        momentum = cosine(o.momentum, 1, step / steps)
+        rate = learning_rate(step, steps, run.warmup, run.peak)
         for group in optimizer.param_groups:
-            group['lr'] = rate = learning_rate(step, steps, warmup, peak)
-        marks = [('start', now())]
-        stats = 0       # means over the global batch: L_self, whether to stop, L_co (L,); scores, load, usage (L, R) each
+            group['lr'] = rate
+        losses = usage = 0      # of the global batch: L_self, the layer sums of L_co and L_bal (3,); Omega (L, R)
         for micro in range(o.accumulate):
-            images = next(batches)
-            if gpu:     # the memory is not free for another copy before this stream has done with it
-                images.record_stream(torch.cuda.current_stream())
-            marks.append(('data', now()))
-            seed_step(o.seed, step, rank * o.accumulate + micro)
+            images = next(run.batches)
+            seed_step(o.seed, step, run.rank * o.accumulate + micro)
             images = data.augment(images, o.size)
-            net.require_backward_grad_sync = micro == o.accumulate - 1      # DDP's gradients travel with the last one only
-            with autocast:
-                losses, routing, _, _ = net(images, torch.full((), sigma, device=device))
-            loss, routing = losses.mean(), routing or no_experts
-            uses = torch.stack([routing.scores, routing.chosen, routing.weights]).mean(2)       # (3, L, R)
-            stopping = torch.full((1,), float(len(stop)), device=device)
-            part = torch.cat([loss[None], stopping, routing.co, uses.flatten()]).detach()
-            if world > 1:       # the one small all-reduce of a step
-                dist.all_reduce(part)
-                part /= world
-            # Eq. 8; the load of Eq. 18 is the global batch's, or with accumulation the micro-batch's
-            co, bal = layer_losses(routing, part[2 + L:].view(3, L, R)[1])
-            marks.append(('forward', now()))
-            ((loss + o.co * co + balance * bal) / o.accumulate).backward()
-            marks.append(('backward', now()))
-            stats = stats + part / o.accumulate
+            run.net.require_backward_grad_sync = micro == o.accumulate - 1      # DDP's gradients travel once a step
+            with run.autocast:
+                mae, routing, _, _ = run.net(images, torch.full((), sigma, device=run.device))
+            mae = mae.mean()
+            table = pack(mae, routing, run.signals)
+            if run.world > 1:       # the one small all-reduce of a step
+                dist.all_reduce(table)
+                table /= run.world
+            scores, load, omega, all_co, all_mae, stopping = unpack(table)
+            co, bal = layer_losses(routing.co, routing.scores.mean(1), load)
+            ((mae + o.co * co + balance * bal) / o.accumulate).backward()       # Eq. 8
+            losses = losses + torch.stack([all_mae, *layer_losses(all_co, scores, load)]) / o.accumulate
+            usage = usage + omega / o.accumulate
 
-        norm = total_norm([p.grad for p in trained])
-        finite = torch.isfinite(norm) & torch.isfinite(stats).all()         # the same on every rank
-        # fused AdamW divides by the one and skips the step for the other, without another pass over the gradients
-        optimizer.grad_scale, optimizer.found_inf = (norm / o.clip).clamp(min=1), (~finite).float()
-        if device.type == 'mps':        # whose AdamW looks at neither
-            torch._foreach_div_([p.grad for p in trained], optimizer.grad_scale)
-        if device.type != 'mps' or finite:
-            optimizer.step()
+        norm = nn.utils.clip_grad_norm_(trained, o.clip)
+        finite = norm.isfinite() & losses.isfinite().all()      # the same on every rank
+        optimizer.found_inf = (~finite).float()                 # fused AdamW skips the step, and the host need not know
+        optimizer.step()
         optimizer.zero_grad()
-        marks.append(('optimizer', now()))
-        mae, stopping, co, uses = stats.split([1, 1, L, 3 * L * R])
-        scores, load_share, usage = uses.view(3, L, R)
-        if R:
-            model.update_directors(usage, momentum, finite)
-        marks.append(('GEMA', now()))
-        skipped, in_a_row = skipped + ~finite, (in_a_row + 1) * ~finite
+        for block, omega in zip(model.blocks, usage if o.experts else ()):
+            block.dex.gema(omega, momentum, finite)
+        run.skipped, in_a_row = run.skipped + ~finite, (in_a_row + 1) * ~finite
 
         done = step + 1
         looking = done in (1, steps) or done % (o.val_every or max(1, steps // 10)) == 0
-        if looking or done % o.log_every == 0:      # the only place that waits for the device
-            co, bal = layer_losses(Routing(co, scores[:, None], None, None), load_share)
-            mae, co, bal = torch.stack([mae[0], co, bal]).tolist()
-            speed = global_batch * (done - logged[0]) / (time.perf_counter() - logged[1])
-            entry = dict(step=step, loss=mae + o.co * co + balance * bal, mae=mae, co=co, bal=bal, lr=rate, momentum=momentum,
-                         sigma=sigma, grad_norm=norm.item(), skipped=int(skipped), images_per_second=speed)
-            bar.set_postfix_str(f'loss {entry["loss"]:.4f}, {speed:.0f} images/s')
+        logging = looking or done % o.log_every == 0
+        if gpu and not logging:     # what follows waits for the device; a steady step never does
+            continue
+        if logging:
+            mae, co, bal = losses.tolist()
+            speed = global_batch * (done - logged) / (time.perf_counter() - logged_at)
+            entry = dict(step=step, loss=mae + o.co * co + balance * bal, mae=mae, co=co, bal=bal, lr=rate,
+                         momentum=momentum, sigma=sigma, grad_norm=norm.item(), skipped=run.skipped.item(),
+                         images_per_second=speed, mfu=speed * flops(model.config) / (run.world * run.chip_flops))
+            bar.set_postfix_str(f'loss {entry["loss"]:.4f}, {speed:.0f} images/s, MFU {entry["mfu"]:.2f}')
             if master:
                 if looking:
-                    with torch.compiler.set_stance('force_eager'):      # its shapes are not worth compiling for
-                        entry |= validate(model, shards, o, device, autocast)
-                with open(log, 'a') as file:
-                    file.write(json.dumps(entry) + '\n')
-            logged = done, time.perf_counter()
-        if (not gpu or done == logged[0]) and in_a_row >= 10:
-            raise SystemExit(f'{o.out}: ten steps in a row had a loss or gradient that is not finite; lower --lr')
-        # a signal reaches ranks at different steps: they act on the shared flag, and where reading it costs no extra wait
-        stopping = (not gpu or done % o.log_every == 0) and stopping > 0
-        if master and not o.bench and (stopping or done == steps or time.perf_counter() - saved > 60 * o.save_minutes):
-            save(path, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done, skipped=int(skipped),
-                            images=global_batch, config=asdict(config), options=asdict(o)))
-            saved = time.perf_counter()
-        if (stopping or done == steps) and master and not o.bench:
-            print(f'\n{path}: saved after {done} of {steps} steps' + '; go on with --resume' * (done < steps))
-        if stopping:        # the others leave with 0: at any other code torchrun would kill the rank that saves, 30 s later
-            sys.exit(128 + (stop or [signal.SIGTERM])[0] if master else 0)
-        yield config, marks
+                    entry |= validate(model, run.shards, o, run.device, run.autocast)
+                write_line(run.log, entry)
+                if looking:
+                    draw_curves(run.out / 'curves.png', [json.loads(line) for line in open(run.out / 'log.jsonl')])
+            logged, logged_at = done, time.perf_counter()
+        if in_a_row >= MAX_SKIPPED:
+            raise SystemExit(f'{run.out}: {MAX_SKIPPED} steps in a row were not finite; lower --lr')
+        if master and (stopping or done == steps or time.perf_counter() - saved_at > 60 * o.save_minutes):
+            save_run(run, done)
+            saved_at = time.perf_counter()
+        if stopping:
+            break
+    return done
 
-# --- how fast it is -----------------------------------------------------------------------------------------------------
-
-GATES = ((128, 8), (256, 8), (512, 8), (1024, 8), (256, 1), (256, 32), (256, 128))      # pixels of a side, images
-PEAK = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, 'L40S': 362, '4090': 165}   # TFLOP/s in bfloat16
-
-def flops(c):
-    """Operations in the matrix products of MAE(c)'s training step for one image: two for each weight and token in the forward
-    pass, and as many again in each of two backward passes, but for what learns nothing."""
-    patches, pixels, top_k = (c.size // c.patch) ** 2, 3 * c.patch ** 2, c.top_k if c.experts else 1
-    seen, tokens = int(patches * (1 - c.mask_ratio)) + 1, patches + 1
-
-    def block(tokens, width, mlps):         # queries, keys, values, projection; MLPs; scores and mixing of attention
-        return tokens * width * (4 * width + 8 * width * mlps + 2 * tokens)
-
-    encoder = c.depth * (block(seen, c.width, top_k) + c.width * c.experts * (seen if c.routing == 'token' else 1))
-    decoder = c.decoder_depth * block(tokens, c.decoder_width, 1) + c.decoder_width * (seen * c.width + tokens * pixels)
-    embedding, director = patches * pixels * c.width, c.depth * seen * 8 * c.width ** 2 * (c.experts > 0)
-    return 6 * (encoder + decoder) + 4 * embedding + 2 * director       # images have no gradient, directors do not learn
-
-def spent(marks):
-    """Seconds of each phase."""
-    seconds = Counter()
-    for (_, begin), (phase, end) in zip(marks, marks[1:]):
-        seconds[phase] += end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1000
-    return seconds
-
-def spread(values):
-    return '{1:.3f} (quartiles {0:.3f} to {2:.3f})'.format(*np.percentile(values, (25, 50, 75)))
-
-def bench(o, rank, world, local, device, warm=5, count=20):
-    """Time the real loop, in turns with that of the plain masked autoencoder of the same size, then both gates (Fig. 8)."""
-    gpu = device.type == 'cuda'
-    with tempfile.TemporaryDirectory() as out:
-        o = replace(o, steps=1000, val_share=0.0, resume=False)
-        dex, mae = (train(replace(o, experts=R, out=f'{out}/{R}'), rank, world, local, device) for R in (o.experts, 0))
-        list(islice(dex, warm))
-        unit = 1 if sys.platform == 'darwin' else 1024
-        memory = torch.cuda.max_memory_allocated() if gpu else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        list(islice(mae, warm))
-        steps = list(islice(zip(dex, mae), count))
-    if gpu:
-        torch.cuda.synchronize()
-    if rank > 0:
-        return
-    peak = world * next((value for name, value in PEAK.items() if gpu and name in torch.cuda.get_device_name()), math.inf)
-    speeds = []
-    for name, column in zip(('DEX', 'MAE'), zip(*steps)):
-        c, phases = column[0][0], [spent(marks) for _, marks in column]
-        work, seconds = flops(c) / 1e12, np.array([step.total() for step in phases])
-        images = o.batch * o.accumulate * world / seconds
-        speeds.append(work * images)        # TFLOP/s
-        shares = [f'{phase} {100 * np.median([step[phase] for step in phases] / seconds):.1f}%' for phase in phases[0]]
-        print(f'{name}: {spread(images)} images/s, {1000 * work:.1f} GFLOP an image, MFU '
-              f'{np.median(speeds[-1]) / peak:.3f}; a step {spread(seconds)} s: {", ".join(shares)}')
-    print(f'FLOP-normalised efficiency of DEX against MAE {spread(speeds[0] / speeds[1])}; DEX takes {memory / 1e9:.1f} GB')
-    for (side, batch), routing in product(GATES if o.experts else (), ('image', 'token')):
-        x = torch.randn(batch, (side // c.patch) ** 2 + 1, c.width, device=device)
-        dex = DEX(c.width, o.experts, o.top_k, routing).to(device).requires_grad_(False)
-        dex.experts.forward = lambda x, expert: x       # what is left is the gate, the gathering and the mixing
-        timer = Timer('dex(x)', globals=dict(dex=dex, x=x), num_threads=torch.get_num_threads())
-        units, seconds = batch if routing == 'image' else x[:, :, 0].numel(), timer.blocked_autorange(min_run_time=0.5).median
-        print(f'{routing}-wise gate and dispatch of a layer, {batch} images of {side} pixels: '
-              f'{2e-6 * units * c.width * o.experts:.3f} MFLOP, {1000 * seconds:.2f} ms')
+def make_phantoms(folder, size):
+    """Simulate 200 images of each of the ten modalities in a folder, unless they are all there."""
+    if len([*Path(folder).glob('phantom-*/meta.json')]) < 10:
+        script = Path(__file__).with_name('prepare_medverse.py')
+        command = [sys.executable, script, '--phantoms', '200', '--out', folder, '--size', str(size)]
+        if subprocess.run(command).returncode:
+            raise SystemExit(f'{folder}: its phantoms are not finished; start again')
 
 def main():
-    """Options, processes, and the phantoms of a demo or a benchmark; then train, or measure."""
-    o = data.parse_options(Options())
+    """Options, processes, the phantoms of a demo; then train."""
+    o = parse_options(Options())
     if o.demo:
-        o = data.parse_options(Options(demo=True, **DEMO))
-    check_numbers(o)
-    if min(o.accumulate, o.log_every) < 1 or o.clip <= 0:
-        raise SystemExit('--accumulate and --log_every must be 1 or more, --clip above 0 (inf: off)')
-    place = rank, world, _, _ = setup(o.device)
-    if without := o.bench and o.data == Options.data and not Path(o.data).exists():
-        o = replace(o, data=f'data/phantoms-{o.size}')
+        o = parse_options(Options(demo=True, **DEMO))
+    rank, world, local, device = setup(o.device)
     try:
-        if (o.demo or without) and rank == 0 and not any(Path(o.data).glob('*')):
-            script, part = Path(__file__).with_name('prepare_medverse.py'), f'{Path(o.data)}.part'
-            shutil.rmtree(part, ignore_errors=True)     # of a run that was stopped: in the end all are there or none
-            subprocess.run([sys.executable, script, '--phantoms', '200', '--out', part, '--size', str(o.size)], check=True)
-            os.replace(part, o.data)
+        if o.demo and rank == 0:
+            make_phantoms(o.data, o.size)
         if world > 1:
             dist.barrier()
-        if o.bench:
-            bench(o, *place)
-        else:
-            for _ in train(o, *place):
-                pass
+        run = set_up(o, rank, world, local, device)
+        done, steps = train(run), run.numbers['steps']
     except OSError as error:        # a full disk, say
         raise SystemExit(f'{error}; the last checkpoint is whole')
-    except (subprocess.CalledProcessError, KeyboardInterrupt):
-        raise SystemExit(f'{o.data}: its phantoms are not finished; start again')
+    except KeyboardInterrupt:       # before the first step, when there is nothing to save
+        raise SystemExit(130)
     if world > 1:
         dist.destroy_process_group()
+    if rank == 0:       # other ranks leave with 0 in any case, or torchrun would kill this one while it saves
+        print(f'{o.out}: {done} of {steps} steps; ckpt.pt is the network, *.png are its pictures')
+        if done < steps:
+            print('stopped; go on with --resume')
+            sys.exit(128 + (run.signals or [signal.SIGTERM])[0])
 
 if __name__ == '__main__':
     main()

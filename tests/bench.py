@@ -1,37 +1,148 @@
-"""Measurements beside `pretrain.py --bench`, on the CPU; whatever is compared takes turns step by step.
+"""How fast it is; whatever is compared takes turns, step by step.
 
+    python tests/bench.py run               real steps of pretrain.py against the plain masked autoencoder's: images/s, MFU,
+                                            phases; with any option of pretrain.py, also under torchrun
+    python tests/bench.py gates             image-wise against token-wise gate and dispatch (the paper's Fig. 8)
     python tests/bench.py step              a training step against the obvious one, ViT-B width, 3 blocks, batch 8, float32
     python tests/bench.py step bf16         the same under bfloat16 autocast
     python tests/bench.py ranks 32          two processes of one thread against one of two, at 32 images a step in all
     python tests/bench.py data FOLDER 40    images/s from 40 shards (20,000 images, written to FOLDER, 4 GB), warm and cold
     python tests/bench.py memory            what a step keeps at ViT-B size, computed, and the batches that fit
 
-The obvious implementation keeps a Python list of expert MLPs, gathers the images of each expert in a loop, adds their
-outputs with index_add_, lets AdamW loop over its many small parameters as it does by default, and stacks the experts'
+`run` without --data, where data/medverse does not exist, takes phantoms. On a laptop: run --device cpu --depth 3 --batch 8.
+Phases are data (waiting for it), forward (with the augmentation), backward, optimizer (with clipping) and GEMA.
+
+The obvious implementation of `step` keeps a Python list of expert MLPs, gathers the images of each expert in a loop, adds
+their outputs with index_add_, lets AdamW loop over its many small parameters as it does by default, and stacks the experts'
 parameters for GEMA. Each has a process of its own; all start from the same weights and draw the same noise, so their
 losses must agree.
 """
 import copy
 import json
+import math
 import mmap
 import multiprocessing
 import os
+import resource
 import socket
 import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import replace
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data  # noqa: E402
 import pretrain  # noqa: E402
-from model import MAE, Config, Routing, layer_losses  # noqa: E402
+from model import DEX, MAE, Config, Routing, flops, layer_losses  # noqa: E402
+
+GATES = ((128, 8), (256, 8), (512, 8), (1024, 8), (256, 1), (256, 32), (256, 128))      # pixels of a side, images
+
+def quartiles(values):
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f'{middle:.3f} (quartiles {low:.3f} to {high:.3f})'
+
+# --- the real loop ----------------------------------------------------------------------------------------------------
+
+def turns(o, place, marks, now):
+    """A training of which each next() is one step; yields its Config and the marks, (phase, moment of its end)."""
+    def mark(phase, call):
+        def marked(*arguments, **options):
+            result = call(*arguments, **options)
+            marks.append((phase, now()))
+            return result
+        return marked
+
+    run = pretrain.set_up(o, *place)
+    run.batches = iter(mark('data', run.batches.__next__), None)
+    run.optimizer.zero_grad = mark('optimizer', run.optimizer.zero_grad)
+    for block in run.model.blocks if o.experts else ():
+        block.dex.gema = mark('GEMA', block.dex.gema)
+    for step in range(run.last):
+        marks[:] = [('start', now())]
+        run.first, run.last = step, step + 1
+        pretrain.train(run)
+        yield run.model.config, marks.copy()
+
+def spent(marks):
+    """Seconds of each phase."""
+    seconds = Counter()
+    for (_, begin), (phase, end) in zip(marks, marks[1:]):
+        seconds[phase] += end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1000
+    return seconds
+
+def real_steps(words, warm=5, count=20):
+    """Steps of a training with the options `words`, in turns with those of the plain masked autoencoder of its size."""
+    o = replace(pretrain.parse_options(pretrain.Options(), words), steps=10 ** 6, log_every=10 ** 6, val_every=10 ** 6,
+                val_share=0.0, save_minutes=1e6, resume=False)
+    place = rank, world, _, device = pretrain.setup(o.device)
+    if o.data == pretrain.Options.data and not Path(o.data).exists():
+        o = replace(o, data=f'data/phantoms-{o.size}')
+        if rank == 0:
+            pretrain.make_phantoms(o.data, o.size)
+    if world > 1:
+        torch.distributed.barrier()
+    gpu, marks, backward = device.type == 'cuda', [], torch.Tensor.backward
+
+    def now():      # on CUDA an event in the queue of work, which the host does not wait for
+        event = torch.cuda.Event(enable_timing=True) if gpu else None
+        return torch.cuda.current_stream().record_event(event) if gpu else time.perf_counter()
+
+    def marked_backward(loss):
+        marks.append(('forward', now()))
+        backward(loss)
+        marks.append(('backward', now()))
+
+    torch.Tensor.backward, pretrain.validate = marked_backward, lambda *_: {}
+    pretrain.tqdm = lambda steps, **_: tqdm(steps, disable=True)
+    with tempfile.TemporaryDirectory() as out:
+        dex, mae = (turns(replace(o, experts=R, out=f'{out}/{R}'), place, marks, now) for R in (o.experts, 0))
+        list(islice(dex, warm))
+        unit = 1 if sys.platform == 'darwin' else 1024
+        memory = torch.cuda.max_memory_allocated() if gpu else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        list(islice(mae, warm))
+        steps = list(islice(zip(dex, mae), count))
+    torch.Tensor.backward = backward
+    if gpu:
+        torch.cuda.synchronize()
+    if rank > 0:
+        return
+    chip = torch.cuda.get_device_name() if gpu else ''
+    peak = world * next((value for name, value in pretrain.PEAK.items() if name in chip), math.inf)
+    speeds = []
+    for name, column in zip(('DEX', 'MAE'), zip(*steps)):
+        work, phases = flops(column[0][0]) / 1e12, [spent(marks) for _, marks in column]
+        seconds = np.array([step.total() for step in phases])
+        images = o.batch * o.accumulate * world / seconds
+        speeds.append(work * images)        # TFLOP/s
+        shares = [f'{phase} {100 * np.median([step[phase] for step in phases] / seconds):.1f}%' for phase in phases[0]]
+        print(f'{name}: {quartiles(images)} images/s, {1000 * work:.1f} GFLOP an image, MFU '
+              f'{np.median(speeds[-1]) / peak:.3f}; a step {quartiles(seconds)} s: {", ".join(shares)}')
+    print(f'FLOP-normalised efficiency of DEX against MAE {quartiles(speeds[0] / speeds[1])}; DEX takes {memory / 1e9:.1f} GB')
+
+def gates(c=Config()):
+    """Fig. 8: one layer without its experts' work, so the gate, the gathering and the mixing."""
+    device = pretrain.setup('')[3]
+    for (side, batch), routing in product(GATES, ('image', 'token')):
+        x = torch.randn(batch, (side // c.patch) ** 2 + 1, c.width, device=device)
+        dex = DEX(replace(c, routing=routing)).to(device).requires_grad_(False)
+        dex.experts.forward = lambda x, expert: x
+        timer = Timer('dex(x)', globals=dict(dex=dex, x=x), num_threads=torch.get_num_threads())
+        units = batch if routing == 'image' else x[:, :, 0].numel()
+        seconds = timer.blocked_autorange(min_run_time=0.5).median
+        print(f'{routing}-wise gate and dispatch of a layer, {batch} images of {side} pixels: '
+              f'{2e-6 * units * c.width * c.experts:.3f} MFLOP, {1000 * seconds:.2f} ms')
+
+# --- against the obvious implementation -------------------------------------------------------------------------------
 
 class ObviousDEX(nn.Module):
     def __init__(self, dex):
@@ -63,28 +174,29 @@ class ObviousDEX(nn.Module):
         self.usage = 0.99 * self.usage + 0.01 * usage
 
 def step(model, trained, optimizer, images, seed, ours, bf16):
-    """One training step: its loss, its seconds, those of GEMA in it, and the CPU's (which others on the machine prolong less)."""
+    """One step: its loss, its seconds, those of GEMA and of clipping in it, and the CPU's (which others prolong less)."""
     torch.manual_seed(seed)
     begin, cpu = time.perf_counter(), time.process_time()
     with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
         losses, routing, _, _ = model(images, torch.tensor(0.5))
     loss = losses.mean()
-    if routing:
-        co, balance = layer_losses(routing, routing.chosen.mean(1))
+    if routing.scores.numel():
+        co, balance = layer_losses(routing.co, routing.scores.mean(1), routing.chosen.mean(1))
         loss = loss + 0.1 * co + 0.001 * balance
     loss.backward()
+    clipping = time.perf_counter()
+    norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    clipped = time.perf_counter()
     if ours:        # as pretrain.py has it
-        norm = pretrain.total_norm([p.grad for p in trained])
-        optimizer.grad_scale, optimizer.found_inf = norm.clamp(min=1), (~torch.isfinite(norm)).float()
-    else:
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.found_inf = (~torch.isfinite(norm)).float()
     optimizer.step()
     optimizer.zero_grad()
     before = time.perf_counter()
-    if routing:
-        model.update_directors(routing.weights.detach().mean(1), 0.99, torch.tensor(True))
+    if routing.scores.numel():
+        for block, usage in zip(model.blocks, routing.weights.detach().mean(1)):
+            block.dex.gema(usage, 0.99, torch.tensor(True))
     end = time.perf_counter()
-    return loss.item(), end - begin, end - before, time.process_time() - cpu
+    return loss.item(), end - begin, end - before, clipped - clipping, time.process_time() - cpu
 
 def step_worker(name, pipe, batch, bf16):
     """Build one of the implementations, then do a step for each seed that comes."""
@@ -100,13 +212,9 @@ def step_worker(name, pipe, batch, bf16):
     optimizer = pretrain.make_optimizer(model, 1e-5, 1e-6) if ours else torch.optim.AdamW(
         trained, 1e-5, weight_decay=1e-6, fused='fused' in name or None)
     images = torch.randn(batch, 3, 256, 256, generator=torch.Generator().manual_seed(0))
-    pipe.send(pretrain.flops(model.config) if ours else None)
+    pipe.send(flops(model.config) if ours else None)
     while (seed := pipe.recv()) is not None:
         pipe.send(step(model, trained, optimizer, images, seed, ours, bf16))
-
-def quartiles(values):
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f'{middle:.3f} (quartiles {low:.3f} to {high:.3f})'
 
 def steps(bf16=False, count=12, warmup=2, batch=8):
     names, pipes, work = ['ours', 'obvious', 'obvious, fused AdamW', 'dense'], {}, {}
@@ -115,21 +223,22 @@ def steps(bf16=False, count=12, warmup=2, batch=8):
         pipes[name], theirs = context.Pipe()
         context.Process(target=step_worker, args=(name, theirs, batch, bf16), daemon=True).start()
         work[name] = pipes[name].recv()
-    seconds, gema, cpu = ({name: [] for name in names} for _ in range(3))
+    seconds, gema, clip, cpu = ({name: [] for name in names} for _ in range(4))
     for number in range(warmup + count):
         for name in names:      # one at a time, in turn
             pipes[name].send(number)
-            loss, whole, part, busy = pipes[name].recv()
+            loss, whole, part, clipping, busy = pipes[name].recv()
             if number == 0:
                 print(f'{name}: loss {loss:.6f} at the first step', flush=True)
             if number >= warmup:
                 seconds[name].append(whole)
-                gema[name].append(part)
+                gema[name].append(100 * part / whole)
+                clip[name].append(100 * clipping / whole)
                 cpu[name].append(busy)
     for name in names:
         pipes[name].send(None)
-        share = quartiles([100 * a / b for a, b in zip(gema[name], seconds[name])])
-        print(f'{name:<22} step {quartiles(seconds[name])} s, GEMA {share}% of it')
+        print(f'{name:<22} step {quartiles(seconds[name])} s, GEMA {quartiles(gema[name])}% of it, clipping '
+              f'{quartiles(clip[name])}%')
     for what, times in (('seconds', seconds), ('CPU seconds', cpu)):
         for name in names[1:3]:
             ratio = quartiles([a / b for a, b in zip(times['ours'], times[name])])
@@ -147,12 +256,14 @@ def rank_worker(rank, world, threads, port, batch, pipe):
         source.mkdir(parents=True)
         np.save(source / '0.npy', np.random.default_rng(0).integers(0, 256, (4 * batch + 1, 256, 256, 3), np.uint8))
         (source / 'meta.json').write_text(json.dumps(dict(modality='noise', count=4 * batch + 1)))
-        o = replace(pretrain.Options(), data=folder + '/data', out=folder + '/out', depth=3, batch=batch // world, steps=1000,
-                    val_share=0.0, bench=True)
-        run = pretrain.train(o, *pretrain.setup('cpu'))
-        while pipe.recv() is not None:
+        pretrain.validate, pretrain.tqdm = lambda *_: {}, lambda steps, **_: tqdm(steps, disable=True)
+        o = replace(pretrain.Options(), data=folder + '/data', out=folder + '/out', depth=3, batch=batch // world,
+                    steps=1000, val_share=0.0)
+        run = pretrain.set_up(o, *pretrain.setup('cpu'))
+        while (step := pipe.recv()) is not None:
             begin = time.perf_counter()
-            next(run)
+            run.first, run.last = step, step + 1
+            pretrain.train(run)
             pipe.send(time.perf_counter() - begin)
         os._exit(0)
 
@@ -238,7 +349,11 @@ def memory(batches=(1, 3)):
           'images, with 8% left for the rest')
 
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['step']:
+    if sys.argv[1:2] == ['run']:
+        real_steps(sys.argv[2:])
+    elif sys.argv[1:2] == ['gates']:
+        gates()
+    elif sys.argv[1:2] == ['step']:
         steps('bf16' in sys.argv)
     elif sys.argv[1:2] == ['ranks']:
         ranks(int(sys.argv[2]))

@@ -12,6 +12,7 @@ import torch
 from conftest import write_source
 
 import data
+from prepare_medverse import parse_options
 
 @dataclass
 class Settings:
@@ -24,7 +25,7 @@ class Settings:
 def parse(monkeypatch):
     def parse(line):
         monkeypatch.setattr(sys, 'argv', ['script.py', *line.split()])
-        return data.parse_options(Settings())
+        return parse_options(Settings())
     return parse
 
 @pytest.mark.parametrize('line, field, value', [
@@ -139,7 +140,8 @@ def miscount(source):
                                           (lambda source: np.save(source / '00001.npy', np.ones((14, 32, 32, 1))), 'a: .*uint8'),
                                           (lambda source: np.save(source / '00001.npy', np.ones((14, 32, 16, 1), np.uint8)), 'a: .*S, S'),
                                           (lambda source: np.save(source / '00001.npy', np.ones((14, 32, 32), np.uint8)), 'a: .*S, S'),
-                                          (lambda source: (source / 'meta.json').write_text('{"kind": ""}'), "a: no source.*'modality'")])
+                                          (lambda source: (source / 'meta.json').write_text('{"kind": ""}'), "a: a labelled task, for finetune.py"),
+                                          (lambda source: (source / 'meta.json').write_text('{"count": 30}'), "a: .*'modality'")])
 def test_damaged_sources_are_named(tmp_path, spoil, named):
     write_source(tmp_path / 'a', 'CT', 30)
     data.Shards(tmp_path)

@@ -595,7 +595,7 @@ def test_errors_are_sentences(tasks, runs, pretrained, published, tmp_path):
                            (['best.pt', 'cls_token'], dict(task='tell', init=runs / 'tell' / 'best.pt')),
                            (['--adapt', 'experts or director'], dict(task='tell', adapt='directors')),
                            (['--fraction'], dict(task='tell', fraction=2)), (['--seed -1'], dict(task='tell', seed=-1)),
-                           (['--epochs'], dict(task='tell', epochs=0)), (['tests/none', 'prepare'], dict(data='tests', task='none')),
+                           (['--epochs'], dict(task='tell', epochs=0)), (['tests/none', 'prepare_medverse.py --task none'], dict(data='tests', task='none')),
                            (['--pool'], dict(task='tell', pool='max')),
                            (['top_k'], dict(task='tell', top_k=9)),
                            (['holds a run', '--resume'], dict(task='tell', out=runs / 'tell'))]:
@@ -624,8 +624,8 @@ def test_many_patches_get_a_hint(tasks, pretrained, tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize('spoil, word', [
     (lambda task: (task / 'test' / 'labels.npy').write_bytes(b'cut'), 'damaged'),
     (lambda task: np.save(task / 'test' / 'labels.npy', np.zeros(0, int)), 'test split is empty'),
-    (lambda task: np.save(task / 'train' / 'labels.npy', np.zeros(3, int)), 'train split has 3 answers'),
-    (lambda task: np.save(task / 'val' / 'labels.npy', np.arange(4)), 'up to class 3'),
+    (lambda task: np.save(task / 'train' / 'labels.npy', np.zeros(3, int)), 'train images, answers and classes do not agree'),
+    (lambda task: np.save(task / 'val' / 'labels.npy', np.arange(4)), 'val images, answers and classes do not agree'),
     (lambda task: np.save(task / 'train' / 'labels.npy', np.zeros(12, int)), 'no training image shows bright')])
 def test_a_spoilt_task_ends_in_a_sentence(tmp_path, spoil, word):
     write_task(tmp_path / 'task', False)

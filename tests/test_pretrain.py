@@ -9,8 +9,8 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 
+import bench
 import numpy as np
 import pytest
 import torch
@@ -22,12 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import model
 import pretrain
-from model import MAE, SIZES, Config, layer_losses, read_checkpoint
+from model import MAE, SIZES, Config, Routing, flops, layer_losses, read_checkpoint
 
 TINY = dict(model='tiny', depth=2, experts=4, size=32, patch=8, batch=4, steps=6, warmup=0.34, lr=0.1, log_every=1,
             device='cpu')
 MODEL = Config(size=32, patch=8, experts=4, **(SIZES['tiny'] | dict(depth=2)))
-FIELDS = {'step', 'loss', 'mae', 'co', 'bal', 'lr', 'momentum', 'sigma', 'images_per_second'}
+FIELDS = {'step', 'loss', 'mae', 'co', 'bal', 'lr', 'momentum', 'sigma', 'images_per_second', 'mfu'}
 
 @pytest.fixture(autouse=True)
 def keep_signals():
@@ -50,7 +50,7 @@ def train(folder, out, **options):
 
 def log(out, timed=False):
     lines = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
-    return [{k: v for k, v in line.items() if timed or k != 'images_per_second'} for line in lines]
+    return [{k: v for k, v in line.items() if timed or k not in ('images_per_second', 'mfu')} for line in lines]
 
 def same(a, b):
     """Equal to the last bit, through dictionaries and lists."""
@@ -110,28 +110,74 @@ def test_validation_equals_one_image_at_a_time(finished, sources):
     entry = log(finished)[-1]
     naive = {name: sum(values) / len(values) for name, values in losses.items()}
     assert entry['val'] == pytest.approx(naive) and entry['val_mae'] == pytest.approx(sum(naive.values()) / 3)
+    assert len(entry['modality_share']) == 2 and all(0 < share < 1 for share in entry['modality_share'])
     assert entry['bits'] == pytest.approx([pretrain.mutual_information(table)[0] for table in counts])
 
-def test_pictures_show_what_is_seen_and_predicted(finished, sources):
-    picture = np.asarray(Image.open(finished / 'recon.png')).astype(int)
-    assert picture.shape == (16 + 3 * 128, 3 * 128, 3)      # 32 pixels drawn as 128 under a line of text
-    image, seen, shown = (picture[16 + row * 128:144 + row * 128:4, ::4] for row in range(3))
-    shards, model, guess = data.Shards(sources[0]), MAE(MODEL), shown.astype(float)
-    model.load_state_dict(read_checkpoint(finished / 'ckpt.pt')[0])
-    noise = torch.rand(4, 16, generator=torch.Generator().manual_seed(0))
-    for left, k, stored in ((32, 3, sources[1][3][-1]), (64, 1, sources[1][1][-1])):        # MR and Photo hold one out
-        pixels = data.center(shards.gather(shards.val[k:k + 1]), 32)
-        prediction, (_, mean, std) = model(pixels, 0.0, noise[k:k + 1])[2].detach(), model.targets(pixels)
-        undone = data.denormalize(model.unpatchify(prediction * std + mean))[0].permute(1, 2, 0)
-        undone = undone.clamp(0, 1) if stored.shape[2] == 3 else undone.clamp(0, 1).mean(2, keepdim=True)
-        guess[:, left:left + 32] = undone * 255
-        assert abs(image[:, left:left + 32] - stored).max() <= 1
-    patches = [x.reshape(4, 8, 12, 8, 3).swapaxes(1, 2).reshape(48, -1) for x in (image, seen, shown, guess)]
-    image, seen, shown, guess = patches
-    hidden = (abs(seen - 127) <= 1).all(1)
-    assert hidden.sum() == 3 * 12 and abs(shown - guess)[hidden].max() < 1.1
-    assert (seen == image)[~hidden].all() and abs(shown - image)[~hidden].max() <= 1
-    assert Image.open(finished / 'experts.png').size == ((80 + 4 * 16) * 2 + 10, 34 + 3 * 16 + 10)
+def test_reconstructions_show_what_is_seen_and_predicted(finished, sources, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pretrain, 'draw_grid', lambda path, rows, names, heads: drawn.append(torch.stack(rows)))
+    shards, network = data.Shards(sources[0]), MAE(MODEL)
+    network.load_state_dict(read_checkpoint(finished / 'ckpt.pt')[0])
+    pixels = data.center(shards.gather(shards.val[[3, 1]]), 32)      # MR and Photo hold one out
+    noise = torch.rand(2, 16)
+    with torch.no_grad():
+        pretrain.draw_reconstructions(tmp_path / 'recon.png', network, pixels, noise, ['MR', 'Photo'])
+        prediction, mask = network(pixels, 0.0, noise)[2:]
+    image, seen, shown = drawn[0]
+    _, mean, std = network.targets(pixels)
+    undone = data.denormalize(network.unpatchify(prediction * std + mean)).clamp(0, 1)
+    undone[0] = undone[0].mean(0)       # MR is grey
+    hidden = mask.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3).expand(2, 3, 32, 32) > 0
+    gain = [1 / stored.quantile(0.99).item() for stored in data.denormalize(pixels).clamp(0, 1)]
+    for k, stored in enumerate((sources[1][3][-1], sources[1][1][-1])):
+        truth = gain[k] * torch.from_numpy(stored).permute(2, 0, 1).expand(3, 32, 32) / 255
+        torch.testing.assert_close(image[k], truth, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(shown[k], torch.where(hidden[k], gain[k] * undone[k], truth), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(seen[k], torch.where(hidden[k], torch.tensor(0.5), truth), atol=1e-5, rtol=1e-5)
+    assert hidden.float().mean() == 0.75
+
+def test_a_grid_puts_each_tile_where_its_names_say(tmp_path):
+    tiles = torch.rand(2, 3, 3, 1, 1).expand(2, 3, 3, 8, 8)
+    pretrain.draw_grid(tmp_path / 'grid.png', tiles, ['a', 'b'], ['x', 'y', 'z'], side=16)
+    picture = torch.from_numpy(np.array(Image.open(tmp_path / 'grid.png').convert('RGB'))) / 255
+    assert picture.shape == (24 + 2 * 20, 94 + 3 * 20, 3)
+    for r, c in np.ndindex(2, 3):
+        shown = picture[26 + 20 * r:34 + 20 * r, 96 + 20 * c:104 + 20 * c].mean((0, 1))
+        torch.testing.assert_close(shown, tiles[r, c, :, 0, 0], atol=0.03, rtol=0)
+
+def test_a_run_ends_with_all_its_pictures(sources, tmp_path):
+    train(sources[0], tmp_path, steps=2, val_share=0.5)
+    for name in ('recon', 'experts', 'curves', 'attention', 'layout'):
+        picture = Image.open(tmp_path / f'{name}.png')
+        assert min(picture.size) > 90 and len(picture.convert('RGB').getcolors(1 << 20)) > 2, name
+
+def test_clusters_of_features_in_known_directions_are_found():
+    torch.manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(8, 8))[0][:4]
+    x = torch.nn.functional.normalize(directions.repeat_interleave(20, 0) + 0.1 * torch.randn(80, 8), dim=1)
+    centres = pretrain.cluster(x[torch.randperm(80)], 4)
+    assert sorted((centres @ directions.T).argmax(1).tolist()) == [0, 1, 2, 3]
+    assert (centres @ directions.T).amax(1).min() > 0.98
+
+def test_modality_share_is_the_share_of_variance_between_groups():
+    torch.manual_seed(0)
+    x = [torch.randn(2, n, 5) + shift for n, shift in ((7, 0), (4, 2), (9, -1))]
+    shares = pretrain.modality_share(x)
+    for layer in range(2):
+        everything = torch.cat([part[layer] for part in x])
+        within = sum((row - part[layer].mean(0)).square().sum() for part in x for row in part[layer])
+        whole = (everything - everything.mean(0)).square().sum()
+        assert shares[layer].item() == pytest.approx(1 - (within / whole).item(), rel=1e-5)
+    alike = [torch.full((1, n, 5), 1.0) * n for n in (3, 4)]
+    assert pretrain.modality_share(alike).item() == pytest.approx(1)
+
+def test_lines_are_drawn_from_the_least_to_the_greatest_number(tmp_path):
+    pretrain.draw_lines(tmp_path / 'lines.png', {'title': dict(up=[(1, 0), (2, 2), (5, 8)])})
+    picture = np.asarray(Image.open(tmp_path / 'lines.png')).astype(int)
+    blue = np.argwhere(abs(picture[:, :250] - (65, 105, 225)).sum(2) == 0)     # royalblue, without the legend
+    assert abs(blue.min(0) - (40, 55)).max() <= 1 and abs(blue.max(0) - (190, 245)).max() <= 1
+    middle = blue[blue[:, 1] == 55 + round(190 / 4)][:, 0].mean()       # a quarter of the way at x = 2, y = 2
+    assert abs(middle - (190 - 150 / 4)) <= 2
 
 def test_mutual_information_of_known_tables():
     independent = torch.outer(torch.tensor([1.0, 2, 5]), torch.tensor([3.0, 1, 4, 2]))
@@ -141,16 +187,15 @@ def test_mutual_information_of_known_tables():
     assert pretrain.mutual_information(torch.eye(8).repeat_interleave(2, 1)) == pytest.approx((3, 3))
     assert pretrain.mutual_information(torch.eye(2).repeat(4, 1)) == pytest.approx((1, 1))       # two columns
 
-@pytest.mark.parametrize('counts', [None, torch.tensor([[[7, 0], [3, 12]]])])
-def test_tables_are_drawn_with_or_without_their_numbers(tmp_path, counts):
-    pretrain.draw_tables(tmp_path / 'table.png', torch.tensor([[[1.0, 0], [0.2, 0.8]]]), ['a', 'b'], ['title'], counts)
-    cell = 16 if counts is None else 48
+def test_tables_are_drawn_from_white_to_blue(tmp_path):
+    pretrain.draw_tables(tmp_path / 'table.png', torch.tensor([[[1.0, 0], [0.2, 0.8]]]), ['a', 'b'], ['title'])
     picture = np.asarray(Image.open(tmp_path / 'table.png'))
-    assert picture.shape == (34 + 2 * cell + 10, 80 + 2 * cell + 10, 3)
-    assert [tuple(picture[36 + cell * d, 82 + cell * r]) for d in (0, 1) for r in (0, 1)] == [
-        (0, 0, 192), (255, 255, 255), (204, 204, 243), (51, 51, 204)]
-    pretrain.draw_tables(tmp_path / 'table.png', torch.zeros(1, 2, 2), ['a', 20 * 'm'], ['title'], torch.zeros(1, 2, 2))
-    assert Image.open(tmp_path / 'table.png').size == (14 + 180 + 2 * (180 + 8) + 10, 34 + 2 * (180 + 8) + 10)   # 9 pixels an m
+    left = picture.shape[1] - 2 * 16 - 10
+    assert picture.shape == (40 + 2 * 16 + 24, left + 2 * 16 + 10, 3)
+    assert [tuple(picture[44 + 16 * d, left + 8 + 16 * r]) for d in (0, 1) for r in (0, 1)] == [
+        (0, 0, 191), (255, 255, 254), (204, 204, 242), (51, 51, 203)]
+    pretrain.draw_tables(tmp_path / 'table.png', torch.zeros(5, 2, 2), ['a', 20 * 'm'], list('12345'))
+    assert Image.open(tmp_path / 'table.png').size == (4 * (16 + 180 + 2 * 16 + 10), 2 * (40 + 2 * 16) + 24)     # 9 pixels an m
 
 def test_every_trained_parameter_is_in_one_optimizer_group():
     model = MAE(MODEL)
@@ -233,6 +278,18 @@ def close(out, naive, norms):
         # AdamW makes a whole step of a gradient that is nothing but rounding: one element in a hundred may be such
         assert torch.isclose(ours[name], value, atol=5e-5, rtol=1e-5).float().mean() > 0.99, name
 
+def test_the_log_of_accumulated_steps_holds_the_loss_that_is_optimised(sources, tmp_path, monkeypatch):
+    products, losses = [], pretrain.layer_losses
+
+    def watch(co, scores, load):
+        if scores.requires_grad:        # the one that is optimised
+            products.append(4 * (scores * load).sum(1).mean().item())
+        return losses(co, scores, load)
+    monkeypatch.setattr(pretrain, 'layer_losses', watch)
+    train(sources[0], tmp_path, accumulate=3, steps=2, sigma=9)
+    assert [line['bal'] for line in log(tmp_path)] == pytest.approx([sum(products[:3]) / 3, sum(products[3:]) / 3])
+    assert len(products) == 6 and max(products) > min(products) + 0.01      # the product of the means would be another
+
 @pytest.mark.parametrize('parts', [1, 2])
 def test_accumulated_micro_batches_equal_one_batch_in_a_naive_loop(sources, tmp_path, parts):
     options = dict(STEP, balance=0.5 if parts == 1 else 0.0)      # balanced within a micro-batch
@@ -306,9 +363,8 @@ def test_killed_and_resumed_equals_never_stopped(sources, tmp_path):
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_resumed_run_equals_one_never_stopped(sources, finished, tmp_path, at_batch, number):
     at_batch(lambda step, images: (step == 2 and os.kill(os.getpid(), number)) or images)
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(SystemExit, match=f'^{128 + number}$'):
         train(sources[0], tmp_path, val_every=2)
-    assert error.value.code == 128 + number
     assert read_checkpoint(tmp_path / 'ckpt.pt')[2]['step'] in (3, 4)
     train(sources[0], tmp_path, val_every=2, resume=True)
     same_run(tmp_path, finished)
@@ -331,11 +387,12 @@ def test_a_step_that_is_not_finite_changes_nothing(sources, tmp_path, at_batch, 
     for before, after in ((0, 1), (1, 2), (3, 4)):
         assert not same(saved[after]['model'], saved[before]['model'])
     assert [line['skipped'] for line in log(tmp_path)] == [1, 1, 1, 2, 2, 2]
+    assert [line['loss'] is None for line in log(tmp_path)] == [True, False, False, True, False, False]     # JSON has no NaN
     assert all(tensor.isfinite().all() for tensor in saved[5]['model'].values())
 
 def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(sources, tmp_path, at_batch):
     at_batch(lambda step, images: images * math.inf if step > 3 else images)
-    with pytest.raises(SystemExit, match='ten steps in a row'):
+    with pytest.raises(SystemExit, match='10 steps in a row'):
         train(sources[0], tmp_path, steps=40)
     assert log(tmp_path)[-1]['step'] == 13 and log(tmp_path)[-1]['skipped'] == 10
 
@@ -343,7 +400,7 @@ def test_a_run_is_not_overwritten_unasked(sources, finished, tmp_path):
     before = (finished / 'ckpt.pt').read_bytes()
     with pytest.raises(SystemExit, match='--resume.*--overwrite'):
         train(sources[0], finished)
-    others = ((dict(experts=2), r'experts 4 \(not 2\)'), (dict(batch=2), r'images 4 \(not 2\)'),
+    others = ((dict(experts=2), r'experts 4 \(not 2\)'), (dict(batch=2), r'global_batch 4 \(not 2\)'),
               (dict(seed=1, lr=9.0), r'lr [0-9.]+ \(not 9.0\), seed 0 \(not 1\)'), (dict(steps=99), r'steps 6 \(not 99\)'))
     for other, sentence in others:
         with pytest.raises(SystemExit, match=sentence):
@@ -352,6 +409,28 @@ def test_a_run_is_not_overwritten_unasked(sources, finished, tmp_path):
     for _ in range(2):
         train(sources[0], tmp_path, steps=1, overwrite=True)
     assert [line['step'] for line in log(tmp_path)] == [0]
+
+def test_two_trainings_do_not_write_to_one_folder(sources, finished, tmp_path):
+    options = dict(steps=10 ** 6, val_every=10 ** 6, log_every=10 ** 6)
+    command = [sys.executable, ROOT / 'pretrain.py', *arguments(sources[0], tmp_path / 'run', **options)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while not (tmp_path / 'run' / 'config.json').exists() and process.poll() is None:
+            time.sleep(0.01)
+        for options in (dict(), dict(overwrite=True), dict(resume=True)):
+            with pytest.raises(SystemExit, match='run: another process trains here'):
+                train(sources[0], tmp_path / 'run', steps=1, **options)
+    finally:
+        process.kill()
+        process.wait()
+    train(sources[0], tmp_path / 'run', steps=1, overwrite=True)     # what a killed run held is free again
+
+def test_a_finished_run_says_so_and_other_data_are_refused(sources, finished, tmp_path):
+    with pytest.raises(SystemExit, match='finished, all 6 steps'):
+        train(sources[0], finished, resume=True)
+    write_source(tmp_path / 'data' / 'a', 'CT', 40)
+    with pytest.raises(SystemExit, match=r'training_images 64 \(not 38\)'):
+        train(tmp_path / 'data', finished, resume=True)
 
 def test_a_new_run_over_an_old_one_leaves_nothing_of_it_to_resume(sources, tmp_path, at_batch):
     train(sources[0], tmp_path, steps=2)
@@ -376,7 +455,7 @@ def test_a_full_disk_in_a_picture_or_the_log_ends_in_a_sentence(sources, tmp_pat
         pretrain.save(tmp_path / 'log.jsonl', '')
     monkeypatch.undo()
     assert (tmp_path / 'log.jsonl').read_text() and not list(tmp_path.glob('*.new'))
-    pretrain.reopen(tmp_path, 1, {})
+    pretrain.open_run(tmp_path, pretrain.Options(resume=True), 1, {})
     assert (tmp_path / 'log.jsonl').read_text() == '{"step": 0, "loss": 1}\n'
 
 def test_a_full_disk_leaves_the_checkpoint_before(sources, tmp_path, at_batch):
@@ -423,15 +502,15 @@ def test_counted_operations_are_those_that_torch_counts(change, monkeypatch):
     network = MAE(replace(MODEL, **change))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         losses, routing, _, _ = network(torch.randn(6, 3, 32, 32))
-        (losses.mean() + (layer_losses(routing, routing.chosen.mean(1))[1] if routing else 0)).backward()
-    assert counter.get_total_flops() == 6 * pretrain.flops(network.config)
+        (losses.mean() + layer_losses(routing.co, routing.scores.mean(1), routing.chosen.mean(1))[1]).backward()
+    assert counter.get_total_flops() == 6 * flops(network.config)
 
 def test_operations_of_the_known_sizes():
-    assert pretrain.flops(Config(experts=0)) == pytest.approx(77.0e9, rel=1e-3)
-    assert pretrain.flops(Config()) == pytest.approx(106.5e9, rel=1e-3)
+    assert flops(Config(experts=0)) == pytest.approx(77.0e9, rel=1e-3)
+    assert flops(Config()) == pytest.approx(106.5e9, rel=1e-3)
 
-@pytest.mark.parametrize('change, again', [(dict(), False), (dict(routing='token'), True), (dict(experts=0), False)])
-def test_blocks_compile_in_bf16_with_the_same_results_and_gradients_as_they_come(change, again):
+@pytest.mark.parametrize('change', [dict(), dict(routing='token'), dict(experts=0)])
+def test_blocks_compile_in_bf16_with_the_same_results_and_gradients_as_they_come(change):
     torch.manual_seed(0)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -442,8 +521,6 @@ def test_blocks_compile_in_bf16_with_the_same_results_and_gradients_as_they_come
     for compiled in (False, True):
         for block in blocks if compiled else ():        # as pretrain.py has it
             block.forward = torch.compile(block.forward, fullgraph=True, backend='aot_eager')
-            if again:
-                block.forward = partial(pretrain.checkpoint, block.forward, use_reentrant=False)
 
         def watch(block, inputs, outputs):
             outputs[0].register_hook(lambda _: order.append('first'))
@@ -453,7 +530,7 @@ def test_blocks_compile_in_bf16_with_the_same_results_and_gradients_as_they_come
         network.zero_grad()
         with torch.autocast('cpu', torch.bfloat16):
             losses, routing, _, _ = network(images, torch.full((), 0.5), torch.rand(4, 16))
-        (losses.mean() + (layer_losses(routing, routing.chosen.mean(1))[0] if routing else 0)).backward()
+        (losses.mean() + layer_losses(routing.co, routing.scores.mean(1), routing.chosen.mean(1))[0]).backward()
         handle.remove()
         found.append([losses.detach()] + [p.grad for p in network.parameters() if p.requires_grad])
         assert order == [3, 2, 1, 'first', 0]       # so DDP can send the others' while the first block computes its own
@@ -461,49 +538,33 @@ def test_blocks_compile_in_bf16_with_the_same_results_and_gradients_as_they_come
     assert all((a - b).norm() <= 0.01 * a.norm() for a, b in zip(*found))
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2      # one for all blocks of the encoder, one for the rest
 
-def test_bench_times_both_networks_and_both_gates(sources, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pretrain, 'GATES', ((32, 2), (64, 1)))
-    argv = ['pretrain.py', '--bench', *arguments(sources[0], tmp_path / 'out')]
-    monkeypatch.setattr(sys, 'argv', argv)
-    pretrain.main()
+def test_the_bench_times_both_networks_and_both_gates(sources, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, 'GATES', ((32, 2), (64, 1)))
+    monkeypatch.setattr(pretrain, 'tqdm', pretrain.tqdm)        # what the bench replaces comes back after the test
+    monkeypatch.setattr(pretrain, 'validate', pretrain.validate)
+    bench.real_steps(arguments(sources[0], tmp_path / 'out'), warm=2, count=4)
+    bench.gates(MODEL)
     lines = capsys.readouterr().out.splitlines()
     dex, mae = (next(line for line in lines if line.startswith(name)) for name in ('DEX:', 'MAE:'))
-    for line, config in ((dex, MODEL), (mae, replace(MODEL, experts=0))):
-        assert f'{pretrain.flops(config) / 1e9:.1f} GFLOP' in line and 'MFU 0.000' in line     # no chip, no guess
-        phases = [float(word) for word in re.findall(r'([0-9.]+)%', line)]
-        assert len(phases) == 5 and 60 < sum(phases) < 140      # medians need not add up
+    for line, config, phases in ((dex, MODEL, 5), (mae, replace(MODEL, experts=0), 4)):
+        assert f'{flops(config) / 1e9:.1f} GFLOP' in line and 'MFU 0.000' in line      # no chip, no guess
+        shares = [float(word) for word in re.findall(r'([0-9.]+)%', line)]
+        assert len(shares) == phases and 60 < sum(shares) < 140     # medians need not add up
     assert 'efficiency' in lines[-5]
     gates = [re.search(r'(\w+)-wise.* (\d+) images of (\d+) pixels: ([0-9.]+) MFLOP', line).groups() for line in lines[-4:]]
     assert [gate[:3] for gate in gates] == [(kind, *rest) for rest in (('2', '32'), ('1', '64')) for kind in ('image', 'token')]
     assert float(gates[1][3]) == pytest.approx(17 * float(gates[0][3]), rel=0.1)      # as many as an image has tokens
     assert not (tmp_path / 'out').exists()
 
-def test_bench_without_shards_makes_phantoms(tmp_path, monkeypatch):
-    commands = []
-    def run(command, check):
-        commands.append(list(map(str, command)))
-        write_source(tmp_path / 'data/phantoms-32.part/phantom-ct', 'CT', 3)
-    monkeypatch.setattr(subprocess, 'run', run)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match='none: no prepared images'):       # what was asked for is not replaced unasked
-        monkeypatch.setattr(sys, 'argv', ['pretrain.py', '--bench', *arguments(tmp_path / 'none', tmp_path / 'out')])
-        pretrain.main()
-    assert not commands
-    with pytest.raises(SystemExit, match='data/phantoms-32: .* too few'):
-        monkeypatch.setattr(sys, 'argv', ['pretrain.py', '--bench', *arguments('data/medverse', tmp_path / 'out')])
-        pretrain.main()
-    assert commands[0][-6:] == ['--phantoms', '200', '--out', 'data/phantoms-32.part', '--size', '32']
-    assert [path.name for path in (tmp_path / 'data').iterdir()] == ['phantoms-32']     # it appeared as a whole
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 def test_a_steady_step_never_waits_for_the_gpu(sources, tmp_path):
     o = replace(pretrain.Options(), **dict(TINY, data=str(sources[0]), out=str(tmp_path), device='cuda', steps=1000, log_every=1000))
-    run = pretrain.train(o, *pretrain.setup('cuda'))
-    for _ in range(5):      # compiles, validates, fills the caches
-        next(run)
+    run = pretrain.set_up(o, *pretrain.setup('cuda'))
+    run.last = 5        # compiles, validates, fills the caches
+    pretrain.train(run)
+    run.first, run.last = 5, 15
     torch.cuda.set_sync_debug_mode('error')
     try:
-        for _ in range(10):
-            next(run)
+        pretrain.train(run)
     finally:
         torch.cuda.set_sync_debug_mode('default')

@@ -623,7 +623,8 @@ def test_many_patches_get_a_hint(tasks, pretrained, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize('spoil, word', [
     (lambda task: (task / 'test' / 'labels.npy').write_bytes(b'cut'), 'damaged'),
-    (lambda task: np.save(task / 'test' / 'labels.npy', np.zeros(0, int)), 'test split is empty'),
+    (lambda task: [np.save(task / 'test' / f'{name}.npy', np.zeros(0, int)) for name in ('images', 'labels')],
+     'test split is empty'),
     (lambda task: np.save(task / 'train' / 'labels.npy', np.zeros(3, int)), 'train images, answers and classes do not agree'),
     (lambda task: np.save(task / 'val' / 'labels.npy', np.arange(4)), 'val images, answers and classes do not agree'),
     (lambda task: np.save(task / 'train' / 'labels.npy', np.zeros(12, int)), 'no training image shows bright')])

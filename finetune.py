@@ -28,15 +28,15 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageDraw
+from PIL import Image, ImageColor
 from torch import nn
 from tqdm import tqdm
 
 import data
 import prepare_medverse
 from model import ViT, load_weights, named_config, read_checkpoint
-from pretrain import MAX_SKIPPED, check_numbers, draw_tables, learning_rate, make_optimizer, open_run, save, seed_step
-from pretrain import setup, stop_signals, write_line
+from pretrain import MAX_SKIPPED, check_numbers, draw_grid, draw_tables, learning_rate, make_optimizer, open_run
+from pretrain import save, seed_step, setup, stop_signals, write_line
 from unetr import UNETR
 
 PRETRAINED = 'out/pretrain/ckpt.pt', 'out/demo/ckpt.pt'     # for --init the first that exists
@@ -296,16 +296,15 @@ def draw_cases(path, net, task, table, device):
     """Best, median and worst test image by mean Dice, one a row: image, truth, prediction."""
     dice = dice_of(table)[:, 1:].mean(1)
     order = dice.argsort(kind='stable')[:max(1, dice.count())]      # those without a Dice come last
-    cases = order[[-1, len(order) // 2, 0]]
-    images, truth = task.gather('test', cases)
-    guess = infer(net, images.to(device), truth.shape[1:]).argmax(1).cpu().numpy()
-    rows = [np.hstack([image, overlay(image, mask), overlay(image, predicted)])
-            for image, mask, predicted in zip(images.permute(0, 2, 3, 1).numpy(), truth.numpy(), guess)]
-    picture = Image.fromarray(np.vstack(rows)).resize((768, 768))
-    for row, (name, case) in enumerate(zip(('best', 'median', 'worst'), cases)):
-        text = f'{name}: test image {case}, Dice {dice[case]:.3f}'
-        ImageDraw.Draw(picture).text((6, 256 * row + 4), text, 'white', stroke_width=2, stroke_fill='black')
-    picture.save(path)
+    rows, names = [], []
+    for kind, case in zip(('best', 'median', 'worst'), order[[-1, len(order) // 2, 0]]):
+        image, truth = task.gather('test', [case])
+        guess = infer(net, image.to(device), truth.shape[1:]).argmax(1).cpu()
+        pixels = image[0].permute(1, 2, 0).numpy()
+        tiles = np.stack([pixels, overlay(pixels, truth[0].numpy()), overlay(pixels, guess[0].numpy())])
+        rows.append(torch.from_numpy(tiles).permute(0, 3, 1, 2) / 255)
+        names.append(f'{kind}:\nimage {case}\nDice {dice[case]:.3f}')
+    draw_grid(path, rows, names, ['image', 'truth', 'prediction'], 256)
 
 @torch.no_grad()
 def predict(o):

@@ -140,8 +140,13 @@ def make_optimizer(model, lr, weight_decay):
 def stop_signals():
     """A list to which SIGTERM and SIGINT (Ctrl-C) add their numbers from now on, so that a training can save first."""
     signals = []
+
+    def note(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)       # whoever cannot wait sends it again
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: signals.append(number))
+        signal.signal(number, note)
     return signals
 
 def open_run(out, o, first, config):
@@ -191,32 +196,34 @@ def mutual_information(counts):
                            for p in (joint.sum(1), joint.sum(0), joint))
     return rows + columns - both, min(rows, math.log2(counts.shape[1]))
 
-def modality_share(x):
-    """Share of the variance of features x, a list of (L, B, C) for each modality, that lies between modalities, (L,):
-    what Theorem A.3 argues about."""
-    mean = torch.cat(x, 1).mean(1, keepdim=True)
-    between = sum(part.shape[1] * (part.mean(1, keepdim=True) - mean).square().sum((1, 2)) for part in x)
-    return between / (torch.cat(x, 1) - mean).square().sum((1, 2))
+def modality_share(x, kinds):
+    """Share of the variance of features x (L, images, C) that lies between modalities (L,), which Theorem A.3 argues
+    about; kinds (D, images) is 1 where an image is of a modality."""
+    x = x - x.mean(1, keepdim=True)
+    means = kinds @ x / kinds.sum(1, keepdim=True)          # (L, D, C)
+    return (kinds.sum(1) * means.square().sum(2)).sum(1) / x.square().sum((1, 2))
 
 @torch.no_grad()
 @torch.compiler.set_stance('force_eager')       # its shapes are not worth compiling for
 def validate(model, shards, o, device, autocast):
-    """Look at the whole held-out images without gate noise: draw pictures, print and return the rest."""
+    """Look at the whole held-out images without gate noise: draw recon.png, experts.png; print and return the rest."""
     present, picks, kinds = np.unique(shards.modality[shards.val], return_index=True, return_inverse=True)
     names = [shards.modalities[d] for d in present]
     kinds = F.one_hot(torch.from_numpy(kinds)).T.float()        # (D, images)
     # one fixed draw (images, N - 1), so that each image has the same mask at every validation
     noise = torch.rand(kinds.shape[1], (o.size // o.patch) ** 2, generator=torch.Generator().manual_seed(o.seed))
-    losses, usage = [], []
+    losses, usage, features = [], [], []
     for ids, part in zip(torch.from_numpy(shards.val).split(o.batch), noise.split(o.batch)):
         images = data.center(shards.gather(ids.numpy()).to(device), o.size)
         with autocast:
             loss, routing, _, _ = model(images, 0.0, part.to(device))
+            outputs = ViT.forward(model, images)[2]
         losses.append(loss.cpu())
+        features.append(torch.stack([x[:, 1:].float().mean(1).cpu() for x in outputs]))     # (L, B, C)
         if o.experts:
             usage.append(routing.weights.unflatten(1, (len(ids), -1)).mean(2).cpu())        # omega (L, B, R)
     losses = kinds @ torch.cat(losses) / kinds.sum(1)
-    shares = draw_features(Path(o.out), model, shards, o, device, autocast)
+    shares = modality_share(torch.cat(features, 1), kinds).tolist()
     entry = dict(val_mae=losses.mean().item(), val=dict(zip(names, losses.tolist())), modality_share=shares)
     text = f'validation: L_self {entry["val_mae"]:.3f}; by layer, modality in the features:' + len(shares) * ' {:.2f}'
     text = text.format(*shares)
@@ -272,61 +279,6 @@ def draw_reconstructions(path, model, images, noise, names):
     gain = brightness(seen)
     rows = [seen * gain, torch.where(hidden, 0.5, seen * gain), torch.where(hidden, guess, seen) * gain]
     draw_grid(path, rows, ['image', 'what the\nencoder sees', 'its guess\nat the rest'], names)
-
-def cluster(x, k, rounds=20):
-    """Spherical k-means of features x (M, C) of length 1: centres (k, C). Each begins where none before it is near."""
-    centres = x[:1]
-    while len(centres) < k:
-        farthest = (x @ centres.T).amax(1).argmin()
-        centres = torch.cat([centres, x[farthest, None]])
-    for _ in range(rounds):
-        member = F.one_hot((x @ centres.T).argmax(1), k).to(x.dtype)        # (M, k)
-        centres = F.normalize(member.T @ x, dim=1)
-    return centres
-
-def draw_features(out, model, shards, o, device, autocast, k=6):
-    """What the last layer finds alike in some 32 held-out images of each modality, less the modality's mean feature.
-
-    layout.png (Fig. 7): the 16 patches nearest to each of k clusters' centres. attention.png (Fig. 6): an image, and
-    how like (cosine) its patches are to three of them, of three clusters. Returns the `modality_share` by layer.
-    """
-    P, side, layout, maps, names, means = o.patch, o.size // o.patch, [], [], [], []
-    for d in np.unique(shards.modality[shards.val]):
-        ids = shards.val[shards.modality[shards.val] == d]
-        images = data.center(shards.gather(ids[::math.ceil(len(ids) / 32)]).to(device), o.size)
-        with autocast:
-            x, _, outputs = ViT.forward(model, images)
-        means.append(torch.stack([layer[:, 1:].float().mean(1) for layer in outputs]))      # (L, B, C)
-        x = x[:, 1:].float()
-        x = F.normalize(x - x.mean((0, 1)), dim=2)              # (B, N - 1, C)
-        images = data.denormalize(images)
-        images = images * brightness(images)
-        patches = model.patchify(images)                        # (B, N - 1, P * P * 3)
-        shows = patches.std(2) > 0.02                           # not air, not paper; nor the borders, with their text
-        shows &= F.pad(torch.ones(side - 2, side - 2, device=device), (1, 1, 1, 1)).flatten() > 0
-        if shows.sum() < 16:
-            continue
-        names.append(shards.modalities[d])
-        alike = x @ cluster(x[shows], k).T * shows[:, :, None]          # (B, N - 1, k)
-        nearest = patches.flatten(0, 1)[alike.flatten(0, 1).topk(16, 0).indices.T]          # (k, 16, P * P * 3)
-        layout.append(nearest.view(k, 4, 4, P, P, 3).permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3))
-
-        fills = F.one_hot(alike.argmax(2), k).mul(shows[:, :, None]).sum(1)                 # (B, k) patches
-        best = fills.sort(1).values[:, -3].argmax()             # the image that shows three clusters best
-        query = alike[best][:, fills[best].topk(3).indices].argmax(0)                       # (3,) patches
-        heat = (x[best, query] @ x[best].T).view(3, 1, side, side).clamp(min=0)
-        heat = F.interpolate(heat, (o.size, o.size), mode='bicubic').clamp(0, 1)
-        place = F.interpolate(F.one_hot(query, side ** 2).float().view(3, 1, side, side), (o.size, o.size))
-        frame = place + F.max_pool2d(-place, 5, 1, 2)           # the outermost pixels of the query's square
-        red = torch.tensor((1.0, 0, 0), device=device)[:, None, None]
-        shaded = torch.lerp(images[best].mean(0), red, 0.8 * heat ** 2)                     # (3, 3, S, S)
-        maps.append(torch.cat([images[best, None], shaded.maximum(frame)]))
-    if names:
-        groups = [f'alike, {number}' for number in range(1, k + 1)]
-        draw_grid(out / 'layout.png', torch.stack(layout, 1), groups, names, (72, 72))
-        like = 'redder: more\nlike the patch\nin the square'
-        draw_grid(out / 'attention.png', torch.stack(maps, 1), ['image', like, like, like], names)
-    return modality_share(means).tolist()
 
 # --- training ---------------------------------------------------------------------------------------------------------
 

@@ -3,9 +3,7 @@
     python finetune.py                                            phantom vessels, from what pretrain.py --demo left
     python finetune.py --task fives --init out/pretrain/ckpt.pt   segmentation (UNETR) or classification, as the task is
     python finetune.py --task fives --init scratch --model tiny   without pretraining
-    python finetune.py --report out/*                             a table of all runs: mean and deviation over seeds
     python finetune.py --predict a.png b.nii.gz --out out/fives   masks or class probabilities of new images
-    python finetune.py --export vit.pt --adapt director           the pretrained director as a plain ViT in timm's names
 
 A task is a folder data/<task> that prepare_medverse.py --task wrote. Writes to --out: results.json, log.jsonl, best.pt,
 ckpt.pt and a picture, cases.png or confusion.png. Ctrl-C and SIGTERM save first; --resume goes on from there.
@@ -17,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,8 +32,8 @@ from tqdm import tqdm
 import data
 import prepare_medverse
 from model import ViT, load_weights, named_config, read_checkpoint
-from pretrain import MAX_SKIPPED, check_numbers, draw_grid, draw_tables, learning_rate, make_optimizer, open_run
-from pretrain import save, seed_step, setup, stop_signals, write_line
+from pretrain import MAX_SKIPPED, check_numbers, draw_grid, learning_rate, make_optimizer, open_run, save, seed_step
+from pretrain import setup, simulate, stop_signals, strips, write_line
 from unetr import UNETR
 
 PRETRAINED = 'out/pretrain/ckpt.pt', 'out/demo/ckpt.pt'     # for --init the first that exists
@@ -51,10 +48,7 @@ class Options:
     init: str = ''                  # checkpoint, or 'scratch'; empty: out/pretrain/ckpt.pt, else out/demo/ckpt.pt
     resume: bool = False            # continue from out's checkpoint; start fresh where there is none
     overwrite: bool = False         # start anew although out holds a run
-    # instead of training
-    predict: tuple = ()             # files, or folders of DICOM, to apply the run in --out to
-    report: tuple = ()              # folders of runs to tabulate
-    export: str = ''                # file to write the pretrained encoder to, as --adapt and --size say
+    predict: tuple = ()             # instead of training: files, or folders of DICOM, to apply the run in --out to
     # network
     adapt: str = 'experts'          # experts (DEX-E) or director (DEX-D, a plain ViT)
     top_k: int = 0                  # activated experts; 0: as pretrained
@@ -76,6 +70,11 @@ class Options:
     device: str = ''                # cpu, cuda or mps; empty: the best there is
     seed: int = 0                   # of the head, the order and the augmentation
     bf16: bool = True               # bfloat16 autocast, on CUDA only
+
+    def __post_init__(self):
+        check_numbers(self)
+        if self.adapt not in ('experts', 'director') or self.pool not in ('cls', 'mean') or not 0 < self.fraction <= 1:
+            raise SystemExit('--adapt is experts or director, --pool cls or mean, --fraction above 0 and at most 1')
 
 class Classifier(nn.Module):
     """A linear head on the class token or on the mean of the patches: images (B, 3, S, S) -> logits (B, C)."""
@@ -192,9 +191,7 @@ def train(o):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     folder = Path(o.data, o.task)
     if o.task.startswith('phantom-') and not folder.exists():
-        words = [Path(__file__).with_name('prepare_medverse.py'), '--task', o.task, '--out', folder, '--size', '64']
-        if subprocess.run([sys.executable, *words]).returncode:
-            raise SystemExit(f'{folder}: could not be simulated')
+        simulate(folder, '--task', o.task, '--size', '64')
     task, files = data.Task(folder), folder / 'split.json'
     torch.manual_seed(o.seed)
     vit, source = encoder(o, o.size or task.meta['size'])
@@ -278,8 +275,9 @@ def train(o):
     if task.segments:
         draw_cases(out / 'cases.png', model, task, table, device)
     else:
-        shares = F.normalize(torch.tensor([scores['confusion']]).float(), 1, 2)     # (1, C, C)
-        draw_tables(out / 'confusion.png', shares, task.classes, ['truth (rows) by prediction'], 'class')
+        shares = F.normalize(torch.tensor(scores['confusion']).float(), 1, 1)       # rows are the truth
+        head = f'predicted class, 0 to {len(task.classes) - 1}'
+        draw_grid(out / 'confusion.png', strips(shares)[:, None], task.classes, [head], (24, 24 * len(task.classes)))
     results = about | dict(scores=scores, validation=best, skipped=skipped, minutes=minutes, options=asdict(o))
     save(results_file, json.dumps(results, indent=1))
     print(f'{out}: test {"Dice" if task.segments else "macro-F1"} {headline(scores):.4f}; all are in results.json')
@@ -304,7 +302,7 @@ def draw_cases(path, net, task, table, device):
         tiles = np.stack([pixels, overlay(pixels, truth[0].numpy()), overlay(pixels, guess[0].numpy())])
         rows.append(torch.from_numpy(tiles).permute(0, 3, 1, 2) / 255)
         names.append(f'{kind}:\nimage {case}\nDice {dice[case]:.3f}')
-    draw_grid(path, rows, names, ['image', 'truth', 'prediction'], 256)
+    draw_grid(path, rows, names, ['image', 'truth', 'prediction'], (256, 256))
 
 @torch.no_grad()
 def predict(o):
@@ -365,44 +363,13 @@ def write_masks(target, path, images, masks):
     view[:] = np.reshape(masks, view.shape)
     nib.save(nib.Nifti1Image(volume, scan.affine, scan.header, dtype=np.uint8), f'{target}-mask.nii.gz')
 
-def report(o):
-    """Print a Markdown table of the runs' headline scores: mean ± deviation over the seeds of one task and method."""
-    found = {}      # what a run was, but for its seed: its scores
-    for file in sorted({file for folder in o.report for file in Path(folder).glob('results.json')}):
-        try:
-            run = json.loads(file.read_text())
-            score = 'Dice' if 'dice' in run['scores'] else 'macro-F1'
-            setting = run['config']['size'], run['steps'], run['batch'], run['lr']
-            found.setdefault((run['task'], score, run['method'], *setting), []).append(headline(run['scores']))
-        except (ValueError, KeyError, TypeError) as error:
-            print(f'{file}: left out, as these are no results ({error!r})', file=sys.stderr)
-    if not found:
-        raise SystemExit(f'{" ".join(o.report)}: no results.json in any of these folders')
-    print('| task | score | method | size | steps | batch | lr | mean ± deviation | seeds |\n' + '|---' * 9 + '|')
-    for setting, values in sorted(found.items()):
-        spread = f' ± {np.std(values, ddof=1):.3f}' if len(values) > 1 else ''
-        print('|', *(f'{item} |' for item in setting), f'{np.mean(values):.3f}{spread} | {len(values)} |')
-
-def export(o):
-    """Write the pretrained encoder at --size pixels: the director in timm's names, or with its experts in ours."""
-    path = Path(o.export)
-    if path.exists() and not o.overwrite:
-        raise SystemExit(f'{path}: is here already; choose another name, or --overwrite')
-    vit, _ = encoder(o, o.size)
-    config, state = vit.config, vit.state_dict()
-    save(path, dict(model=state, config=asdict(config)) if config.experts else state)
-    print(f'{path}: {"encoder with experts" if config.experts else "plain ViT"} at {config.size} pixels')
-
 def main():
     """Train, or what else the options ask for."""
     o = prepare_medverse.parse_options(Options())
-    check_numbers(o)
-    if o.adapt not in ('experts', 'director') or o.pool not in ('cls', 'mean') or not 0 < o.fraction <= 1:
-        raise SystemExit('--adapt is experts or director, --pool cls or mean, --fraction above 0 and at most 1')
     if os.environ.get('WORLD_SIZE', '1') != '1':
         raise SystemExit('finetune.py is one process: start it by python, not by torchrun')
     try:
-        (report if o.report else predict if o.predict else export if o.export else train)(o)
+        predict(o) if o.predict else train(o)
     except OSError as error:
         raise SystemExit(f'{error}; what was saved before is whole')
     except KeyboardInterrupt:       # before the first step, or in what is quickly done again

@@ -137,16 +137,17 @@ def make_optimizer(model, lr, weight_decay):
             groups[not decays]['params'].append(parameter)
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
 
+def simulate(folder, *options):
+    """Have prepare_medverse.py simulate phantoms: the sources or the task of a folder."""
+    script = Path(__file__).with_name('prepare_medverse.py')
+    if subprocess.run([sys.executable, script, '--out', folder, *options]).returncode:
+        raise SystemExit(f'{folder}: its phantoms are not finished; start again')
+
 def stop_signals():
     """A list to which SIGTERM and SIGINT (Ctrl-C) add their numbers from now on, so that a training can save first."""
     signals = []
-
-    def note(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)       # whoever cannot wait sends it again
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
+        signal.signal(number, lambda number, frame: signals.append(number))
     return signals
 
 def open_run(out, o, first, config):
@@ -435,14 +436,6 @@ def train(run):
             break
     return done
 
-def make_phantoms(folder, size):
-    """Simulate 200 images of each of the ten modalities in a folder, unless they are all there."""
-    if len([*Path(folder).glob('phantom-*/meta.json')]) < 10:
-        script = Path(__file__).with_name('prepare_medverse.py')
-        command = [sys.executable, script, '--phantoms', '200', '--out', folder, '--size', str(size)]
-        if subprocess.run(command).returncode:
-            raise SystemExit(f'{folder}: its phantoms are not finished; start again')
-
 def main():
     """Options, processes, the phantoms of a demo; then train."""
     o = parse_options(Options())
@@ -450,8 +443,8 @@ def main():
         o = parse_options(Options(demo=True, **DEMO))
     rank, world, local, device = setup(o.device)
     try:
-        if o.demo and rank == 0:
-            make_phantoms(o.data, o.size)
+        if o.demo and rank == 0 and len([*Path(o.data).glob('phantom-*/meta.json')]) < 10:
+            simulate(o.data, '--phantoms', '200', '--size', str(o.size))
         if world > 1:
             dist.barrier()
         run = set_up(o, rank, world, local, device)

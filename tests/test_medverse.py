@@ -67,7 +67,7 @@ SOURCES = {  # name: modality, images in Table 2, where it is had (regular expre
         ['training_set/00{0,1}_HC_Annotation.png', 'training_set/001_{2,3}HC_Annotation.png']),
     'BUSI': ('Ultrasound', 780, 'scholar.cu', ['Dataset_BUSI_with_GT/{benign,malignant,normal}/$1 ({1,2}).png'],
         ['Dataset_BUSI_with_GT/{benign,malignant,normal}/$1 ({1,2})_{mask,mask_1}.png']),
-    'UBPD': ('Ultrasound', 955, 'ubpd', ['frames/{1..3}.png'], ['masks/{1..3}.png'], '--images', 'frames/*.png'),
+    'UBPD': ('Ultrasound', 955, 'ubpd', ['frames/{1..3}.png'], ['masks/{1..3}.png'], '--images', 'frames/'),
     'MESSIDOR': ('Fundus', 1200, 'adcis', ['Base{11,22,34}/2005_{1,2}_PP.tif'], []),
     'Refuge2': ('Fundus', 1200, 'victorlemosml/refuge2', ['REFUGE2/{train,val,test}/images/g000{1,2}.jpg'],
         ['REFUGE2/{train,test}/mask/g000{1,2}.bmp', 'REFUGE2/val/mask/g000{1,2}.png']),
@@ -86,7 +86,7 @@ SOURCES = {  # name: modality, images in Table 2, where it is had (regular expre
     'BBBC041v1': ('Pathology', 1328, 'BBBC041', ['malaria/images/{a,b}1.{png,jpg}'], []),
     'Lacuna-Malaria-Challenge': ('Pathology', 3925, 'zindi', ['images/id_{a,b,c}.jpg'], []),
     'Lacuna-Malaria-Datasets': ('Pathology', 5059, 'VEADSE', ['thick/Uganda/{1..3}.JPG'],
-        ['boxes/{1..3}.jpg'], '--images', 'thick/**/*.JPG'),
+        ['boxes/{1..3}.jpg'], '--images', 'thick/.*JPG'),
     'SegPath': ('Pathology', 158687, 'dakomura', ['{aSMA_SmoothMuscle,CD45RB_Leukocyte}/{001..003}_HE.png'],
         ['{aSMA_SmoothMuscle,CD45RB_Leukocyte}/{001..003}_mask.png']),
     'HyperKvasir': ('Endoscope', 110079, 'simula',
@@ -148,7 +148,7 @@ TASKS = {
     'dias': ('DIAS|11637181', '', '{training,validation,test}/images/image_s{1,2,10,11}_i#.png', '$1/labels/label_s$2.png', 2,
         '0 255', FOLDERS, {}),
     'dsca': ('DSCA|11255024', '', 'series/s{1..10}_f#.png', 'vessels/s$1.png', 2, '0 1+2', '.*',
-        dict(options=('--images', 'series/*_f?.png', '--masks', 'vessels/*.png'))),
+        dict(options=('--images', 'series/(.*)_f', '--masks', r'vessels/(.*)\.png'))),
     'sts-tooth-2d': ('toothfairy|10597292', 'SD-Tooth/STS-2D-Tooth/', '{A,C}-PXI/Labeled/Image/{1..5}.png',
         '$1-PXI/Labeled/Mask/$2.png', 2, '0 1', '.*',
         dict(modes='1', other='SD-Tooth/STS-2D-Tooth/{A,C}-PXI/Unlabeled/Image/{6..9}.png')),
@@ -459,7 +459,7 @@ def test_one_of_several_and_the_general_rule(tmp_path):
         check_source(out, name, images)
     found = np.stack([small(image) for image in np.load(out / 'rotterdam/00000.npy')])
     assert found.shape == scan.shape and min(np.abs(found - scan).mean(), np.abs(found[::-1] - scan).mean()) < 10
-    prepare(raw, tmp_path / 'glob', '--source', 'BUSI', '--images', 'Dataset**/{benign,normal}/*(?).png')
+    prepare(raw, tmp_path / 'glob', '--source', 'BUSI', '--images', r'Dataset.*/(benign|normal)/.*\(.\)\.png')
     assert meta_of(tmp_path / 'glob', 'BUSI')['count'] == 4
 
 def test_copies_that_need_a_conversion(tmp_path):

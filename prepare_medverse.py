@@ -18,8 +18,7 @@ where the groups ( ) of both rules find the same text: above, a/12 in a/12.png a
 Parquet and HDF5 are not read. Eyepacs is also on Kaggle as JPEG; of Thyroid-Cine-clip, numpy.save('clips.npy',
 h5py.File('dataset.hdf5')['image'][::10]) makes a file that is; MoNuSAC becomes pictures in its folder by
 
-    import io, os, numpy, pandas
-    from PIL import Image
+    import io, os, numpy, pandas; from PIL import Image
     def pixels(png):
         return numpy.array(Image.open(io.BytesIO(png['bytes'] if isinstance(png, dict) else png)).convert('RGB'))
     for split in ('train', 'test'):
@@ -28,8 +27,8 @@ h5py.File('dataset.hdf5')['image'][::10]) makes a file that is; MoNuSAC becomes 
             mask = numpy.zeros_like(pixels(row.image)[..., 0])
             for nucleus, category in zip(row.instances, row.categories):
                 mask[pixels(nucleus)[..., 0] > 0] = category
-            Image.fromarray(pixels(row.image)).save(f'{split}/images/{i}.png')
-            Image.fromarray(mask).save(f'{split}/masks/{i}.png')
+            for kind, array in (('images', pixels(row.image)), ('masks', mask)):
+                Image.fromarray(array).save(f'{split}/{kind}/{i}.png')
 
 Letters: H, W sides as published, S side as stored, c channels, n slices of a volume or images of a shard.
 """
@@ -63,7 +62,7 @@ from tqdm import tqdm
 
 MODALITIES = ('CT', 'PET', 'MR', 'X-ray', 'Ultrasound', 'Fundus', 'OCT', 'Pathology', 'Endoscope', 'Photo')
 RULES = {  # for what is not 8 bits: values that become 0 and 255, or percentiles; least share above 0.02; in words
-    'CT': ((-200, 400), (), 0.05, 'HU clipped to [-200, 400]; what is unsigned: less 32768, or minimum..maximum'),
+    'CT': ((-200, 400), (), 0.05, 'HU clipped to [-200, 400]; of what is unsigned, and so not HU, minimum..maximum'),
     'MR': ((), (1, 99), 0.05, '1st..99th percentile'),
     # The paper's z-score of PET cancels in its min-max.
     'PET': ((), (1, 99), 0.01, '1st..99th percentile; SUV in [0, 20] where the path has suv'),
@@ -108,17 +107,15 @@ class Options:
 def boolean(text):
     return ('false', 'no', '0', 'true', 'yes', '1').index(text.lower()) >= 3
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # without the usage, which hides it
-        self.exit(2, f'{self.prog}: error: {message} (see --help)\n')
-
 def parse_options(defaults, words=None):
     """The dataclass instance `defaults` with what the command line, or `words`, changes: --name value, --name=value,
     --flag. The help of an option is the comment beside its field; unknown names and wrong types end the program."""
     cls = type(defaults)
     comments = dict(re.findall(r'^    (\w+): .*?  # (.*)$', inspect.getsource(cls), re.M))
-    parser = Parser(description=inspect.getmodule(cls).__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=inspect.getmodule(cls).__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    # The one useful line, without the usage, which hides it.
+    parser.error = lambda message: parser.exit(2, f'{parser.prog}: error: {message} (see --help)\n')
     for name, kind in cls.__annotations__.items():
         reading = {bool: dict(type=boolean, nargs='?', const=True), tuple: dict(nargs='+')}.get(kind, dict(type=kind))
         text = comments.get(name, '').replace('%', '%%')
@@ -256,7 +253,7 @@ phantom-organs | CT | organs | | | this script | --images 'raw/CT/phantom-ct/(.*
     --classes air fat muscle gut lung liver kidney spleen bone blood lesion
 phantom-lesion | Photo | naevus or melanoma | | | this script | --images raw/Photo/'''.strip())}
 
-def find(rule, name):  # a match of the rule in a path, or nothing
+def find(rule, name):  # a match of a rule in a path, or nothing
     return rule and re.search(rule, name, re.IGNORECASE | re.DOTALL)
 
 def by_groups(names, rule):
@@ -267,28 +264,27 @@ def by_groups(names, rule):
             found.setdefault(match.groups() or name, []).append(name)
     return found
 
-def is_dicom(path):  # by its name or its mark, which a DICOMDIR, a list of files, has too
-    name = path.name.lower()
-    if name.endswith(('.dcm', 'dicomdir', *IMAGES)):
-        return name.endswith('.dcm')
+def is_dicom(path):  # by its name or its mark, which a DICOMDIR has too
+    if path.name.lower().endswith(('.dcm', 'dicomdir', *IMAGES)):
+        return path.name.lower().endswith('.dcm')
     with contextlib.suppress(OSError), open(path, 'rb') as file:
         return file.read(132)[128:] == b'DICM'
 
 def list_names(home):
-    """Paths of all files below a folder, relative to it; a series of DICOM files is named by its folder. Links are
-    followed, but no folder is visited twice, nor one that holds `home`."""
+    """Paths of all files below a folder, relative to it; a DICOM series is named by its folder. Links are followed, but
+    no folder is visited twice, nor one that holds `home`."""
     names, visited = set(), {str(parent) for parent in home.resolve().parents}
     for folder, folders, files in os.walk(home, followlinks=True):
+        folders.sort()  # so that of two ways to a folder the same one is taken each time
         if os.path.realpath(folder) in visited:
             folders.clear()
-            continue
-        visited.add(os.path.realpath(folder))
-        folders.sort()  # so that of two ways to a folder the same one is taken each time
-        below = Path(folder).relative_to(home)
-        names |= {str(below if is_dicom(Path(folder, file)) else below / file) for file in files}
+        else:
+            visited.add(os.path.realpath(folder))
+            below = Path(folder).relative_to(home)
+            names |= {str(below if is_dicom(Path(folder, file)) else below / file) for file in files}
     return sorted(names, key=lambda name: name.split('/'))
 
-def is_image(home, name):  # hidden files are none
+def is_image(home, name):  # by its name; hidden files are none
     return name.lower().endswith(IMAGES) and '/.' not in f'/{name}' or (home / name).is_dir()
 
 # --- from files to images --------------------------------------------------------------------------------------------
@@ -296,14 +292,13 @@ def is_image(home, name):  # hidden files are none
 def series(folder, new):
     """NIfTI files that dcm2niix writes to the folder `new` of the MR, CT and PET images in a folder of DICOM files."""
     subprocess.run(['dcm2niix', '-d', '0', '-z', 'n', '-o', new, folder], check=True, capture_output=True)
-    # Copies that are corrected for tilt or uneven distances have no JSON: slices are wanted as they were taken. JSON is
-    # not parsed, as it may hold stray backslashes.
-    kinds = {path.with_suffix('.nii'): re.search(r'"Modality"\s*:\s*"(\w+)"', path.read_text(errors='replace'))
+    # Copies corrected for tilt or uneven distances have no JSON, whose text may hold stray backslashes: slices are
+    # wanted as they were taken.
+    kinds = {path.with_suffix('.nii'): re.findall(r'"Modality": "(\w+)"', path.read_text(errors='replace'))
              for path in sorted(Path(new).glob('*.json'))}
-    found = [path for path, kind in kinds.items() if kind and kind[1] in ('MR', 'CT', 'PT') and path.exists()]
+    found = [path for path, kind in kinds.items() if path.exists() and {*kind} & {'MR', 'CT', 'PT'}]
     if not found:
-        others = {kind[1] for kind in kinds.values() if kind}
-        raise ValueError(f'DICOM is read of MR, CT and PET alone, not of {", ".join(others) or "this kind"}; use PNG')
+        raise ValueError(f'DICOM is read of MR, CT and PT alone, not of {[*kinds.values()]}; save it as PNG')
     return found
 
 def read(path, draft=0, affine=None):
@@ -312,7 +307,7 @@ def read(path, draft=0, affine=None):
     what a NIfTI is cut by, if not its own."""
     name = path.name.lower()
     if path.is_dir():
-        with tempfile.TemporaryDirectory() as new:  # a copy, since the file will be gone
+        with tempfile.TemporaryDirectory() as new:  # copies, since the files will be gone
             return [array.copy() for volume in series(path, new) for array in read(volume)]
     if name.endswith(VIDEOS):
         raise ValueError('it is a video; take single frames of it: ffmpeg -i VIDEO %d.png')
@@ -325,8 +320,8 @@ def read(path, draft=0, affine=None):
             raise ValueError(f'shape {array.shape} is none of (H, W), (H, W, 3), (n, H, W), (n, H, W, 3)')
         return [array]
     if name.endswith('.img') and not any(path.with_suffix(suffix).exists() for suffix in ('.hdr', '.HDR')):
-        film = np.fromfile(path, '>u2').reshape(1, 2048, 2048)  # of JSRT: 12 bits without header, high values are dark
-        return [np.uint8((4095 - film.clip(0, 4095)) * (255 / 4095) + 0.5)]
+        film = np.fromfile(path, '>u2').reshape(1, 1024, 2, 1024, 2)  # of JSRT, halved, as the masks of SCR are
+        return [np.uint8((4095 - film.mean((2, 4)).clip(0, 4095)) * (255 / 4095) + 0.5)]  # high values are dark
     image = nib.load(path)
     affine, kind = image.affine if affine is None else affine, image.get_data_dtype()
     if kind.names:
@@ -340,21 +335,20 @@ def read_pages(path, draft):
     """`read` of a picture; its pages of more than 8 bits become one array, which gets one window."""
     pages = []
     with Image.open(path) as image:
-        white_is_zero = image.format == 'TIFF' and image.tag_v2.get(262) == 0  # Pillow turns such pages of 8 bits alone
+        white_is_zero = image.format == 'TIFF' and image.tag_v2.get(262) == 0
         for page in [image] if image.format == 'MPO' else ImageSequence.Iterator(image):  # whose others are previews
             if page.width * page.height > LARGEST:
                 raise ValueError(f'{page.width} x {page.height} px are more than {LARGEST:,}')
-            page.draft(None, (draft, draft) if draft else None)  # a JPEG decodes fast at 1/2, 1/4 or 1/8
             if ';16' in str(page.tile) and page.mode[0] != 'I':
                 raise ValueError('its colours have 16 bits; save it with 8')
+            page.draft(None, (draft, draft) if draft else None)  # a JPEG decodes fast at 1/2, 1/4 or 1/8
             page = ImageOps.exif_transpose(page)
             if page.mode[0] not in 'IF':  # everything but I;16, I and F has 8 bits
                 page = page.convert('L' if page.mode in ('1', 'L', 'LA') else 'RGB')
             pixels = np.asarray(page)[None]
-            if image.format == 'PPM' and page.mode == 'I':  # in which Pillow makes 65535 of its maxval
-                most = int(re.match(rb'(\s*#.*\n|\s*\w+){3}\s+(\d+)', path.read_bytes()[:9999])[2])
-                pixels = np.int32(pixels * (most / 65535) + 0.5)
-            pages.append(~pixels if white_is_zero and page.mode[0] == 'I' else pixels)
+            if image.format == 'PPM' and page.mode == 'I':
+                pixels = np.uint16(pixels)  # Pillow makes 65535 of its maxval
+            pages.append(~pixels if white_is_zero and page.mode[0] == 'I' else pixels)  # Pillow turns 8 bits itself
     alike = len({page.shape for page in pages}) == 1 and pages[0].dtype != np.uint8
     return [np.concatenate(pages)] if alike else pages
 
@@ -374,9 +368,8 @@ def normalize(volume, modality):
     if volume.dtype == np.uint8:
         yield from volume
         return
-    if modality == 'CT' and volume.dtype.kind == 'u':  # cannot be HU as it is
-        volume, modality = (volume - np.float32(32768), 'CT') if volume.min() > 30000 else (volume, '')
-    window, percentiles, *_ = RULES.get(modality, RULES[''])
+    unsigned = modality == 'CT' and volume.dtype.kind == 'u'  # which cannot be HU
+    window, percentiles, *_ = RULES.get('' if unsigned else modality, RULES[''])
     if not window:
         sample = volume.flat[::volume.size // 1_000_000 | 1]  # odd: else a width of 2^k is sampled in a few columns
         sample = sample[np.isfinite(sample)] + 0  # a number, if it was bool
@@ -408,19 +401,18 @@ Item = namedtuple('Item', 'pixels picture reason detail', defaults=(False, '', '
 
 def slices(path, modality, size, min_side):
     """In a worker: yield an Item for each image of a file, one alone for an unusable file."""
-    name, count = path.name.lower(), 0
-    film = name.endswith(VIDEOS)
+    film, count = path.name.lower().endswith(VIDEOS), 0
     try:
         for array in decode_video(path, size) if film else read(path, draft=max(2 * size, min_side)):
-            picture = len(array) == 1 and name.endswith((*PICTURES, '.npy'))
-            least = 0 if picture and array.dtype == np.uint8 else RULES.get(modality, RULES[''])[2]
+            picture = len(array) == 1 and path.name.lower().endswith((*PICTURES, '.npy'))
+            bits = '' if array.dtype == np.uint8 else f', values {array.min()} to {array.max()}'
+            least = RULES.get(modality, RULES[''])[2] if bits or not picture else 0
             for count, image in enumerate(normalize(array, modality), count + 1):
-                small = min(image.shape[:2]) < min_side and not film
-                blank = np.ptp(image) < 8 or np.count_nonzero(image > 5) < least * image.size  # 5 is 0.02 of 255
-                if small or blank:
-                    reason = 'small' if small else 'blank'
-                    values = '' if array.dtype == np.uint8 else f', of a file of {array.min()} to {array.max()}'
-                    yield Item(None, reason=reason, detail=f'{image.shape[1]} x {image.shape[0]} px{values}')
+                detail = f'{image.shape[1]} x {image.shape[0]} px{bits}'
+                if min(image.shape[:2]) < min_side and not film:
+                    yield Item(None, reason='small', detail=detail)
+                elif np.ptp(image) < 8 or np.count_nonzero(image > 5) < least * image.size:  # 5 is 0.02 of 255
+                    yield Item(None, reason='blank', detail=detail)
                 else:
                     yield Item(resize(image, size), picture)
         if not count:
@@ -616,37 +608,37 @@ def list_tables(raw):
 
 # --- labelled tasks --------------------------------------------------------------------------------------------------
 
-# A labelled image: the path of the image, or of several frames; of its mask, or of one for each class (None: absent); the
-# class, of a classification.
+# A labelled image: its path below RAW, or those of several frames; that of its mask, or one for each class (None where
+# it is absent); its class, of a classification.
 Sample = namedtuple('Sample', 'frames masks label patient', defaults=((), '', ''))
 
 def find_samples(raw, o):
-    """{path of an image below RAW: its Sample}."""
+    """{path of an image: its Sample}."""
     names = [name for name in list_names(raw) if '/.' not in f'/{name}' and not find(o.skip, name)]
-    table = read_table(raw, *o.labels) if o.labels and '(' not in o.labels[0] else {}
-    rules = () if table else o.labels or o.masks or (r'(.*)masks/(.*?)(?:\.nii)?\.\w+$',)
+    tabled = o.labels and '(' not in o.labels[0]
+    rules = () if tabled else o.labels or o.masks or (r'(.*)masks/(.*?)(?:\.nii)?\.\w+$',)
     layers = [by_groups(names, rule) for rule in rules]
     taken = {name for layer in layers for found in layer.values() for name in found}
     default = r'(.*)images/(.*?)(?:\.nii)?\.\w+$' if taken else '.'
     images = by_groups([name for name in names if name not in taken and is_image(raw, name)], o.images or default)
     singles = [name for found in images.values() for name in found]
-    samples = {name: Sample((name,), label=Path(name).parent.name) for name in singles if '/' in name}
-    if table:
-        samples = {name: Sample((name,), (), *cells) for name, cells in look_up(singles, table).items()}
+    if tabled:
+        samples = read_table(raw, singles, *o.labels)
     elif taken:
         samples = pair(raw, images, layers, o)
-    if not samples or not (taken or table) and (o.masks or o.labels or o.values or o.outline):
-        sys.exit(f'{raw}: {len(singles)} images, {len(taken)} masks, {len(table)} labels match --images, --masks, --labels; '
-                 f'{len(samples)} images have an answer')
+    else:
+        samples = {name: Sample((name,), label=Path(name).parent.name) for name in singles if '/' in name}
+    if not samples or not (taken or tabled) and (o.masks or o.labels or o.values or o.outline):
+        sys.exit(f'{raw}: {len(samples)} of {len(singles)} images have a label or one of {len(taken)} masks: mend --images, '
+                 '--masks, --labels')
     if missing := len(singles) - sum(len(sample.frames) for sample in samples.values()):
         print(f'{raw}: {missing} images without a mask or label are left out')
-    for name, sample in samples.items():
-        match = find(o.patient, name)
-        patient = match[match.re.groups > 0] if match else '' if o.patient else sample.patient
-        samples[name] = sample._replace(patient=patient or name)
-    if o.patient and not any(find(o.patient, name) for name in samples):  # else every file would be a patient, unasked
-        sys.exit(f'--patient {o.patient}: is found in no path, as {min(samples)}')
-    return samples
+    if o.patient:
+        found = {name: match[match.re.groups > 0] for name in samples if (match := find(o.patient, name))}
+        if not found:  # else every file would be a patient of its own, unasked
+            sys.exit(f'--patient {o.patient}: is found in no path, as {min(samples)}')
+        samples = {name: sample._replace(patient=found.get(name)) for name, sample in samples.items()}
+    return {name: sample._replace(patient=sample.patient or name) for name, sample in samples.items()}
 
 def pair(raw, images, layers, o):
     """{first frame: Sample} of images {key: names} and layers of masks, or files of classes, [{key: names}], by key. Of
@@ -656,8 +648,8 @@ def pair(raw, images, layers, o):
         frames, masks = images.get(key, []), [layer.get(key, []) for layer in layers]
         if any(masks) and frames and max(map(len, masks)) == 1 and (len(frames) == 1 or o.frames):
             masks = tuple(found[0] if found else None for found in masks)
-            samples[frames[0]] = (Sample(tuple(frames), label=class_of(raw / masks[0], o)) if o.labels
-                                  else Sample(tuple(frames), masks))
+            answer = dict(label=class_of(raw / masks[0], o)) if o.labels else dict(masks=masks)
+            samples[frames[0]] = Sample(tuple(frames), **answer)
         elif any(masks) or o.task not in TASKS:
             trouble = 'no image' if not frames else 'no mask' if not any(masks) else 'more than one image or mask'
             sys.exit(f'{raw}/{", ".join(sum(masks, frames))}: {trouble} goes with it, where the groups ( ) of --images '
@@ -673,8 +665,8 @@ def class_of(path, o):
     return dict(zip(o.values or map(str, range(len(o.classes))), o.classes)).get(value, value)
 
 def polygons(path):
-    """[(class, corners (n, 2) in shares of the sides)] of lines `class x1 y1 x2 y2 ...`; two pairs are a box's centre and
-    sides."""
+    """[(class, corners (n, 2) in shares of the sides)] of lines `class x1 y1 x2 y2 ...`; two pairs are the centre and
+    the sides of a box."""
     found = []
     for number, *numbers in map(str.split, path.read_text().splitlines()):
         corners = np.reshape(numbers, (-1, 2)).astype(float)
@@ -693,36 +685,34 @@ def read_lines(raw, end):
         with contextlib.suppress(UnicodeDecodeError):
             return content.decode(code).splitlines()
 
-def plain(name):
-    """The path of an image, as tables and lists give it: blanks around it and its extension do not matter."""
-    name = name.strip().replace('\\', '/')
-    return next((name[:-len(end)] for end in IMAGES if name.lower().endswith(end)), name)
+def plain(path):  # without blanks around it and without the extension of an image
+    path = path.strip().replace('\\', '/')
+    return next((path[:-len(end)] for end in IMAGES if path.lower().endswith(end)), path)
 
-def look_up(names, table):
-    """{name: value} of the names whose path, or its longest tail that is there, is in the table {plain path: value}."""
-    found, users = {}, {}
+def by_tail(names):
+    """{end of a path, of whole folders and without extension: the names that end so}."""
+    found = {}
     for name in names:
         folders = plain(name).split('/')
-        tails = ['/'.join(folders[first:]) for first in range(len(folders))]
-        if tail := next((tail for tail in tails if tail in table), None):
-            found[name] = table[tail]
-            if users.setdefault(tail, name) != name:
-                sys.exit(f'{tail} of the table or list is {users[tail]} and {name}: give it with its folders there')
+        for first in range(len(folders)):
+            found.setdefault('/'.join(folders[first:]), []).append(name)
     return found
 
-def read_table(raw, end, *columns):
-    """{plain path of an image: [its class, its patient if a third column tells it]} of a CSV file."""
-    lines, table = read_lines(raw, end), {}
+def read_table(raw, names, end, *columns):
+    """{name: Sample} by the columns of file, class and, if there is a third, patient of a CSV file."""
+    lines, ends, samples = read_lines(raw, end), by_tail(names), {}
     reader = csv.DictReader(lines, delimiter=max(',;\t', key=(lines or [''])[0].count))  # Excel may write semicolons
     head = reader.fieldnames or []
     columns = columns or head[:2]
     if len(columns) < 2 or not {*columns} <= {*head}:
         sys.exit(f'{end}: needs a column of files and one of classes, has {head}, no {", ".join({*columns} - {*head})}')
     for row in reader:
-        name, *cells = [(row[column] or '').strip() for column in columns]
-        if name and cells[0] and table.setdefault(plain(name), cells) != cells:
-            sys.exit(f'{end}, line {reader.line_num}: {name} has another class or patient than above')
-    return table
+        path, label, *patient = [(row[column] or '').strip() for column in columns]
+        for name in ends.get(plain(path), []) if label else []:
+            sample = Sample((name,), (), label, *patient)
+            if len(ends[plain(path)]) > 1 or samples.setdefault(name, sample) != sample:
+                sys.exit(f'{end}, line {reader.line_num}: {path} has another answer above, or is any of {ends[plain(path)]}')
+    return samples
 
 def split(samples, raw, o):
     """{'train', 'val', 'test': names} by the rules of --split. A rule takes the images in whose path, or that of a mask,
@@ -734,12 +724,12 @@ def split(samples, raw, o):
         rules = FOLDERS if 'test' in given else FOLDERS | {'train': '70', 'test': '30'}  # a test split there must be
     print(f'{raw}: split by', ', '.join(f'{rule or "nothing"} ({part})' for part, rule in rules.items()))
     shares = [int(rule) if rule.isdigit() else 0 for rule in rules.values()]
-    parts, others, groups = {}, {}, {}
+    parts, others, groups, ends = {}, {}, {}, by_tail(samples)
     for part, rule in rules.items():
         chosen = [name for name, sample in samples.items() if not rule.isdigit()
                   and any(find(rule, path) for path in (name, *filter(None, sample.masks)))]
         if rule.endswith('.txt'):
-            chosen = look_up(samples, dict.fromkeys(map(plain, read_lines(raw, rule))))
+            chosen = [name for line in read_lines(raw, rule) for name in ends.get(plain(line), [])]
         parts = dict.fromkeys(chosen, part) | parts  # the first rule decides
     for name, sample in samples.items():
         if name not in parts:
@@ -768,26 +758,23 @@ def read_masks(path, shape, o, affine):
         for _, corners in polygons(path):
             ImageDraw.Draw(canvas).polygon([tuple(corner) for corner in corners * canvas.size], 1)
         return [np.asarray(canvas)], False
+    lossy = False
     if path.name.lower().endswith(PICTURES):
         with Image.open(path) as image:
-            if image.mode == 'P' and '#' not in ''.join(o.values):
-                if np.ptp(np.reshape(image.getpalette(), (-1, 3)), 1).any():
-                    return [np.asarray(image)], False
+            lossy = image.format in ('JPEG', 'MPO')
             if image.mode in ('LA', 'RGBA') and all(low == high for low, high in image.getextrema()[:-1]):
                 return [np.asarray(image)[..., -1]], False  # of one colour: its opacity is the mask
-            lossy = image.format in ('JPEG', 'MPO')
-    return [mask for volume in read(path, affine=affine) for mask in volume], path.name.lower().endswith(PICTURES) and lossy
+            if (image.mode == 'P' and '#' not in ''.join(o.values)
+                    and np.ptp(np.reshape(image.getpalette(), (-1, 3)), 1).any()):
+                return [np.asarray(image)], False
+    return [mask for volume in read(path, affine=affine) for mask in volume], lossy
 
 def number_of(value):
-    """Number of a value of --values: that of a level, or 0x1rrggbb of a colour #rrggbb that is not grey."""
+    """The number that stands for a value of --values: of a colour (#rrggbb) that is not grey 0x1rrggbb."""
     if value[0] != '#':
         return float(value)
     colour = int(value[1:], 16)
     return colour & 255 if colour % 0x010101 == 0 else colour + 0x1000000
-
-def channels_of(numbers):  # of numbers (n,) as above -> (n, 3)
-    numbers = np.int64(numbers)
-    return np.where(numbers > 0xffffff, numbers, numbers * 0x010101)[..., None] >> np.array((16, 8, 0)) & 255
 
 def classify(mask, o, lossy=False):
     """Mask (H, W) or (H, W, 3) as classes uint8 (H, W) by --values, and the values that only * names. A class may have
@@ -806,14 +793,16 @@ def classify(mask, o, lossy=False):
     values, place = np.unique(np.nan_to_num(mask), return_inverse=True)
     if lossy and o.values:
         known = np.array([*table, *[255] * (rest is not None)])
-        distance = ((channels_of(values)[:, None] - channels_of(known)) ** 2).sum(2)
+        red_green_blue = [np.where(n > 0xffffff, n, n * 0x010101)[:, None] >> (16, 8, 0) & 255
+                          for n in (np.int64(values), np.int64(known))]
+        distance = ((red_green_blue[0][:, None] - red_green_blue[1]) ** 2).sum(2)
         if distance.min(1).max() > 3 * 128 ** 2:
             raise ValueError('it has other colours than --values name')
         values = known[distance.argmin(1)]
     others = {*values.tolist()} - {*table}
     if others and rest is None or sum(value > 0xffffff for value in others) > 1:
         names = [f'#{value - 0x1000000:06x}' if value > 0xffffff else f'{value:g}' for value in sorted(others)[:9]]
-        raise ValueError(f'values {", ".join(names)}, while --classes and --values know {[*table]}')
+        raise ValueError(f'values or colours {", ".join(names)}, while --classes and --values know {[*table]}')
     numbers = np.uint8([table.get(value, rest) for value in values.tolist()])
     return numbers[place].reshape(mask.shape), others
 
@@ -883,15 +872,15 @@ def prepare_task(raw, folder, o, pool):
             calls = [(raw / path, [raw / frame for frame in samples[path].frames],
                       [mask and raw / mask for mask in samples[path].masks], samples[path].label, o) for path in chosen]
             channels = 1
-            for pixels, answer, values in (item for found in in_order(pool, o.workers, part, labelled, calls, name)
-                                           for item in found):
-                images.append(pixels)
-                answers.append(answer)
-                shown[name].update(np.unique(answer).tolist())
-                others.update(values)
-                channels = max(channels, pixels.shape[2])
-                if np.ptp(pixels):  # black slices are alike
-                    holders.setdefault(hash(pixels.tobytes()), set()).add(name)
+            for found in in_order(pool, o.workers, part, labelled, calls, name):
+                for pixels, answer, values in found:
+                    images.append(pixels)
+                    answers.append(answer)
+                    shown[name].update(np.unique(answer).tolist())
+                    others.update(values)
+                    channels = max(channels, pixels.shape[2])
+                    if np.ptp(pixels):  # black slices are alike
+                        holders.setdefault(hash(pixels.tobytes()), set()).add(name)
             images.close()
             answers.close()
             counts[name] = images.count
@@ -901,15 +890,14 @@ def prepare_task(raw, folder, o, pool):
                 'size': o.size, 'counts': counts}
         (part / 'split.json').write_text(json.dumps(splits, indent=1))
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
-        test_only = [o.classes[number] for number in shown['test'] if number != 255 and number not in shown['train']]
+        unseen = {number for number in shown['test'] if number != 255} - {*shown['train']}
         missing = [name for number, name in enumerate(o.classes) if not any(seen[number] for seen in shown.values())]
         text = f'no image shows {", ".join(missing)}; mend --classes or --values (255 counts where named: --values 0 255)'
         if len(missing) > len(o.classes) - 2:
             sys.exit(f'{raw}: {text}')
-        if not counts['train'] or not counts['test']:
-            sys.exit(f'{raw}: the train or test split is empty; mend --split')
-        if test_only:
-            sys.exit(f'{raw}: no training image shows {", ".join(test_only)}, but a test image does; mend --split')
+        if unseen or not counts['train'] or not counts['test']:
+            sys.exit(f'{raw}: no training image shows {", ".join(o.classes[number] for number in unseen)}, but a test image '
+                     'does; mend --split' if unseen else f'{raw}: the train or test split is empty; mend --split')
     if missing:
         print(f'warning: {text}?', file=sys.stderr)
     for parts, times in Counter(' and '.join(sorted(parts)) for parts in holders.values() if len(parts) > 1).items():
@@ -1049,7 +1037,7 @@ def write_phantom(folder, modality, n, seed, side=160):
         else:
             Image.fromarray(np.uint8(np.clip(array, 0, 255))).save(place / f'{n:04d}.png')
 
-# --- the command ----------------------------------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------------------------------
 
 def print_counts(rows, metas):
     """Print a table of what was read, kept and dropped of each source, beside what the paper kept."""
@@ -1061,23 +1049,23 @@ def print_counts(rows, metas):
         print(f'{line[0]:<11}{line[1]:<30}' + ''.join(f'{cell:>10}' for cell in line[2:]) + paper)
 
 def check_options(o):
-    """End the program where options cannot be meant."""
-    if o.modality and not modality_of(o.modality):
-        sys.exit(f'--modality {o.modality}: it must be SUV or one of {", ".join(MODALITIES)}')
-    if o.size < 1 or o.workers < 0:
-        sys.exit('--size must be 1 or more, --workers 0 or more')
-    if len(o.split) not in (0, 3) or any(re.fullmatch(r'\d*\.\d*', rule) for rule in o.split):
-        sys.exit('--split takes three whole shares, expressions or lists: for train, val and test')
+    """End the program with a sentence where an option cannot be meant."""
     for name in ('images', 'masks', 'skip', 'labels', 'patient', 'split'):
         for rule in [getattr(o, name)] if isinstance(getattr(o, name), str) else getattr(o, name):
             try:
                 re.compile(rule)
             except re.error as error:
-                sys.exit(f'--{name} {rule}: no regular expression ({error}); any text is .* and a dot is \\.')
+                sys.exit(f'--{name} {rule}: no regular expression ({error}), in which any text is .* and a dot \\.')
+    if o.modality and not modality_of(o.modality):
+        sys.exit(f'--modality {o.modality}: it must be SUV or one of {", ".join(MODALITIES)}')
+    if o.size < 1 or o.workers < 0:
+        sys.exit('--size must be 1 or more, --workers 0 or more')
+    if len(o.split) not in (0, 3) or any(re.fullmatch(r'\d*\.\d+', rule) for rule in o.split):
+        sys.exit('--split takes three whole shares, rules or lists: for train, val and test')
+    if not (o.raw or o.phantoms or o.task.startswith('phantom-')):
+        sys.exit('where are the images? give --raw RAW, a folder of <Modality>/<source>/** or of a task, or --phantoms N')
     if o.raw and not o.phantoms and not Path(o.raw).is_dir():
         sys.exit(f'--raw {o.raw}: there is no such folder')
-    if not (o.raw or o.phantoms or o.list or o.task.startswith('phantom-')):
-        sys.exit('where are the images? give --raw RAW, a folder of <Modality>/<source>/** or of a task, or --phantoms N')
 
 def main():
     """Simulate the phantoms if they are asked for, then prepare a task or every source below RAW."""
@@ -1086,26 +1074,24 @@ def main():
     if row:  # its rules, then the command line again over them
         defaults = replace(Options(), modality=row.modality, split=('50', '20', '30'))
         o = parse_options(parse_options(defaults, shlex.split(row.images)))
-    check_options(o)
     if o.list:
         return list_tables(Path(o.raw))
+    check_options(o)
     o.workers, o.modality = o.workers or os.cpu_count(), modality_of(o.modality) or ''
+    o.phantoms = o.phantoms or 200 * (o.task.startswith('phantom-') and not o.raw)
     out, raw = Path(o.out or f'data/{o.task or "medverse"}'), Path(o.raw or 'data/phantoms')
-    if o.task.startswith('phantom-') and not o.raw:
-        o.phantoms = o.phantoms or 200
     pool = ProcessPoolExecutor(o.workers, initializer=follow_parent)
     try:
-        if o.phantoms:
-            calls = [(raw, modality, n, o.seed) for modality in ([row.modality] if row else MODALITIES)
-                     for n in range(-(-o.phantoms // PHANTOMS[modality][0]))]
-            for _ in tqdm(pool.map(write_phantom, *zip(*calls)), 'phantoms', len(calls)):
-                pass
+        calls = [(raw, modality, n, o.seed) for modality in ([row.modality] if row else MODALITIES)
+                 for n in range(-(-o.phantoms // PHANTOMS[modality][0]))]
+        for _ in tqdm(pool.map(write_phantom, *zip(*calls)), 'phantoms', len(calls), disable=not calls):
+            pass
         if o.task:
             return prepare_task(raw, out, o, pool)
         sources = find_sources(raw / 'raw' if o.phantoms else raw, o)
         metas = [prepare(row, home, out / name, o, pool) for row, home, name in sources]
     except OSError as error:
-        full = 'the disk is full, make room' if error.errno == errno.ENOSPC else error
+        full = 'the disk is full: make room' if error.errno == errno.ENOSPC else error
         sys.exit(f'{out}: {full}; start again, finished sources stay')
     except KeyboardInterrupt:
         print('stopped: start again to go on with the unfinished sources', file=sys.stderr)
@@ -1116,7 +1102,7 @@ def main():
     left = [name for (*_, name), meta in zip(sources, metas) if not meta]
     if done:
         print_counts(*zip(*done))
-        print('every file accounted for: read = kept + dropped' if not left else 'read = kept + dropped')
+        print('read = kept + dropped' if left else 'every file accounted for: read = kept + dropped')
     if left:
         sys.exit(f'left out, as told above: {", ".join(left)}')
 

@@ -144,7 +144,7 @@ def test_bad_folders_end_in_a_sentence(tmp_path):
     save(pairs('sizes') / 'masks/1.png', blob(1, 90))
     assert re.search(r'masks/1.png.*90, 90.*96, 96', failed(tmp_path / 'sizes', out))
     save(pairs('values') / 'masks/1.png', blob(1) * 7)
-    assert re.search(r'masks/1.png.*\[7\]', failed(tmp_path / 'values', out))
+    assert re.search(r'masks/1.png.*values or colours 7,', failed(tmp_path / 'values', out))
     (pairs('corrupt') / 'images/0.png').write_bytes(b'no picture')
     assert 'images/0.png: cannot be read' in failed(tmp_path / 'corrupt', out)
     for part, kinds in (('train', 'cat'), ('test', 'dog')):
@@ -233,7 +233,7 @@ def test_masks_of_fewer_slices_than_the_image_are_refused(tmp_path):
         save_nifti(tmp_path / f'raw/{i}/scan.nii', np.repeat(texture(i)[..., None], 4, 2).astype(np.int16), (1, 1, 3))
         for kind in 'ab':
             save_nifti(tmp_path / f'raw/{i}/{kind}.nii', np.repeat(blob(i)[..., None], 3, 2), (1, 1, 3))
-    assert 'shorter' in failed(tmp_path / 'raw', tmp_path / 'out', '--images', '(.*)/scan', '--masks', '(.*)/a', '(.*)/b',
+    assert 'their grids differ' in failed(tmp_path / 'raw', tmp_path / 'out', '--images', '(.*)/scan', '--masks', '(.*)/a', '(.*)/b',
                                '--classes', 'none', 'a', 'b')
 
 def test_bad_tables_and_splits_end_in_a_sentence(tmp_path):
@@ -246,12 +246,12 @@ def test_bad_tables_and_splits_end_in_a_sentence(tmp_path):
     (raw / 'semicolons.csv').write_text('file;kind\n' + '\n'.join(rows).replace(',', ';'))
     prepared(raw, tmp_path / 'excel', '--labels', 'semicolons.csv')
     assert 'none.csv' in failed(raw, out, '--labels', 'none.csv')
-    assert re.search("no breed.*'kind'", failed(raw, out, '--labels', 'answers.csv', 'file', 'breed'))
-    (raw / 'twice.csv').write_text('\n'.join(['file,kind', *rows, 'a/0-dog.png,cat']))
-    assert '0-dog.png has' in failed(raw, out, '--labels', 'twice.csv')
-    (raw / 'train.txt').write_text('0-dog 0-cat')
+    assert re.search("'kind'.*no breed", failed(raw, out, '--labels', 'answers.csv', 'file', 'breed'))
+    (raw / 'twice.csv').write_text('\n'.join(['file,kind', *rows, '0-dog.png,cat']))
+    assert '0-dog.png' in failed(raw, out, '--labels', 'twice.csv')
+    (raw / 'train.txt').write_text('0-dog\n0-cat')
     for rules in ('none.txt', 'train.txt', 'train.txt'), ('train.txt',) * 3, ('0.5', '0.2', '0.3'), ('0', '0', '0'):
-        assert re.search('none.txt|no rule of --split', failed(raw, out, '--split', *rules))
+        assert re.search('none.txt|no rule of --split|three whole', failed(raw, out, '--split', *rules))
 
 def test_a_patient_is_what_the_group_of_the_expression_finds_and_must_be_found(tmp_path):
     for i in range(10):

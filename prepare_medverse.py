@@ -1,4 +1,4 @@
-r"""Prepare images for pretraining (paper, C.1.1) and labelled tasks for fine-tuning: raw downloads in, uint8 arrays out.
+r"""Prepare images for pretraining (paper, C.1.1) and labelled tasks for fine-tuning: downloads in, uint8 arrays out.
 
     python prepare_medverse.py --list --raw RAW         the data sets of Tables 2 and 3, and which of them lie below RAW
     python prepare_medverse.py --raw RAW --out data/medverse
@@ -162,8 +162,8 @@ Refuge2 | Fundus | eye | 1200 | account | kaggle.com/datasets/victorlemosml/refu
 APTOS2019 | Fundus | eye | 5590 | account? | ahmadelsallab.github.io/APTOS | (train|test)_images/.*\.png
 Eyepacs | Fundus | eye | 88702 | open | huggingface.co/datasets/bumbledeep/eyepacs | \.jpe?g
 ROSE | OCT | eye | 229 | form | imed.nimte.ac.cn | (img|original)/
-OCTA500-OCTA | OCT | eye | 600 | account | ieee-dataport.org/open-access/octa-500 | OCTA_3.*/Projection Maps/OCTA\(.*\.bmp
-OCTA500-OCT | OCT | eye | 600 | account | ieee-dataport.org/open-access/octa-500 | OCTA_3.*/Projection Maps/OCT\(.*\.bmp
+OCTA500-OCTA | OCT | eye | 600 | account | ieee-dataport.org/open-access/octa-500 | OCTA_3.*/Projection Maps/OCTA\(
+OCTA500-OCT | OCT | eye | 600 | account | ieee-dataport.org/open-access/octa-500 | OCTA_3.*/Projection Maps/OCT\(
 ZhangLabData-OCT | OCT | eye | 109309 | open | data.mendeley.com/datasets/rscbjbr9sj | OCT/.*\.jpeg
 BBBC041v1 | Pathology | blood smears | 1328 | open | bbbc.broadinstitute.org/BBBC041 | images/
 Lacuna-Malaria-Challenge | Pathology | blood smears | 3925 | account | zindi.africa | images/.*\.jpg
@@ -172,7 +172,7 @@ SegPath | Pathology | 8 kinds of cells | 158687 | open | dakomura.github.io/SegP
 HyperKvasir | Endoscope | stomach, intestines | 110079 | open | datasets.simula.no/hyper-kvasir | labeled-images/.*\.jpg
 Cataract-101 | Endoscope | eye | 42157 | open | ftp.itec.aau.at/datasets/ovid/cat-101 | videos/.*\.mp4
 PitVis2023 | Endoscope | pituitary | 96272 | open | rdr.ucl.ac.uk 26531686 | video_.*\.mp4
-Endoscapes-CVS | Endoscope | gall bladder | 55783 | open | github.com/CAMMA-public | (train|val|test)/.*\.jpg | (12_5|25)/
+Endoscapes-CVS | Endoscope | gall bladder | 55783 | open | github.com/CAMMA-public | (train|val|test)/.*jpg | (12_5|25)/
 PSI-AVA | Endoscope | prostate | 72160 | open | github.com/BCV-Uniandes/TAPIR | keyframes/.*\.jpg
 ISIC-2024 | Photo | skin | 401059 | open | challenge2024.isic-archive.com | \.jpg'''.strip().splitlines()]
 
@@ -183,7 +183,7 @@ whs-ct | CT | heart structures | 5176 0 4096 | form | zmiclab.github.io/zxh/0/mm
 kipa22 | CT | kidney cancer structures | 13846 5864 5959 | account | kipa22.grand-challenge.org
     --images '(.*)image/(.*)' --masks '(.*)label/(.*)' --classes background renal-vein kidney renal-artery tumour
 sisvse | Endoscope | surgical scene | 2718 336 1456 | form | sisvse.github.io
-    --images 'images/real/(.*)\.jpg' --masks 'semantic_masks/real_(?:train|val)_1/(.*)\.png' --split 2718 336 real_val_1/
+    --images 'images/real/(.*)\.jpg' --masks 'masks/real_(?:train|val)_1/(.*)\.png' --split 2718 336 real_val_1/
     --classes 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31
     --patient '[^/_]+(?=_[^/]*$)'
 cholecseg8k | Endoscope | cholecystectomy | 4320 1120 2640 | account | kaggle.com/datasets/newslab/cholecseg8k
@@ -302,9 +302,9 @@ def series(folder, new):
     return found
 
 def read(path, draft=0, affine=None):
-    """All arrays of a file, each (n, H, W) or (n, H, W, 3) with upright slices, in the units of the file; a picture of 8
-    bits is uint8. A DICOM series is its folder. draft: the side (px) that is enough of a JPEG, 0 for all of it. affine:
-    what a NIfTI is cut by, if not its own."""
+    """All arrays of a file, each (n, H, W) or (n, H, W, 3) with upright slices, in the units of the file; uint8 where a
+    picture has 8 bits. A DICOM series is its folder. draft: the side (px) that is enough of a JPEG, 0 for all of it.
+    affine: what a NIfTI is cut by, if not its own."""
     name = path.name.lower()
     if path.is_dir():
         with tempfile.TemporaryDirectory() as new:  # copies, since the files will be gone
@@ -396,7 +396,7 @@ def decode_video(path, size):
     if process.returncode:
         raise ValueError('ffmpeg cannot decode it to its end')
 
-# What becomes of an image: pixels uint8 (S, S, c), or the reason why it is dropped. picture: no slice, no video's frame.
+# What becomes of an image: pixels uint8 (S, S, c), or why it is dropped. picture: neither slice nor frame of a video.
 Item = namedtuple('Item', 'pixels picture reason detail', defaults=(False, '', ''))
 
 def slices(path, modality, size, min_side):
@@ -405,23 +405,20 @@ def slices(path, modality, size, min_side):
     try:
         for array in decode_video(path, size) if film else read(path, draft=max(2 * size, min_side)):
             picture = len(array) == 1 and path.name.lower().endswith((*PICTURES, '.npy'))
-            bits = '' if array.dtype == np.uint8 else f', values {array.min()} to {array.max()}'
-            least = RULES.get(modality, RULES[''])[2] if bits or not picture else 0
+            least = 0 if picture and array.dtype == np.uint8 else RULES.get(modality, RULES[''])[2]
             for count, image in enumerate(normalize(array, modality), count + 1):
-                detail = f'{image.shape[1]} x {image.shape[0]} px{bits}'
-                if min(image.shape[:2]) < min_side and not film:
-                    yield Item(None, reason='small', detail=detail)
-                elif np.ptp(image) < 8 or np.count_nonzero(image > 5) < least * image.size:  # 5 is 0.02 of 255
-                    yield Item(None, reason='blank', detail=detail)
+                small = min(image.shape[:2]) < min_side and not film
+                if small or np.ptp(image) < 8 or np.count_nonzero(image > 5) < least * image.size:  # 5 is 0.02 of 255
+                    yield Item(None, False, 'small' if small else 'blank', f'{image.shape[1]} x {image.shape[0]} px')
                 else:
                     yield Item(resize(image, size), picture)
         if not count:
             raise ValueError('it holds no image')
     except Exception as error:  # decoders fail on broken files in every way there is; dropped.csv tells which
-        yield Item(None, reason='corrupt', detail=f'{type(error).__name__}: {error}')
+        yield Item(None, False, 'corrupt', f'{type(error).__name__}: {error}')
 
 def find_twin(pixels, name, seen):
-    """Name of an earlier picture that uint8 (S, S, c) nearly repeats, or None; then `seen` {hash: [(name, grid)]} learns
+    """Name of an earlier picture that uint8 (S, S, c) nearly repeats, or None, and `seen` {hash: [(name, grid)]} learns
     it. Twins have 64-bit difference hashes (is a cell darker than its right neighbour?) that differ in one bit at most.
     Discs on black share a few hashes, so the grids must also be within 3 of 255 levels on average."""
     grid = np.int16(Image.fromarray(pixels.squeeze()).convert('L').resize((9, 8), Image.BOX))  # area means (8, 9)
@@ -454,8 +451,8 @@ def items(path):
     path.unlink()
 
 def in_order(pool, workers, folder, work, calls, title):
-    """Yield of each of the calls, in their order, the items of work(*call), whose first argument is a path; two a worker
-    are under way."""
+    """Yield, for each of the calls, the items of work(*call), whose first argument is a path; two a worker are under
+    way."""
     jobs = deque()
     for done in tqdm(range(len(calls)), title, unit='file'):
         jobs.extend(pool.submit(spill, folder, work, *call) for call in calls[done + len(jobs):done + 2 * workers])
@@ -507,8 +504,8 @@ def whole(folder, pool):
 # --- sources for pretraining -----------------------------------------------------------------------------------------
 
 def prepare(row, home, folder, o, pool):
-    """Write a source, the files below `home`, to `folder`. Returns its meta.json as a dict, None where it is left out; a
-    finished source is left alone."""
+    """Write a source, the files below `home`, to `folder`. Returns its meta.json, None where it is left out; a finished
+    source is left alone."""
     names = list_names(home)
     if folder.exists():
         return finished(folder, len(names), o.size)
@@ -519,16 +516,17 @@ def prepare(row, home, folder, o, pool):
     calls = [(home / name, 'SUV' if row.modality == 'PET' and 'suv' in f'{home.name}/{name}'.lower() else row.modality,
               o.size, o.min_side) for name in wanted]
     dropped, shards, filling, seen = dict.fromkeys(REASONS, 0), [], {}, {}
-    with whole(folder, pool) as part, open(part / 'dropped.csv', 'w', encoding='utf-8', errors='surrogateescape') as file:
+    with (whole(folder, pool) as part,
+          open(part / 'dropped.csv', 'w', encoding='utf-8', errors='surrogateescape') as file):
         log = csv.writer(file, lineterminator='\n')
         log.writerow(('path', 'slice', 'reason', 'detail'))
         log.writerows((name, 0, 'other', 'no image by its name') for name in sorted({*names} - {*wanted}))
         dropped['other'] = len(names) - len(wanted)
-        for name, found in zip(wanted, in_order(pool, o.workers, part, slices, calls, folder.name)):
+        for found, name in zip(in_order(pool, o.workers, part, slices, calls, folder.name), wanted):
             for index, item in enumerate(found):
                 # Neighbouring slices of a volume are alike by nature, and Table 2 keeps them.
                 if item.picture and (twin := find_twin(item.pixels, name, seen)):
-                    item = Item(None, reason='duplicate', detail=f'of {twin}')
+                    item = Item(None, False, 'duplicate', f'of {twin}')
                 if item.reason:
                     dropped[item.reason] += 1
                     log.writerow((name, index, item.reason, item.detail))
@@ -560,8 +558,8 @@ def finished(folder, files, size):
         sys.exit(f'{folder}: is no finished source ({error}); move it away or delete it')
     if meta['size'] != size:
         sys.exit(f'{folder}: was prepared with --size {meta["size"]}, not {size}; delete it, or choose another --out')
-    note = 'warning: ' * (files != meta['files'])
-    print(f'{note}{folder}: finished before, {meta["files"]} files (now {files}); delete it to redo it')
+    warning = 'warning: ' * (files != meta['files'])
+    print(f'{warning}{folder}: finished before, {meta["files"]} files (now {files}); delete it to redo it')
     return meta
 
 def home_of(row, raw):
@@ -599,12 +597,11 @@ def find_sources(raw, o):
 
 def list_tables(raw):
     """Print the rows of Tables 2 and 3: whether they lie below RAW, how to get them, whose layout is not confirmed."""
-    print(f'{"name":<26}{"modality":<12}{"content":<26}{"images":>17}  {"":<7}access, link (images: kept in the paper, or '
-          'of train, val and test)')
+    print(f'{"name":<26}{"modality":<12}{"content":<26}{"in the paper":>17}  {"":<7}access, link')
     for row in (*SOURCES, *TASKS.values()):
         unsure = ' (layout unsure: give --images, --masks)' if row.access.endswith('?') else ''
-        print(f'{row.name:<26}{row.modality:<12}{row.content:<26}{row.count:>17}  '
-              f'{"found" if home_of(row, raw) else "-":<7}{row.access.strip("?")}{unsure}, {row.link}')
+        access, found = row.access.strip('?') + unsure, 'found' if home_of(row, raw) else '-'
+        print(f'{row.name:<26}{row.modality:<12}{row.content:<26}{row.count:>17}  {found:<7}{access}, {row.link}')
 
 # --- labelled tasks --------------------------------------------------------------------------------------------------
 
@@ -629,8 +626,7 @@ def find_samples(raw, o):
     else:
         samples = {name: Sample((name,), label=Path(name).parent.name) for name in singles if '/' in name}
     if not samples or not (taken or tabled) and (o.masks or o.labels or o.values or o.outline):
-        sys.exit(f'{raw}: {len(samples)} of {len(singles)} images have a label or one of {len(taken)} masks: mend --images, '
-                 '--masks, --labels')
+        sys.exit(f'{raw}: {len(singles)} images, {len(taken)} masks match --images, --masks, --labels')
     if missing := len(singles) - sum(len(sample.frames) for sample in samples.values()):
         print(f'{raw}: {missing} images without a mask or label are left out')
     if o.patient:
@@ -711,18 +707,19 @@ def read_table(raw, names, end, *columns):
         for name in ends.get(plain(path), []) if label else []:
             sample = Sample((name,), (), label, *patient)
             if len(ends[plain(path)]) > 1 or samples.setdefault(name, sample) != sample:
-                sys.exit(f'{end}, line {reader.line_num}: {path} has another answer above, or is any of {ends[plain(path)]}')
+                sys.exit(f'{end}, line {reader.line_num}: {path} has another answer above, or is {ends[plain(path)]}')
     return samples
 
 def split(samples, raw, o):
-    """{'train', 'val', 'test': names} by the rules of --split. A rule takes the images in whose path, or that of a mask,
-    it is found, a list (.txt below RAW) those it names; shares divide the other patients, n of each class: test gets
-    ceil of its share and val floor, as the counts of Table 3 imply, but one is left for training."""
+    """{'train', 'val', 'test': names} by --split. A rule takes the images in whose path, or a mask's, it is found, a
+    list (.txt below RAW) those it names; shares divide the other patients, n of each class: test gets ceil of its
+    share and val floor, as the counts of Table 3 imply, but one is left for training."""
     rules = dict(zip(FOLDERS, o.split or ('50', '20', '30')))
     given = [part for part, rule in FOLDERS.items() if any(find(rule, name) for name in samples)]
     if not o.split and 'train' in given and len(given) > 1:
         rules = FOLDERS if 'test' in given else FOLDERS | {'train': '70', 'test': '30'}  # a test split there must be
-    print(f'{raw}: split by', ', '.join(f'{rule or "nothing"} ({part})' for part, rule in rules.items()))
+    print(f'{raw}: split by', ', '.join(f'{rule or "nothing"} ({part})' for part, rule in rules.items()),
+          '(numbers: drawn by these shares)')
     shares = [int(rule) if rule.isdigit() else 0 for rule in rules.values()]
     parts, others, groups, ends = {}, {}, {}, by_tail(samples)
     for part, rule in rules.items():
@@ -735,7 +732,7 @@ def split(samples, raw, o):
         if name not in parts:
             others.setdefault(sample.patient, []).append(name)
     if others and not sum(shares):
-        sys.exit(f'{raw}/{min(others.values())[0]}: no rule of --split takes it; give shares, as 80 10 10, or --skip it')
+        sys.exit(f'{raw}/{min(others.values())[0]}: no rule of --split takes it; give shares, as 8 1 1, or --skip it')
     for patient, names in others.items():
         groups.setdefault(samples[names[0]].label, []).append(patient)
     rng = np.random.default_rng(o.seed)
@@ -807,13 +804,13 @@ def classify(mask, o, lossy=False):
     return numbers[place].reshape(mask.shape), others
 
 def fill(outline):
-    """bool (H, W) of a closed convex outline -> with its inside: what has outline on both sides in its row or column."""
+    """bool (H, W) of a closed convex outline -> with its inside: what has outline on both sides in a row or column."""
     run = np.logical_or.accumulate
     rows, columns = (run(outline, axis) & np.flip(run(np.flip(outline, axis), axis), axis) for axis in (0, 1))
     return rows | columns
 
 def common_affine(image, mask):
-    """Affine of a NIfTI image, by which its mask is cut too. ValueError where the two are not on one grid, within half a
+    """Affine of a NIfTI image, by which its mask is cut too. ValueError where they are not on one grid, within half a
     voxel, or where EXIF turns one of two pictures."""
     if all(path.name.lower().endswith(NIFTI) for path in (image, mask)):
         (one, A), (other, B) = (((*file.shape, 1)[:4], file.affine) for file in map(nib.load, (image, mask)))
@@ -850,7 +847,7 @@ def labelled(path, frames, masks, label, o):
             yield resize(image, o.size), square if masks else o.classes.index(label), others
     except Exception as error:  # decoders fail in every way there is
         answer = label or ', '.join(str(mask) for mask in masks if mask)
-        sys.exit(f'{path}: cannot be read with {answer} ({type(error).__name__}: {error}); mend or remove them')
+        sys.exit(f'{path}: cannot be used with {answer} ({type(error).__name__}: {error}); mend or remove them')
 
 def prepare_task(raw, folder, o, pool):
     """Write the labelled images below RAW to `folder`: {train,val,test}/images.npy and masks.npy or labels.npy,
@@ -890,16 +887,15 @@ def prepare_task(raw, folder, o, pool):
                 'size': o.size, 'counts': counts}
         (part / 'split.json').write_text(json.dumps(splits, indent=1))
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
-        unseen = {number for number in shown['test'] if number != 255} - {*shown['train']}
         missing = [name for number, name in enumerate(o.classes) if not any(seen[number] for seen in shown.values())]
-        text = f'no image shows {", ".join(missing)}; mend --classes or --values (255 counts where named: --values 0 255)'
+        unseen = {number for number in shown['test'] if number != 255} - {*shown['train']}
         if len(missing) > len(o.classes) - 2:
-            sys.exit(f'{raw}: {text}')
-        if unseen or not counts['train'] or not counts['test']:
-            sys.exit(f'{raw}: no training image shows {", ".join(o.classes[number] for number in unseen)}, but a test image '
-                     'does; mend --split' if unseen else f'{raw}: the train or test split is empty; mend --split')
-    if missing:
-        print(f'warning: {text}?', file=sys.stderr)
+            sys.exit(f'{raw}: no image shows {", ".join(missing)}; mend --classes or --values (255 counts where named)')
+        if not counts['train'] or not counts['test']:
+            sys.exit(f'{raw}: the train or test split is empty; mend --split')
+        if unseen:
+            names = ', '.join(o.classes[number] for number in unseen)
+            sys.exit(f'{raw}: no training image shows {names}, but a test image does; mend --split')
     for parts, times in Counter(' and '.join(sorted(parts)) for parts in holders.values() if len(parts) > 1).items():
         print(f'warning: {times} images are the same in {parts}', file=sys.stderr)
     if len(others) > 3:
@@ -907,10 +903,10 @@ def prepare_task(raw, folder, o, pool):
     print(f'{"images that show":<26}' + ''.join(f'{part:>8}' for part in shown))
     for number, name in enumerate(o.classes):
         print(f'{name:<26}' + ''.join(f'{seen[number]:>8}' for seen in shown.values()))
-    paper = f', in the paper {TASKS[o.task].count}' if o.task in TASKS and TASKS[o.task].count else ''
-    print(f'{folder}: {meta["kind"]} into {", ".join(o.classes)}; images: {counts}{paper}')
+    paper = TASKS[o.task].count if o.task in TASKS else 'not there'
+    print(f'{folder}: {meta["kind"]} into {", ".join(o.classes)}; images: {counts}; in the paper: {paper}')
 
-# --- phantoms: ten modalities simulated from their physics, with masks and classes ---------------------------------------
+# --- phantoms: ten modalities simulated from their physics, with masks and classes -----------------------------------
 # Tissues = mask classes: air 0, fat 1, muscle 2, gut 3, lung 4, liver 5, kidney 6, spleen 7, bone 8, blood 9, lesion 10
 HOUNSFIELD = np.array([-1000, -100, 50, 20, -820, 80, 130, 100, 600, 140, 40])  # attenuation of X-rays
 T1 = np.array([1, 350, 1000, 1600, 1200, 650, 1250, 1150, 450, 1500, 1300])  # relaxation times, ms
@@ -928,11 +924,11 @@ def zoom(picture, side):  # to (side, side) by cubic interpolation, averaged whe
 def field(rng, side, *details):  # a smooth random picture around 0, of so many details down and across
     return zoom(rng.standard_normal(details), side)
 
-def plane(rng, side, shake=0.0):  # the pixels as complex numbers, x + iy from -1 to 1, shaken smoothly out of their places
+def plane(rng, side, shake=0.0):  # the pixels as complex numbers, x + iy from -1 to 1, shaken smoothly
     line = np.linspace(-1, 1, side)
     return line + 1j * line[:, None] + shake * (field(rng, side, 6, 6) + 1j * field(rng, side, 6, 6))
 
-def light(*layers):  # RGB of white light after layers, each an amount (S, S) times what it absorbs of red, green and blue
+def light(*layers):  # RGB of white light after layers: each an amount (S, S), and what that absorbs of red, green, blue
     return 255 * np.exp(-sum(np.multiply.outer(*layer) for layer in layers))
 
 def torso(rng, shape, sick):
@@ -940,7 +936,8 @@ def torso(rng, shape, sick):
     x, y, z = np.ogrid[-20:20:shape[0] * 1j, -20:20:shape[1] * 1j, -20:20:shape[2] * 1j]
     z += rng.uniform(0, 6)  # bodies lie higher or lower
     tissue = np.zeros(shape, np.uint8)
-    ellipsoid = lambda a, b, c, p, q, r: ((x - a) / p) ** 2 + ((y - b) / q) ** 2 + ((z - c) / r) ** 2  # 1 on its surface
+    def ellipsoid(a, b, c, p, q, r):  # 1 on its surface
+        return ((x - a) / p) ** 2 + ((y - b) / q) ** 2 + ((z - c) / r) ** 2
     for organ, *place in ORGANS:
         tissue[ellipsoid(*place * rng.normal(1, 0.07, 6)) < 1] = organ
     tissue[(abs(ellipsoid(0, 0, 6, 14, 9.5, 20) - 1) < 0.1) & (np.cos(2.2 * z + y) > 0) & (z > -8)] = 8  # sloping ribs
@@ -975,7 +972,8 @@ def xray(rng, side, sick):  # photons fall as exp(-attenuation from back to fron
 def ultrasound(rng, side, sick):  # log of echoes, with Rayleigh speckle, which fade along each beam; shown as a fan
     lesion = sick & (abs(plane(rng, side, 0.06) - rng.uniform(-0.4, 0.3, 2) @ (1, 1j)) < rng.uniform(0.2, 0.35))
     echo = np.where(lesion, rng.choice((-3.5, -1.4, 1.6)), 0.8 * field(rng, side, 16, 4))  # a cyst, a tumour or a stone
-    echo += np.log(rng.rayleigh(1, echo.shape)) - np.cumsum(2 * np.exp(echo), 0) / side  # what scatters more absorbs more
+    shade = np.cumsum(2 * np.exp(echo), 0) / side  # what scatters more absorbs more
+    echo += np.log(rng.rayleigh(1, echo.shape)) - shade
     z = plane(rng, side) + 1.3j  # from the probe
     fan = tuple(np.int64(side * np.clip((abs(z) / 1.9 - 0.2, np.angle(z / 1j) / 1.1 + 0.5), 0, 0.999)))
     return np.pad(210 + 46 * echo[1:-1, 1:-1], 1)[fan], lesion[fan]  # black borders, so outside the fan
@@ -989,21 +987,22 @@ def fundus(rng, side, sick):  # blood absorbs green and blue; its vessels follow
     return light((blood, (0.3, 1, 0.8)), (white, (-0.2, -0.8, -0.9)), (1, rng.uniform((-0.1, 0.7, 1.5), (0.3, 1.4, 3))),
                  (0.6 * abs(z) ** 2 + 0.1 * field(rng, side, 5, 5) + 9 * ~eye, (1, 1, 1))), eye & vessels
 
-def oct_scan(rng, side, sick):  # reflectivity of the retina's layers around the pit, with speckle; drusen lift the lowest
+def oct_scan(rng, side, sick):  # reflectivity of the retina's layers around the pit; drusen lift the lowest
     z, floor = plane(rng, side), 0.2 + 0.1 * field(rng, side, 1, 3)
     top = floor - 0.7 + 0.35 * np.exp(-abs((z.real - rng.uniform(-0.4, 0.4)) / rng.uniform(0.15, 0.35)) ** 2)
     layer = (z.imag - top) / (floor - sick * 0.12 * field(rng, side, 1, 16).clip(0) - top)  # from 0, the top, to 1
-    echo = np.interp(10 * layer, range(18), (0, 180, 100, 120, 60, 130, 50, 50, 190, 80, 230, 120, 110, 90, 70, 50, 20, 0))
+    levels = (0, 180, 100, 120, 60, 130, 50, 50, 190, 80, 230, 120, 110, 90, 70, 50, 20, 0)
+    echo = np.interp(10 * layer, range(18), levels)
     return echo * rng.rayleigh(1, echo.shape) ** 0.5, (layer > 0) & (layer < 1)
 
-def pathology(rng, side, sick):  # haematoxylin stains nuclei blue, eosin the rest pink; glands have a lumen and a dense wall
+def pathology(rng, side, sick):  # haematoxylin stains nuclei blue, eosin the rest pink; glands have a dense wall
     gland, z = field(rng, side, 7, 7), rng.uniform(17, 23) * plane(rng, side, 0.05)
     level = np.select([gland > 1.3, gland > 0.2], [9, 0.45], 0.9 - 0.4 * sick) + 0.2 * field(rng, side, 16, 16)
     nuclei = np.cos(z.real) * np.cos(z.imag) > level.clip(0.3)  # the bumps of a warped egg crate
     blue, pink = rng.uniform(0.7, 1.4, (2, 1)) * ((0.9, 0.95, 0.4), (0.1, 0.9, 0.3))
     return light((nuclei, blue), ((gland < 1.3) * (0.5 + 0.15 * field(rng, side, 60, 10)), pink)), nuclei
 
-def endoscope(rng, side, sick):  # light from the camera fades with distance into a wet tube; folds ring it, water glints
+def endoscope(rng, side, sick):  # light of the camera fades into a wet tube; folds ring it, water glints
     z, lumen, polyp = plane(rng, side, 0.05), *rng.uniform(-0.4, 0.4, (2, 2)) @ (1, 1j)
     tube, bump = abs(z - lumen), abs(z - polyp) / rng.uniform(0.25, 0.5)
     folds = 0.4 * tube * np.cos(rng.uniform(9, 16) * tube ** 0.6 + rng.uniform(0, 6))
@@ -1016,21 +1015,24 @@ def photo(rng, side, sick):  # melanin absorbs blue most; in melanoma it is ragg
     z, lesion = plane(rng, side), abs(plane(rng, side, 0.03 + 0.07 * sick)) / rng.uniform(0.3, 0.65)
     melanin = (1.2 + (0.1 + 0.3 * sick) * field(rng, side, 10, 10)) / (1 + np.exp(12 * (lesion - 1)))
     hue, skin = melanin * sick * field(rng, side, 6, 6), rng.uniform(0.3, 0.8) + 0.1 * field(rng, side, 3, 3)
-    hairs = sum(abs(abs(z - 4 * np.exp(1j * a)) - r) < 0.01 for a, r in rng.uniform((0, 3), (6, 5), (rng.integers(9), 2)))
+    arcs = rng.uniform((0, 3), (6, 5), (rng.integers(9), 2))  # direction of their centres, radii
+    hairs = sum(abs(abs(z - 4 * np.exp(1j * angle)) - radius) < 0.01 for angle, radius in arcs)
     return light((melanin + skin, (0.6, 1, 1.2)), (hue, (0.2, 0, -0.2)), (hairs, (1, 1, 1))), lesion < 1
 
 PHANTOMS = {  # images in a file, and what draws it for (rng, side, sick): the image or volume, and its mask
-    'CT': (8, ct), 'PET': (8, pet), 'MR': (8, mr), 'X-ray': (1, xray), 'Ultrasound': (1, ultrasound), 'Fundus': (1, fundus),
-    'OCT': (1, oct_scan), 'Pathology': (1, pathology), 'Endoscope': (1, endoscope), 'Photo': (1, photo)}
+    'CT': (8, ct), 'PET': (8, pet), 'MR': (8, mr), 'X-ray': (1, xray), 'Ultrasound': (1, ultrasound),
+    'Fundus': (1, fundus), 'OCT': (1, oct_scan), 'Pathology': (1, pathology), 'Endoscope': (1, endoscope),
+    'Photo': (1, photo)}
 
 def write_phantom(folder, modality, n, seed, side=160):
-    """Subject n, every other one sick: an image, or of CT, PET and MR a volume, to folder/raw/<Modality>/<source>/<class>; its
-    mask to folder/labels/<Modality>/<class>. CT, PET, MR and X-ray see the same body."""
+    """Subject n, every other one sick: an image or volume to folder/raw/<Modality>/<source>/<class>, its mask to
+    folder/labels/<Modality>/<class>. CT, PET, MR and X-ray see the same body."""
     depth, draw = PHANTOMS[modality]
     image, mask = draw(np.random.default_rng((seed, n)), side, n % 2)
     kind = (('naevus', 'melanoma') if modality == 'Photo' else ('normal', 'lesion'))[n % 2]
     source = 'phantom-' + modality.lower() + '-suv' * (modality == 'PET')
-    for place, array in ((folder / 'raw' / modality / source / kind, image), (folder / 'labels' / modality / kind, mask)):
+    for place, array in ((f'raw/{modality}/{source}', image), (f'labels/{modality}', mask)):
+        place = folder / place / kind
         place.mkdir(parents=True, exist_ok=True)
         if depth > 1:
             nib.save(nib.Nifti1Image(array, np.diag((400 / side, 400 / side, 50, 1))), place / f'{n:04d}.nii.gz')  # mm
@@ -1042,14 +1044,14 @@ def write_phantom(folder, modality, n, seed, side=160):
 def print_counts(rows, metas):
     """Print a table of what was read, kept and dropped of each source, beside what the paper kept."""
     table = [(m['modality'], m['source'], m['files'], m['read'], m['count'], *m['dropped'].values()) for m in metas]
-    papers = [f'{int(row.count):>10}{m["count"] - int(row.count):>+10}' if row.count else '' for row, m in zip(rows, metas)]
+    papers = [f'{row.count:>10}{m["count"] - int(row.count):>+10}' if row.count else '' for row, m in zip(rows, metas)]
     titles = ('modality', 'source', 'files', 'read', 'kept', *REASONS)
     total = ('all', f'{len(table)} sources', *map(sum, list(zip(*table))[2:]))
     for line, paper in zip((titles, *table, total), (f'{"paper":>10}{"more":>10}' * any(papers), *papers, '')):
         print(f'{line[0]:<11}{line[1]:<30}' + ''.join(f'{cell:>10}' for cell in line[2:]) + paper)
 
 def check_options(o):
-    """End the program with a sentence where an option cannot be meant."""
+    """End the program where an option cannot be meant."""
     for name in ('images', 'masks', 'skip', 'labels', 'patient', 'split'):
         for rule in [getattr(o, name)] if isinstance(getattr(o, name), str) else getattr(o, name):
             try:
@@ -1062,10 +1064,8 @@ def check_options(o):
         sys.exit('--size must be 1 or more, --workers 0 or more')
     if len(o.split) not in (0, 3) or any(re.fullmatch(r'\d*\.\d+', rule) for rule in o.split):
         sys.exit('--split takes three whole shares, rules or lists: for train, val and test')
-    if not (o.raw or o.phantoms or o.task.startswith('phantom-')):
-        sys.exit('where are the images? give --raw RAW, a folder of <Modality>/<source>/** or of a task, or --phantoms N')
-    if o.raw and not o.phantoms and not Path(o.raw).is_dir():
-        sys.exit(f'--raw {o.raw}: there is no such folder')
+    if not o.phantoms and not (o.raw and Path(o.raw).is_dir()):
+        sys.exit(f'--raw "{o.raw}": there is no such folder of <Modality>/<source>/** or of a task')
 
 def main():
     """Simulate the phantoms if they are asked for, then prepare a task or every source below RAW."""
@@ -1076,9 +1076,9 @@ def main():
         o = parse_options(parse_options(defaults, shlex.split(row.images)))
     if o.list:
         return list_tables(Path(o.raw))
+    o.phantoms = o.phantoms or 200 * (o.task.startswith('phantom-') and not o.raw)
     check_options(o)
     o.workers, o.modality = o.workers or os.cpu_count(), modality_of(o.modality) or ''
-    o.phantoms = o.phantoms or 200 * (o.task.startswith('phantom-') and not o.raw)
     out, raw = Path(o.out or f'data/{o.task or "medverse"}'), Path(o.raw or 'data/phantoms')
     pool = ProcessPoolExecutor(o.workers, initializer=follow_parent)
     try:
@@ -1098,13 +1098,12 @@ def main():
         sys.exit(130)
     finally:
         pool.shutdown(cancel_futures=True)
-    done = [(row, meta) for (row, _, _), meta in zip(sources, metas) if meta]
-    left = [name for (*_, name), meta in zip(sources, metas) if not meta]
+    done = [(row, meta) for (row, *_), meta in zip(sources, metas) if meta]
     if done:
         print_counts(*zip(*done))
-        print('read = kept + dropped' if left else 'every file accounted for: read = kept + dropped')
-    if left:
+    if left := [name for (*_, name), meta in zip(sources, metas) if not meta]:
         sys.exit(f'left out, as told above: {", ".join(left)}')
+    print('every file accounted for: read = kept + dropped')
 
 if __name__ == '__main__':
     main()

@@ -146,7 +146,7 @@ def test_bad_folders_end_in_a_sentence(tmp_path):
     save(pairs('values') / 'masks/1.png', blob(1) * 7)
     assert re.search(r'masks/1.png.*values or colours 7,', failed(tmp_path / 'values', out))
     (pairs('corrupt') / 'images/0.png').write_bytes(b'no picture')
-    assert 'images/0.png: cannot be read' in failed(tmp_path / 'corrupt', out)
+    assert 'images/0.png: cannot be used' in failed(tmp_path / 'corrupt', out)
     for part, kinds in (('train', 'cat'), ('test', 'dog')):
         write_classes(tmp_path / 'unseen', part + '/{kind}/{i}.png', kinds.split(), 2)
     assert 'no training image shows dog' in failed(tmp_path / 'unseen', out)
@@ -206,9 +206,10 @@ def test_masks_that_show_none_of_a_class_are_told(tmp_path):
         save(tmp_path / f'raw/images/{i}.png', texture(i))
         save(tmp_path / f'raw/masks/{i}.png', blob(i) * 255)     # which is not scored where --values do not name it
     printed = failed(tmp_path / 'raw', tmp_path / 'out')
-    assert 'no image shows foreground' in printed and '--values 0 255' in printed
+    assert 'no image shows foreground' in printed and '255 counts where named' in printed
     code, printed = call(tmp_path / 'raw', tmp_path / 'out', '--task', 'mini', '--values', '0', '255', '7', '--classes', *'abc')
-    assert code == 0 and 'warning: no image shows c;' in printed
+    line = next(line for line in printed.splitlines() if line.startswith('c '))
+    assert code == 0 and line.split() == ['c', '0', '0', '0']     # how many images of each split show it
     assert 'no image shows' not in call(tmp_path / 'raw', tmp_path / 'other', '--task', 'mini', '--values', '0', '255')[1]
 
 def test_a_palette_gives_numbers_to_its_colours(tmp_path):

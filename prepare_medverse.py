@@ -444,25 +444,24 @@ def spill(folder, work, *call):
     return Path(file.name)
 
 def items(path):
-    """Yield what `spill` wrote, and remove it."""
+    """Yield what `spill` wrote."""
     with open(path, 'rb') as file:
         while file.peek(1):
             yield pickle.load(file)
-    path.unlink()
 
 def in_order(pool, workers, folder, work, calls, title):
-    """Yield, for each of the calls, the items of work(*call), whose first argument is a path; two a worker are under
-    way."""
+    """Yield, for each of the calls, the file of what work(*call) yields; two a worker are under way. The first argument
+    is the path that is read."""
     jobs = deque()
     for done in tqdm(range(len(calls)), title, unit='file'):
         jobs.extend(pool.submit(spill, folder, work, *call) for call in calls[done + len(jobs):done + 2 * workers])
         try:
-            found = jobs.popleft().result()
+            spilled = jobs.popleft().result()
         except BrokenProcessPool:
             names = ', '.join(str(path) for path, *_ in calls[done:done + workers])
             sys.exit(f'a worker was killed, most likely for its memory, at one of {names}: start again with fewer '
                      '--workers (1 tells which), or move that file away; finished sources stay')
-        yield items(found)
+        yield spilled
 
 class Stack:
     """A .npy file of arrays of one shape, written one by one."""
@@ -522,8 +521,8 @@ def prepare(row, home, folder, o, pool):
         log.writerow(('path', 'slice', 'reason', 'detail'))
         log.writerows((name, 0, 'other', 'no image by its name') for name in sorted({*names} - {*wanted}))
         dropped['other'] = len(names) - len(wanted)
-        for found, name in zip(in_order(pool, o.workers, part, slices, calls, folder.name), wanted):
-            for index, item in enumerate(found):
+        for spilled, name in zip(in_order(pool, o.workers, part, slices, calls, folder.name), wanted):
+            for index, item in enumerate(items(spilled)):
                 # Neighbouring slices of a volume are alike by nature, and Table 2 keeps them.
                 if item.picture and (twin := find_twin(item.pixels, name, seen)):
                     item = Item(None, False, 'duplicate', f'of {twin}')
@@ -538,6 +537,7 @@ def prepare(row, home, folder, o, pool):
                 filling[channels].append(item.pixels)
                 if filling[channels].count * item.pixels.nbytes >= SHARD:
                     filling.pop(channels).close()
+            spilled.unlink()
         for stack in filling.values():
             stack.close()
         _, _, least, words = RULES.get(row.modality, RULES[''])
@@ -865,24 +865,25 @@ def prepare_task(raw, folder, o, pool):
     with whole(folder, pool) as part:
         for name, chosen in splits.items():
             (part / name).mkdir()
-            images, answers = Stack(part / 'colour.npy', (o.size, o.size, 3)), Stack(part / name / f'{kind}.npy', *form)
             calls = [(raw / path, [raw / frame for frame in samples[path].frames],
                       [mask and raw / mask for mask in samples[path].masks], samples[path].label, o) for path in chosen]
-            channels = 1
-            for found in in_order(pool, o.workers, part, labelled, calls, name):
-                for pixels, answer, values in found:
+            spilled = [*in_order(pool, o.workers, part, labelled, calls, name)]
+            # Grey images have three channels where others are in colour.
+            channels = max((pixels.shape[2] for path in spilled for pixels, *_ in items(path)), default=1)
+            images = Stack(part / name / 'images.npy', (o.size, o.size, channels))
+            answers = Stack(part / name / f'{kind}.npy', *form)
+            for path in spilled:
+                for pixels, answer, values in items(path):
                     images.append(pixels)
                     answers.append(answer)
                     shown[name].update(np.unique(answer).tolist())
                     others.update(values)
-                    channels = max(channels, pixels.shape[2])
                     if np.ptp(pixels):  # black slices are alike
                         holders.setdefault(hash(pixels.tobytes()), set()).add(name)
+                path.unlink()
             images.close()
             answers.close()
             counts[name] = images.count
-            np.save(part / name / 'images.npy', np.load(part / 'colour.npy', mmap_mode='r')[..., :channels])
-        (part / 'colour.npy').unlink()
         meta = {'kind': 'classification' if kinds else 'segmentation', 'classes': o.classes, 'modality': o.modality,
                 'size': o.size, 'counts': counts}
         (part / 'split.json').write_text(json.dumps(splits, indent=1))

@@ -247,11 +247,11 @@ slsc-s | Photo | skin lesion | 6675 1911 964 | open | huggingface.co/datasets/ma
 slsc-c | Photo | 7 skin diseases | 6675 1911 964 | open | huggingface.co/datasets/makhresearch
     --images '(.*)images/(.*)\.jpg' --labels '(.*)labels/(.*)\.txt' --classes BKL NV DF MEL VASC BCC AKIEC
     --split train/ valid/ test/
-phantom-vessels | Fundus | vessels | | | this script
+phantom-vessels | Fundus | vessels | - | | this script
     --images 'raw/Fundus/phantom-fundus/(.*)' --masks 'labels/Fundus/(.*)'
-phantom-organs | CT | organs | | | this script | --images 'raw/CT/phantom-ct/(.*)' --masks 'labels/CT/(.*)'
+phantom-organs | CT | organs | - | | this script | --images 'raw/CT/phantom-ct/(.*)' --masks 'labels/CT/(.*)'
     --classes air fat muscle gut lung liver kidney spleen bone blood lesion
-phantom-lesion | Photo | naevus or melanoma | | | this script | --images raw/Photo/'''.strip())}
+phantom-lesion | Photo | naevus or melanoma | - | | this script | --images raw/Photo/'''.strip())}
 
 def find(rule, name):  # a match of a rule in a path, or nothing
     return rule and re.search(rule, name, re.IGNORECASE | re.DOTALL)
@@ -319,7 +319,7 @@ def read(path, draft=0, affine=None):
         if array.ndim != 3 and array.shape[3:] != (3,):
             raise ValueError(f'shape {array.shape} is none of (H, W), (H, W, 3), (n, H, W), (n, H, W, 3)')
         return [array]
-    if name.endswith('.img') and not any(path.with_suffix(suffix).exists() for suffix in ('.hdr', '.HDR')):
+    if name.endswith('.img') and not has_affine(path):
         film = np.fromfile(path, '>u2').reshape(1, 1024, 2, 1024, 2)  # of JSRT, halved, as the masks of SCR are
         return [np.uint8((4095 - film.mean((2, 4)).clip(0, 4095)) * (255 / 4095) + 0.5)]  # high values are dark
     image = nib.load(path)
@@ -331,14 +331,23 @@ def read(path, draft=0, affine=None):
     scaled = (image.dataobj.slope, image.dataobj.inter) != (1, 0) or kind in (np.uint8, np.uint16)
     return list(cut(np.asarray(image.dataobj, dtype=np.float32 if scaled else None), affine))
 
+def has_affine(path):  # as NIfTI and Analyze; .img without .hdr is a film of JSRT
+    pair = any(path.with_suffix(suffix).exists() for suffix in ('.hdr', '.HDR'))
+    return path.name.lower().endswith((*NIFTI, '.img')[:2 + pair])
+
+def check_size(image):
+    if image.width * image.height > LARGEST:
+        raise ValueError(f'{image.width} x {image.height} px are more than {LARGEST:,}')
+
 def read_pages(path, draft):
     """`read` of a picture; its pages of more than 8 bits become one array, which gets one window."""
     pages = []
     with Image.open(path) as image:
-        white_is_zero = image.format == 'TIFF' and image.tag_v2.get(262) == 0
+        tags = image.tag_v2 if image.format == 'TIFF' else {}
+        # Two kinds of number that Pillow takes for others, by their format and bits.
+        kind = {(2, 8): np.int8, (1, 32): np.uint32}.get((*tags.get(339, (1,))[:1], *tags.get(258, (1,))[:1]))
         for page in [image] if image.format == 'MPO' else ImageSequence.Iterator(image):  # whose others are previews
-            if page.width * page.height > LARGEST:
-                raise ValueError(f'{page.width} x {page.height} px are more than {LARGEST:,}')
+            check_size(page)
             if ';16' in str(page.tile) and page.mode[0] != 'I':
                 raise ValueError('its colours have 16 bits; save it with 8')
             page.draft(None, (draft, draft) if draft else None)  # a JPEG decodes fast at 1/2, 1/4 or 1/8
@@ -348,7 +357,9 @@ def read_pages(path, draft):
             pixels = np.asarray(page)[None]
             if image.format == 'PPM' and page.mode == 'I':
                 pixels = np.uint16(pixels)  # Pillow makes 65535 of its maxval
-            pages.append(~pixels if white_is_zero and page.mode[0] == 'I' else pixels)  # Pillow turns 8 bits itself
+            pixels = pixels.view(kind) if kind else pixels
+            white_is_zero = tags.get(262) == 0 and page.mode[0] == 'I'  # of 8 bits Pillow turns them itself
+            pages.append(~pixels if white_is_zero else pixels)
     alike = len({page.shape for page in pages}) == 1 and pages[0].dtype != np.uint8
     return [np.concatenate(pages)] if alike else pages
 
@@ -655,9 +666,12 @@ def pair(raw, images, layers, o):
 def class_of(path, o):
     """The class in a file of its own: that of the object in VOC's XML, or of the largest polygon."""
     if path.suffix == '.xml':
-        value = re.search(r'<object>.*?<name>(.*?)</name>', path.read_text(), re.DOTALL)[1]
+        found = re.findall(r'<object>.*?<name>(.*?)</name>', path.read_text(), re.DOTALL)
     else:
-        value = max(polygons(path), key=lambda polygon: np.ptp(polygon[1], 0).prod())[0]
+        found = [kind for kind, _ in sorted(polygons(path), key=lambda polygon: -np.ptp(polygon[1], 0).prod())]
+    if not found:
+        sys.exit(f'{path}: holds no label; mend or --skip it')
+    value = found[0].strip()
     return dict(zip(o.values or map(str, range(len(o.classes))), o.classes)).get(value, value)
 
 def polygons(path):
@@ -679,7 +693,7 @@ def read_lines(raw, end):
     content = path.read_bytes()
     for code in ('utf-16',) if content[:2] in (b'\xff\xfe', b'\xfe\xff') else ('utf-8-sig', 'cp1252', 'latin-1'):
         with contextlib.suppress(UnicodeDecodeError):
-            return content.decode(code).splitlines()
+            return re.split('\r\n|\r|\n', content.decode(code))  # splitlines() knows other ends
 
 def plain(path):  # without blanks around it and without the extension of an image
     path = path.strip().replace('\\', '/')
@@ -758,12 +772,12 @@ def read_masks(path, shape, o, affine):
     lossy = False
     if path.name.lower().endswith(PICTURES):
         with Image.open(path) as image:
-            lossy = image.format in ('JPEG', 'MPO')
+            lossy = image.format in ('JPEG', 'MPO') or image.info.get('compression') == 'jpeg'
             if image.mode in ('LA', 'RGBA') and all(low == high for low, high in image.getextrema()[:-1]):
-                return [np.asarray(image)[..., -1]], False  # of one colour: its opacity is the mask
+                return [np.asarray(ImageOps.exif_transpose(image))[..., -1]], False  # of one colour: its opacity
             if (image.mode == 'P' and '#' not in ''.join(o.values)
                     and np.ptp(np.reshape(image.getpalette(), (-1, 3)), 1).any()):
-                return [np.asarray(image)], False
+                return [np.asarray(ImageOps.exif_transpose(image))], False
     return [mask for volume in read(path, affine=affine) for mask in volume], lossy
 
 def number_of(value):
@@ -776,7 +790,7 @@ def number_of(value):
 def classify(mask, o, lossy=False):
     """Mask (H, W) or (H, W, 3) as classes uint8 (H, W) by --values, and the values that only * names. A class may have
     several (420+421, #ff0000) or all others (*); what stands after the last class is not scored, nor is 255, unless it
-    is given a class. NaN is 0. In a lossy file the nearest of those that are named counts, where * is white."""
+    is given a class. NaN and infinity are 0. In a lossy file the nearest of those named counts, where * is white."""
     table, rest = {}, None
     for number, entry in enumerate(o.values or map(str, range(len(o.classes)))):
         number = number if number < len(o.classes) else 255
@@ -787,7 +801,7 @@ def classify(mask, o, lossy=False):
     if mask.ndim == 3:
         packed = mask.astype(np.int32) @ np.int32((0x010000, 0x000100, 1))
         mask = np.where(np.ptp(mask, 2) > 0, packed + 0x1000000, mask[..., 0])
-    values, place = np.unique(np.nan_to_num(mask), return_inverse=True)
+    values, place = np.unique(np.nan_to_num(mask, posinf=0, neginf=0), return_inverse=True)
     if lossy and o.values:
         known = np.array([*table, *[255] * (rest is not None)])
         red_green_blue = [np.where(n > 0xffffff, n, n * 0x010101)[:, None] >> (16, 8, 0) & 255
@@ -797,7 +811,7 @@ def classify(mask, o, lossy=False):
             raise ValueError('it has other colours than --values name')
         values = known[distance.argmin(1)]
     others = {*values.tolist()} - {*table}
-    if others and rest is None or sum(value > 0xffffff for value in others) > 1:
+    if others and (rest is None or len(others) > 1 and max(others) > 0xffffff):  # * is not for several colours
         names = [f'#{value - 0x1000000:06x}' if value > 0xffffff else f'{value:g}' for value in sorted(others)[:9]]
         raise ValueError(f'values or colours {", ".join(names)}, while --classes and --values know {[*table]}')
     numbers = np.uint8([table.get(value, rest) for value in values.tolist()])
@@ -809,18 +823,25 @@ def fill(outline):
     rows, columns = (run(outline, axis) & np.flip(run(np.flip(outline, axis), axis), axis) for axis in (0, 1))
     return rows | columns
 
+def turn_of(path):  # EXIF's, of a picture
+    if not path.name.lower().endswith(PICTURES):
+        return 1
+    with Image.open(path) as image:
+        check_size(image)
+        return image.getexif().get(0x0112, 1)
+
 def common_affine(image, mask):
     """Affine of a NIfTI image, by which its mask is cut too. ValueError where they are not on one grid, within half a
     voxel, or where EXIF turns one of two pictures."""
-    if all(path.name.lower().endswith(NIFTI) for path in (image, mask)):
+    if has_affine(image) != has_affine(mask):
+        raise ValueError('only one of them says how it lies; save both as NIfTI')
+    if has_affine(image):
         (one, A), (other, B) = (((*file.shape, 1)[:4], file.affine) for file in map(nib.load, (image, mask)))
         drift = np.abs(A - B) @ (*one[:3], 1)  # at most, of any corner, mm
         if one != other or drift.max() > nib.affines.voxel_sizes(A).min() / 2:
             raise ValueError(f'their grids differ: {one} and {other}, {A.round(3).tolist()} and {B.round(3).tolist()}')
         return A
-    turns = [Image.open(path).getexif().get(0x0112, 1) if path.name.lower().endswith(PICTURES) else 1
-             for path in (image, mask)]
-    if turns[0] != turns[1]:
+    if turn_of(image) != turn_of(mask):
         raise ValueError('EXIF turns the image and not the mask, or the reverse; save both without this tag')
 
 def labelled(path, frames, masks, label, o):
@@ -904,8 +925,8 @@ def prepare_task(raw, folder, o, pool):
     print(f'{"images that show":<26}' + ''.join(f'{part:>8}' for part in shown))
     for number, name in enumerate(o.classes):
         print(f'{name:<26}' + ''.join(f'{seen[number]:>8}' for seen in shown.values()))
-    paper = TASKS[o.task].count if o.task in TASKS else 'not there'
-    print(f'{folder}: {meta["kind"]} into {", ".join(o.classes)}; images: {counts}; in the paper: {paper}')
+    paper = f', in the paper {TASKS[o.task].count}' if o.task in TASKS else ''
+    print(f'{folder}: {meta["kind"]} into {", ".join(o.classes)}; images: {counts}{paper}')
 
 # --- phantoms: ten modalities simulated from their physics, with masks and classes -----------------------------------
 # Tissues = mask classes: air 0, fat 1, muscle 2, gut 3, lung 4, liver 5, kidney 6, spleen 7, bone 8, blood 9, lesion 10
@@ -1053,12 +1074,6 @@ def print_counts(rows, metas):
 
 def check_options(o):
     """End the program where an option cannot be meant."""
-    for name in ('images', 'masks', 'skip', 'labels', 'patient', 'split'):
-        for rule in [getattr(o, name)] if isinstance(getattr(o, name), str) else getattr(o, name):
-            try:
-                re.compile(rule)
-            except re.error as error:
-                sys.exit(f'--{name} {rule}: no regular expression ({error}), in which any text is .* and a dot \\.')
     if o.modality and not modality_of(o.modality):
         sys.exit(f'--modality {o.modality}: it must be SUV or one of {", ".join(MODALITIES)}')
     if o.size < 1 or o.workers < 0:
@@ -1094,6 +1109,8 @@ def main():
     except OSError as error:
         full = 'the disk is full: make room' if error.errno == errno.ENOSPC else error
         sys.exit(f'{out}: {full}; start again, finished sources stay')
+    except re.error as error:
+        sys.exit(f'{error.pattern}: is no regular expression ({error}), in which any text is .* and a dot \\.')
     except KeyboardInterrupt:
         print('stopped: start again to go on with the unfinished sources', file=sys.stderr)
         sys.exit(130)

@@ -535,6 +535,18 @@ def test_four_modalities_see_the_same_body(tmp_path):
             prep.write_phantom(tmp_path, modality, 1, seed=3, side=64)
     assert len(bodies) == 4 and len(set(bodies)) == 1
 
+def test_an_eleventh_modality_takes_its_rows_and_a_function(tmp_path, monkeypatch):
+    def sonar(rng, side, sick):
+        return np.float32(rng.integers(0, 101, (side, side, 2))), np.zeros((side, side, 2), np.uint8)
+    monkeypatch.setattr(prep, 'MODALITIES', (*prep.MODALITIES, 'Sonar'))
+    monkeypatch.setitem(prep.RULES, 'Sonar', ((0, 50), (), 0, 'echoes in [0, 50]'))
+    monkeypatch.setitem(prep.PHANTOMS, 'Sonar', (2, sonar))
+    code, printed = call(tmp_path / 'phantoms', tmp_path / 'out', '--phantoms', 1)
+    assert code == 0 and '11 sources' in printed, printed
+    meta = meta_of(tmp_path / 'out', 'phantom-sonar')
+    assert meta['count'] == 2 and 'echoes in [0, 50]' in meta['normalization']
+    assert np.mean(np.load(tmp_path / 'out/phantom-sonar/00000.npy') > 127) > 0.6     # 25 of 100 becomes the middle
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What users' folders and options hold
 
@@ -592,8 +604,8 @@ def test_results_do_not_wait_in_memory(tmp_path):
     assert most < 10 * 256 ** 2
 
 @pytest.mark.parametrize('options, words', [
-    (['--task', 'mine', '--modality', 'cat'], '--modality cat: .*CT'), (['--task', 'mine', '--patient', '['], r'--patient \['),
-    (['--images', '*.png'], r'--images \*\.png: no regular expression'), (['--size', '0'], '--size'),
+    (['--task', 'mine', '--modality', 'cat'], '--modality cat: .*CT'), (['--task', 'mine', '--patient', '['], r'\[: is no regular expression'),
+    (['--images', '*.png'], r'\*\.png: is no regular expression'), (['--size', '0'], '--size'),
     (['--task', 'mine', '--split', '0.5', '0.2', '0.3'], '--split takes three')])
 def test_options_that_cannot_be_meant(tmp_path, options, words):
     (tmp_path / 'raw/Photo/skin').mkdir(parents=True)

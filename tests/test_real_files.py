@@ -196,8 +196,7 @@ def test_a_mask_on_another_grid_is_refused(raw, other, folder):
     refused(raw, '--modality', 'CT', *rules * (folder == 'second'), tells=(r'images/\d.nii.gz', rf'{folder}/\d.nii'))
 
 def stack(path, volume):
-    """The slices from the feet up, as pages of a TIFF or planes of an array."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """The slices from the feet up, as pages of a TIFF."""
     pages = [Image.fromarray(page) for page in np.moveaxis(volume, 2, 0)]
     pages[0].save(path, save_all=True, append_images=pages[1:])
 

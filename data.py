@@ -37,24 +37,24 @@ class Shards:
                 files = sorted(source.glob('*.npy'))
                 arrays = [np.load(file, mmap_mode='r') for file in files]
                 sides |= {side for array in arrays for side in array.shape[1:3]}
-                if any(array.dtype != np.uint8 or array.ndim != 4 for array in arrays) or len(sides) > 1:
+                if len(sides) > 1 or any(array.dtype != np.uint8 or array.ndim != 4 for array in arrays):
                     raise ValueError(f'not all uint8 (n, S, S, c) with one side S, but {sorted(sides)}')
                 if sum(map(len, arrays)) != meta['count']:
                     raise ValueError(f'{sum(map(len, arrays))} images, {meta["count"]} by meta.json')
+                self.files += files
+                lengths += map(len, arrays)
                 modalities.append(meta['modality'])
                 counts.append(meta['count'])
             except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
                 raise SystemExit(f'{source}: damaged, cut short, or of another size than the sources before it '
                                  f'({error!r}); move it away, or delete it and prepare it again')
-            self.files += files
-            lengths += map(len, arrays)
         if not lengths:
             raise SystemExit(f'{folder}: no prepared images here; make some with python prepare_medverse.py --raw RAW '
                              f'--out {folder}, or try python pretrain.py --demo')
         self.side, self.starts = sides.pop(), np.cumsum([0, *lengths])      # shard s begins at starts[s]
-        counts = np.array(counts)
         names, number = np.unique(modalities, return_inverse=True)
         self.modalities, self.modality = names.tolist(), np.repeat(number, counts)      # (images,) index into the names
+        counts = np.array(counts)
         held_out = np.clip((counts * val_share).astype(int), 1, np.minimum(val_most, counts - 1))
         in_tail = np.arange(counts.sum()) >= np.repeat(counts.cumsum() - held_out, counts)
         self.train, self.val = np.flatnonzero(~in_tail), np.flatnonzero(in_tail)
@@ -97,8 +97,7 @@ class Task:
     """A labelled task, as prepare_medverse.py --task writes it: images with masks or labels in three splits."""
     def __init__(self, folder):
         if not (folder / 'meta.json').exists():
-            raise SystemExit(f'{folder}: this task is not prepared; python prepare_medverse.py --task {folder.name} '
-                             '--raw RAW makes it of the images in RAW')
+            raise SystemExit(f'{folder}: not prepared; make it: prepare_medverse.py --task {folder.name} --raw RAW')
         try:
             self.meta = json.loads((folder / 'meta.json').read_text())
             self.classes, self.segments = self.meta['classes'], self.meta['kind'] == 'segmentation'

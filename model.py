@@ -186,9 +186,13 @@ class Block(nn.Module):
             self.mlp = MLP(c)
 
     def forward(self, x, sigma=None):
-        """x (B, N, C) -> (B, N, C), Routing or None."""
+        """x (B, N, C) -> (B, N, C), and the Routing, without experts one of R = 0, or None at inference."""
         x = x + self.attn(self.norm1(x))
-        y, routing = self.dex(self.norm2(x), sigma) if hasattr(self, 'dex') else (self.mlp(self.norm2(x)), None)
+        if hasattr(self, 'dex'):
+            y, routing = self.dex(self.norm2(x), sigma)
+        else:
+            y, none = self.mlp(self.norm2(x)), x.new_zeros(1, 0, dtype=torch.float32)
+            routing = None if sigma is None else Routing(none.sum(), none, none, none)
         return x + y, routing
 
 def sincos_positions(width, side):
@@ -228,7 +232,7 @@ class ViT(nn.Module):
             x, routing = block(x, sigma)
             outputs.append(x[:, :N])
             routings.append(routing)
-        routing = Routing(*map(torch.stack, zip(*routings))) if routing is not None else None
+        routing = None if sigma is None else Routing(*map(torch.stack, zip(*routings)))
         return self.norm(x[:, :N]), routing, outputs
 
 class MAE(ViT):
@@ -401,7 +405,7 @@ def load_weights(model, state, path):
     """Put a state dict, read from `path`, into a ViT or MAE, with or without experts on either side.
 
     Positions and patch kernels are resized; a plain MLP becomes the director and every expert, a director a plain MLP.
-    A line names decoder, head, gate and experts that only one side has; anything else that does not fit ends the program.
+    A line names decoder, head, gate and experts that only one side has; what else does not fit ends the program.
     """
     c, fitting = model.config, {}
     for name, value in state.items():

@@ -25,13 +25,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from model import MAE, Routing, ViT, flops, layer_losses, load_weights, named_config, read_checkpoint
+from model import MAE, ViT, flops, layer_losses, load_weights, named_config, read_checkpoint
 from prepare_medverse import parse_options
 
 @dataclass
@@ -85,10 +85,6 @@ DEMO = dict(data='data/phantoms-64', out='out/demo', model='tiny', depth=4, size
             lr=8e-3, val_share=0.2, val_every=100)
 PEAK = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, '4090': 165}     # bfloat16 TFLOP/s
 MAX_SKIPPED = 10        # steps in a row that are not finite end a training
-CURVES = dict(mae=('error of hidden patches', 'training'), val_mae=('error of hidden patches', 'validation'),
-              co=('alignment loss', 'training'), bal=('balance loss', 'training'),
-              bits=('bits of modality in the first expert', 'layers'), modality_share=('modality in features', 'layers'))
-COLOURS = 'royalblue darkorange seagreen crimson purple sienna deeppink gray olive teal black gold'.split()
 
 # --- shared with finetune.py ------------------------------------------------------------------------------------------
 
@@ -115,7 +111,7 @@ def seed_step(seed, step, rank):
 def setup(kind):
     """Join torchrun's processes if there are any: (rank, world size, rank on this machine, device). '' is the best."""
     rank, world, local = (int(os.environ.get(*pair)) for pair in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
-    kind = kind or ('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
+    kind = kind or (torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')).type
     if kind not in ('cpu', 'cuda', 'mps'):
         raise SystemExit(f'--device {kind}: must be cpu, cuda or mps; CUDA_VISIBLE_DEVICES chooses among several GPUs')
     try:
@@ -126,9 +122,8 @@ def setup(kind):
         torch.cuda.set_device(device)
     torch.set_flush_denormal(True)  # what fades of an idle expert's moments would slow AdamW on a CPU to a tenth
     if sys.platform == 'linux':     # glibc would give each big tensor back to the system, and faulting in the stacked
-        libc = ctypes.CDLL(None)    # gradients anew would cost a fifth of a step on the CPU
-        libc.mallopt(-4, 0)         # M_MMAP_MAX
-        libc.mallopt(-1, -1)        # M_TRIM_THRESHOLD
+        for option, value in ((-4, 0), (-1, -1)):       # gradients anew would cost a fifth of a step on the CPU
+            ctypes.CDLL(None).mallopt(option, value)    # M_MMAP_MAX, M_TRIM_THRESHOLD
     if world > 1:
         dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', device_id=device if kind == 'cuda' else None)
     return rank, world, local, device
@@ -141,6 +136,12 @@ def make_optimizer(model, lr, weight_decay):
             decays = name.endswith('.weight') and 'norm' not in name
             groups[not decays]['params'].append(parameter)
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
+
+def simulate(folder, *options):
+    """Have prepare_medverse.py simulate phantoms: the sources or the task of a folder."""
+    script = Path(__file__).with_name('prepare_medverse.py')
+    if subprocess.run([sys.executable, script, '--out', folder, *options]).returncode:
+        raise SystemExit(f'{folder}: its phantoms are not finished; start again')
 
 def stop_signals():
     """A list to which SIGTERM and SIGINT (Ctrl-C) add their numbers from now on, so that a training can save first."""
@@ -192,197 +193,93 @@ def mutual_information(counts):
     """Mutual information in bits between row and column of a table of counts (D, R), and its maximum, the smaller of
     the rows' entropy and log2 R. 0: experts ignore the modality; the maximum: they tell as much of it as they can."""
     joint = counts.double() / counts.sum()
-    rows, columns, both = (torch.special.entr(p).sum().item() / math.log(2) for p in (joint.sum(1), joint.sum(0), joint))
+    rows, columns, both = (torch.special.entr(p).sum().item() / math.log(2)
+                           for p in (joint.sum(1), joint.sum(0), joint))
     return rows + columns - both, min(rows, math.log2(counts.shape[1]))
 
-def modality_share(x):
-    """Share of the variance of features x, a list of (L, B, C) for each modality, that lies between modalities, (L,):
-    what Theorem A.3 argues about."""
-    centred = torch.cat(x, 1) - torch.cat(x, 1).mean(1, keepdim=True)
-    between = sum(part.shape[1] * (part.mean(1) - torch.cat(x, 1).mean(1)).square().sum(1) for part in x)
-    return between / centred.square().sum((1, 2))
+def modality_share(x, kinds):
+    """Share of the variance of features x (L, images, C) that lies between modalities (L,), which Theorem A.3 argues
+    about; kinds (D, images) is 1 where an image is of a modality."""
+    x = x - x.mean(1, keepdim=True)
+    means = kinds @ x / kinds.sum(1, keepdim=True)          # (L, D, C)
+    return (kinds.sum(1) * means.square().sum(2)).sum(1) / x.square().sum((1, 2))
 
 @torch.no_grad()
 @torch.compiler.set_stance('force_eager')       # its shapes are not worth compiling for
 def validate(model, shards, o, device, autocast):
-    """Look at the whole held-out images without gate noise: draw all pictures but curves.png, print and return the rest."""
+    """Look at the whole held-out images without gate noise: draw recon.png, experts.png; print and return the rest."""
     present, picks, kinds = np.unique(shards.modality[shards.val], return_index=True, return_inverse=True)
     names = [shards.modalities[d] for d in present]
     kinds = F.one_hot(torch.from_numpy(kinds)).T.float()        # (D, images)
     # one fixed draw (images, N - 1), so that each image has the same mask at every validation
     noise = torch.rand(kinds.shape[1], (o.size // o.patch) ** 2, generator=torch.Generator().manual_seed(o.seed))
-    losses, usage = [], []
+    losses, usage, features = [], [], []
     for ids, part in zip(torch.from_numpy(shards.val).split(o.batch), noise.split(o.batch)):
         images = data.center(shards.gather(ids.numpy()).to(device), o.size)
         with autocast:
             loss, routing, _, _ = model(images, 0.0, part.to(device))
+            outputs = ViT.forward(model, images)[2]
         losses.append(loss.cpu())
-        if routing:
+        features.append(torch.stack([x[:, 1:].float().mean(1).cpu() for x in outputs]))     # (L, B, C)
+        if o.experts:
             usage.append(routing.weights.unflatten(1, (len(ids), -1)).mean(2).cpu())        # omega (L, B, R)
     losses = kinds @ torch.cat(losses) / kinds.sum(1)
-    shares = draw_features(Path(o.out), model, shards, o, device, autocast)
+    shares = modality_share(torch.cat(features, 1), kinds).tolist()
     entry = dict(val_mae=losses.mean().item(), val=dict(zip(names, losses.tolist())), modality_share=shares)
-    text = f'validation: L_self {entry["val_mae"]:.3f}; modality in the features, by layer: {numbers(shares)}'
-    if usage:
+    text = f'validation: L_self {entry["val_mae"]:.3f}; by layer, modality in the features:' + len(shares) * ' {:.2f}'
+    text = text.format(*shares)
+    if o.experts:
         usage = torch.cat(usage, 1)
         first = kinds @ F.one_hot(usage.argmax(2), usage.shape[2]).float()      # counts of first choices (L, D, R)
         bits, (most, *_) = zip(*map(mutual_information, first))
         dead = [f'{layer + 1}.{expert}' for layer, expert in (usage.sum(1) == 0).nonzero().tolist()]
         entry |= dict(bits=bits, bits_max=most, dead=dead)
-        text += (f'; in the first expert: {numbers(bits)} of {most:.2f} bits; experts (layer.number) that no image '
-                 f'activates: {" ".join(dead) or "none"}')
-        titles = [f'layer {layer}: {b:.2f} bits' for layer, b in enumerate(bits, 1)]
-        draw_tables(Path(o.out, 'experts.png'), F.normalize(kinds @ usage, 1, 2), names, titles)        # Fig. 9
+        text += '; in the first expert:' + (len(bits) * ' {:.2f}').format(*bits) + f' of {most:.2f} bits; experts '
+        text += f'(layer.number) that no image activates: {" ".join(dead) or "none"}'
+        heads = [f'layer {layer}: {b:.2f} bits' for layer, b in enumerate(bits, 1)]
+        rows = map(strips, F.normalize(kinds @ usage, 1, 2).unbind(1))      # Fig. 9: a row a modality, a strip a layer
+        note = f'in each strip experts 0 to {usage.shape[2] - 1}: the bluer, the larger their mean weight, up to 1'
+        draw_grid(Path(o.out, 'experts.png'), rows, names, heads, (24, 96), note)
     images = data.center(shards.gather(shards.val[picks]).to(device), o.size)
     draw_reconstructions(Path(o.out, 'recon.png'), model, images, noise[picks].to(device), names)
     tqdm.write(text)
     return entry
 
-def numbers(values):
-    return ' '.join(f'{value:.2f}' for value in values)
-
 def brightness(images):
     """What to multiply images (B, 3, S, S) in [0, 1] by, so that dark ones, as PET, are seen."""
     return 1 / images.flatten(1).quantile(0.99, 1).clamp(min=0.1)[:, None, None, None]
 
-def draw_grid(path, rows, names, heads, side=96):
-    """Rows of tiles (n, 3, S, S) in [0, 1] with a name before each row and a head over each column."""
-    rows = [F.pad(F.interpolate(row.cpu(), (side, side), mode='area'), (4, 0, 4, 0), value=1) for row in rows]
+def draw_grid(path, rows, names, heads, size=(96, 96), note=''):
+    """Rows of tiles (n, 3, H, W) in [0, 1] with a name before each row, a head over each column, a note below."""
+    rows = [F.pad(F.interpolate(row.float().cpu(), size, mode='area'), (4, 0, 4, 0), value=1) for row in rows]
     page = torch.cat([torch.cat([*row], 2) for row in rows], 1)         # (3, rows, columns) of pixels
-    page = F.pad(page, (90, 4, 20, 4), value=1).clamp(0, 1).mul(255).byte()
+    page = F.pad(page, (90, 4, 20, 24 if note else 4), value=1).clamp(0, 1).mul(255).byte()
     picture = Image.fromarray(page.permute(1, 2, 0).numpy())
     draw = ImageDraw.Draw(picture)
     for number, name in enumerate(names):
-        draw.multiline_text((6, 24 + (side + 4) * (number + 0.5)), name, 'black', anchor='lm')
+        draw.text((6, 24 + (size[0] + 4) * number + size[0] / 2), name, 'black', anchor='lm')
     for number, head in enumerate(heads):
-        draw.text((94 + (side + 4) * number, 14), head, 'black', anchor='lm')
+        draw.text((94 + (size[1] + 4) * number, 14), head, 'black', anchor='lm')
+    draw.text((94, picture.height - 12), note, 'gray', anchor='lm')
     picture.quantize(palette=picture.quantize(method=Image.Quantize.MAXCOVERAGE)).save(path)    # a third of the bytes
 
+def strips(shares):
+    """Shares (n, R) from 0, pale grey, to 1, blue, as tiles (n, 3, 1, R)."""
+    pale = 0.94 * (1 - shares.nan_to_num()[:, None, None])
+    return torch.cat([pale, pale, 0.75 + 0.2 * pale], 1)
+
 def draw_reconstructions(path, model, images, noise, names):
-    """Of images (B, 3, S, S) with mask noise (B, N - 1) each image, what the encoder sees, and the prediction in place of
-    what it does not see, with the per-patch normalization undone (so a patch's mean and contrast come from the truth)."""
+    """Of images (B, 3, S, S) with mask noise (B, N - 1) each image, what the encoder sees, and the prediction in place
+    of the rest, with the per-patch normalization undone (so a patch's mean and contrast come from the truth)."""
     _, _, prediction, mask = model(images, 0.0, noise)
     _, mean, std = model.targets(images)
     hidden = model.unpatchify(mask[:, :, None].expand_as(prediction)) > 0
     seen, guess = (data.denormalize(x).clamp(0, 1) for x in (images, model.unpatchify(prediction * std + mean)))
-    grey = (seen - seen[:, :1]).abs().amax((1, 2, 3), keepdim=True) < 1e-3      # three guesses at one channel: their mean
-    guess = torch.where(grey, guess.mean(1, keepdim=True), guess)
+    grey = (seen - seen[:, :1]).abs().amax((1, 2, 3), keepdim=True) < 1e-3
+    guess = torch.where(grey, guess.mean(1, keepdim=True), guess)       # of three guesses at one channel the mean
     gain = brightness(seen)
     rows = [seen * gain, torch.where(hidden, 0.5, seen * gain), torch.where(hidden, guess, seen) * gain]
     draw_grid(path, rows, ['image', 'what the\nencoder sees', 'its guess\nat the rest'], names)
-
-def cluster(x, k, rounds=20):
-    """Spherical k-means of features x (M, C) of length 1: centres (k, C). Each begins where none before it is near."""
-    centres = x[:1]
-    while len(centres) < k:
-        farthest = (x @ centres.T).amax(1).argmin()
-        centres = torch.cat([centres, x[farthest, None]])
-    for _ in range(rounds):
-        member = F.one_hot((x @ centres.T).argmax(1), k).to(x.dtype)        # (M, k)
-        centres = F.normalize(member.T @ x, dim=1)
-    return centres
-
-def draw_features(out, model, shards, o, device, autocast, k=6):
-    """What the last layer finds alike in some 32 held-out images of each modality, less the modality's mean feature.
-
-    layout.png (Fig. 7): the 16 patches nearest to each of k clusters' centres. attention.png (Fig. 6): an image, and how
-    like (cosine) its patches are to three of them, which lie in three clusters. Returns the `modality_share` by layer.
-    """
-    P, side, layout, maps, names, means = o.patch, o.size // o.patch, [], [], [], []
-    for d in np.unique(shards.modality[shards.val]):
-        ids = shards.val[shards.modality[shards.val] == d]
-        images = data.center(shards.gather(ids[::math.ceil(len(ids) / 32)]).to(device), o.size)
-        with autocast:
-            x, _, outputs = ViT.forward(model, images)
-        means.append(torch.stack([layer[:, 1:].float().mean(1) for layer in outputs]))      # (L, B, C)
-        x = x[:, 1:].float()
-        x = F.normalize(x - x.mean((0, 1)), dim=2)              # (B, N - 1, C)
-        images = data.denormalize(images)
-        images = images * brightness(images)
-        patches = model.patchify(images)                        # (B, N - 1, P * P * 3)
-        shows = patches.std(2) > 0.02                           # not air, not paper; nor the borders, with their text
-        shows &= F.pad(torch.ones(side - 2, side - 2, device=device), (1, 1, 1, 1)).flatten() > 0
-        if shows.sum() < 16:
-            continue
-        names.append(shards.modalities[d])
-        alike = x @ cluster(x[shows], k).T * shows[:, :, None]          # (B, N - 1, k)
-        nearest = patches.flatten(0, 1)[alike.flatten(0, 1).topk(16, 0).indices.T]          # (k, 16, P * P * 3)
-        layout.append(nearest.view(k, 4, 4, P, P, 3).permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3))
-
-        fills = F.one_hot(alike.argmax(2), k).mul(shows[:, :, None]).sum(1)                 # (B, k) patches
-        best = fills.sort(1).values[:, -3].argmax()             # the image that shows three clusters best
-        query = alike[best][:, fills[best].topk(3).indices].argmax(0)                       # (3,) patches
-        heat = (x[best, query] @ x[best].T).view(3, 1, side, side).clamp(min=0)
-        heat = F.interpolate(heat, (o.size, o.size), mode='bicubic').clamp(0, 1)
-        place = F.interpolate(F.one_hot(query, side ** 2).float().view(3, 1, side, side), (o.size, o.size))
-        frame = place + F.max_pool2d(-place, 5, 1, 2)           # the outermost pixels of the query's square
-        red = torch.tensor((1.0, 0, 0), device=device)[:, None, None]
-        maps.append(torch.cat([images[best, None], torch.lerp(images[best].mean(0), red, 0.8 * heat ** 2).maximum(frame)]))
-    if names:
-        draw_grid(out / 'layout.png', torch.stack(layout, 1), [f'alike, {number}' for number in range(1, k + 1)], names)
-        like = 'redder: more\nlike the patch\nin the square'
-        draw_grid(out / 'attention.png', torch.stack(maps, 1), ['image', like, like, like], names)
-    return modality_share(means).tolist()
-
-def draw_tables(path, tables, names, titles, counts=None):
-    """Tables (L, D, R) of shares from 0 (white) to 1 (blue), four in a row, with titles, row names and experts' numbers.
-    Numbers `counts` (L, D, R) are written into the cells, which are then larger, and the columns have the names."""
-    (L, D, R), longest = tables.shape, math.ceil(max(map(ImageFont.load_default().getlength, names)))
-    cell, heads = (16, range(R)) if counts is None else (max(48, 8 + longest), names)
-    left = max(80, 14 + longest)
-    width, height = left + R * cell, 34 + D * cell
-    picture = Image.new('RGB', (width * min(L, 4) + 10, height * math.ceil(L / 4) + 30), 'white')
-    draw = ImageDraw.Draw(picture)
-    for l, d, r in np.ndindex(L, D, R):
-        x, y = width * (l % 4) + left + r * cell, height * (l // 4) + 34 + d * cell
-        light = int(255 - 255 * tables[l, d, r].nan_to_num())
-        draw.rectangle((x, y, x + cell - 1, y + cell - 1), (light, light, 255 - (255 - light) // 4))
-        if counts is not None:
-            draw.text((x + 4, y + cell // 2 - 6), str(int(counts[l, d, r])), 'black' if light > 127 else 'white')
-        if r == 0:
-            draw.text((x - left + 8, y + cell // 2 - 6), names[d], 'black')
-        if d == 0:
-            draw.text((x + 4, y - 14), str(heads[r]), 'gray')
-        if d == r == 0:
-            draw.text((x, y - 30), titles[l], 'black')
-            draw.text((x - left + 8, y - 14), 'expert' if counts is None else '', 'gray')
-    draw.text((8, picture.height - 16), 'white: none of the row; the bluer, the more of it; darkest: all', 'gray')
-    picture.save(path)
-
-def draw_lines(path, panels):
-    """Panels {title: {name of a line: [(x, y), ...]}} side by side, each from its least to its greatest numbers."""
-    picture = Image.new('RGB', (330 * len(panels), 220), 'white')
-    draw = ImageDraw.Draw(picture)
-    for number, (title, lines) in enumerate(panels.items()):
-        points = np.concatenate(list(lines.values()))       # (points, 2)
-        low, high = points.min(0), points.max(0)
-        corner, size = np.array((330 * number + 55, 190)), np.array((190, -150))
-
-        def place(point):
-            return tuple(corner + size * (point - low) / (high - low + 1e-9))
-
-        draw.text((corner[0], 12), title, 'black')
-        draw.line([place((low[0], high[1])), place(low), place((high[0], low[1]))], 'silver')
-        for x, y in (low, high):
-            draw.text(place((x, low[1])), f'{x:.4g}', 'gray', anchor='ma')
-            draw.text(place((low[0], y)), f'{y:.3g} ', 'gray', anchor='rm')
-        for row, (colour, (name, line)) in enumerate(zip(COLOURS, lines.items())):
-            draw.line([place(point) for point in line], colour, 2)
-            draw.text((corner[0] + 198, 40 + 14 * row), name, colour)
-    picture.save(path)
-
-def draw_curves(path, entries):
-    """Losses, bits and modality shares against the step, from the objects of log.jsonl."""
-    panels = {}
-    for entry in entries:
-        for name, (title, label) in CURVES.items():
-            values = entry.get(name)
-            by_layer = label == 'layers' and values
-            lines = {f'layer {l}': value for l, value in enumerate(values, 1)} if by_layer else {label: values}
-            for line, value in lines.items():
-                if value is not None:       # not looked at in this step, or not finite
-                    panels.setdefault(title, {}).setdefault(line, []).append((entry['step'] + 1, value))
-    draw_lines(path, panels)
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
@@ -432,21 +329,17 @@ def set_up(o, rank, world, local, device):
         torch._dynamo.config.optimize_ddp = False       # which would cut a block's graph once more
         net = DistributedDataParallel(model, [local] if gpu else None, broadcast_buffers=False,
                                       gradient_as_bucket_view=True)
-        mine = torch.tensor([first, len(shards.train)], device=device)
-        dist.broadcast(theirs := mine.clone(), 0)
-        if not torch.equal(mine, theirs):
-            raise SystemExit(f'{out}, {o.data}: not alike on every machine; put both on a disk that all of them share')
     log = None
     if rank == 0:
         log = open_run(out, o, first, dict(options=asdict(o), model=asdict(model.config)))
         if not first:
             (out / 'ckpt.pt').unlink(missing_ok=True)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f'{o.model}: {len(model.blocks)} blocks, {trained / 1e6:.1f} M parameters trained; {o.data}: '
-              f'{len(shards.train)} + {len(shards.val)} images of {len(shards.modalities)} modalities, {shards.side} '
-              f'pixels, seen at {o.size}\n{steps} steps ({steps / epoch_steps:.1f} epochs) of {o.batch} x {o.accumulate} '
-              f'x {world} = {global_batch} images, learning rate up to {peak:.2e} after {warmup} steps, on {world} x '
-              f'{device.type} in {"bfloat16" if bf16 else "float32"}')
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        print(f'{o.model}: {len(model.blocks)} blocks, {trained:.1f} M parameters, on {world} x {device.type} in '
+              f'{"bfloat16" if bf16 else "float32"}; {o.data}: {len(shards.train)} + {len(shards.val)} images of '
+              f'{len(shards.modalities)} modalities, {shards.side} pixels, seen at {o.size}\n{steps} steps '
+              f'({steps / epoch_steps:.1f} epochs) of {o.batch} x {o.accumulate} x {world} = {global_batch} images, '
+              f'learning rate up to {peak:.2e} after {warmup} steps')
     batches = data.batches(shards, o.seed, range(first * o.accumulate, steps * o.accumulate), o.batch, rank, world,
                            epoch_steps * o.accumulate, device)
     chip = torch.cuda.get_device_name() if gpu else ''
@@ -461,11 +354,6 @@ def save_run(run, step):
     save(run.out / 'ckpt.pt', dict(
         model=run.model.state_dict(), optimizer=run.optimizer.state_dict(), step=step, skipped=run.skipped.item(),
         config=asdict(run.model.config), options=asdict(run.o), numbers=run.numbers))
-
-def no_routing(model):
-    """Of the plain masked autoencoder: no alignment loss, and nothing of no experts."""
-    zeros = torch.zeros(len(model.blocks), 1, 0, device=model.cls_token.device)
-    return Routing(zeros.sum((1, 2)), zeros, zeros, zeros)
 
 def pack(mae, routing, signals):
     """What a step adds up over its ranks as one table (L, 3 R + 3); a row for each layer."""
@@ -502,7 +390,7 @@ def train(run):
             run.net.require_backward_grad_sync = micro == o.accumulate - 1      # DDP's gradients travel once a step
             with run.autocast:
                 mae, routing, _, _ = run.net(images, torch.full((), sigma, device=run.device))
-            mae, routing = mae.mean(), routing or no_routing(model)
+            mae = mae.mean()
             table = pack(mae, routing, run.signals)
             if run.world > 1:       # the one small all-reduce of a step
                 dist.all_reduce(table)
@@ -538,8 +426,6 @@ def train(run):
                 if looking:
                     entry |= validate(model, run.shards, o, run.device, run.autocast)
                 write_line(run.log, entry)
-                if looking:
-                    draw_curves(run.out / 'curves.png', [json.loads(line) for line in open(run.out / 'log.jsonl')])
             logged, logged_at = done, time.perf_counter()
         if in_a_row >= MAX_SKIPPED:
             raise SystemExit(f'{run.out}: {MAX_SKIPPED} steps in a row were not finite; lower --lr')
@@ -550,14 +436,6 @@ def train(run):
             break
     return done
 
-def make_phantoms(folder, size):
-    """Simulate 200 images of each of the ten modalities in a folder, unless they are all there."""
-    if len([*Path(folder).glob('phantom-*/meta.json')]) < 10:
-        script = Path(__file__).with_name('prepare_medverse.py')
-        command = [sys.executable, script, '--phantoms', '200', '--out', folder, '--size', str(size)]
-        if subprocess.run(command).returncode:
-            raise SystemExit(f'{folder}: its phantoms are not finished; start again')
-
 def main():
     """Options, processes, the phantoms of a demo; then train."""
     o = parse_options(Options())
@@ -565,8 +443,8 @@ def main():
         o = parse_options(Options(demo=True, **DEMO))
     rank, world, local, device = setup(o.device)
     try:
-        if o.demo and rank == 0:
-            make_phantoms(o.data, o.size)
+        if o.demo and rank == 0 and len([*Path(o.data).glob('phantom-*/meta.json')]) < 10:
+            simulate(o.data, '--phantoms', '200', '--size', str(o.size))
         if world > 1:
             dist.barrier()
         run = set_up(o, rank, world, local, device)

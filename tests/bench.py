@@ -88,7 +88,7 @@ def real_steps(words, warm=5, count=20):
     if o.data == pretrain.Options.data and not Path(o.data).exists():
         o = replace(o, data=f'data/phantoms-{o.size}')
         if rank == 0:
-            pretrain.make_phantoms(o.data, o.size)
+            pretrain.simulate(o.data, '--phantoms', '200', '--size', str(o.size))
     if world > 1:
         torch.distributed.barrier()
     gpu, marks, backward = device.type == 'cuda', [], torch.Tensor.backward
@@ -180,7 +180,7 @@ def step(model, trained, optimizer, images, seed, ours, bf16):
     with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
         losses, routing, _, _ = model(images, torch.tensor(0.5))
     loss = losses.mean()
-    if routing:
+    if routing.scores.numel():
         co, balance = layer_losses(routing.co, routing.scores.mean(1), routing.chosen.mean(1))
         loss = loss + 0.1 * co + 0.001 * balance
     loss.backward()
@@ -192,7 +192,7 @@ def step(model, trained, optimizer, images, seed, ours, bf16):
     optimizer.step()
     optimizer.zero_grad()
     before = time.perf_counter()
-    if routing:
+    if routing.scores.numel():
         for block, usage in zip(model.blocks, routing.weights.detach().mean(1)):
             block.dex.gema(usage, 0.99, torch.tensor(True))
     end = time.perf_counter()

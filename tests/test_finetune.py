@@ -2,19 +2,21 @@
 import csv
 import json
 import math
-import subprocess
+import os
+import signal
 import sys
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from torch import nn
 
 import data
 import finetune
+import prepare_medverse
+import report
 from model import MAE, SIZES, Config, ViT, read_checkpoint
 from unetr import UNETR
 
@@ -66,7 +68,7 @@ def test_class_scores_are_the_naive_ones(C):
     rng = np.random.default_rng(C)
     chances, labels = rng.integers(1, 5, (40, C)) / 4, rng.integers(0, min(C, 3), 40)       # ties; of 4, class 3 is never true
     chances[:, -1] *= 0.1 if C == 4 else 1
-    found, guess = finetune.class_scores(chances, labels, 1), chances.argmax(1)
+    found, guess = finetune.class_scores(chances, labels), chances.argmax(1)
     f1, auroc = [], []
     for c in range(C):
         hits = sum(1 for g, t in zip(guess, labels) if g == c and t == c)
@@ -76,7 +78,7 @@ def test_class_scores_are_the_naive_ones(C):
         auroc.append(sum((p > q) + (p == q) / 2 for p, q in pairs) / len(pairs) if pairs else None)
     assert found['f1']['per_class'] == [close(v) for v in f1] and found['f1']['mean'] == close(average(f1))
     assert found['auroc']['per_class'] == [close(v) for v in auroc] and found['auroc']['mean'] == close(average(auroc))
-    assert found['accuracy'] == sum(guess == labels) / 40 and found['f1_positive'] == (close(f1[1]) if C == 2 else None)
+    assert found['accuracy'] == sum(guess == labels) / 40
     for t in range(C):
         for g in range(C):
             assert found['confusion'][t][g] == sum((labels == t) & (guess == g))
@@ -214,27 +216,26 @@ def pretrained(tmp_path_factory):
 def script(*words, **more):
     """Run finetune.main in this process; returns its exit status, 0 or a sentence."""
     argv, sys.argv = sys.argv, ['finetune.py', *map(str, words), *(f'--{k}={v}' for k, v in more.items())]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         finetune.main()
     except SystemExit as stop:
         return stop.code or 0
     finally:
         sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return 0
 
-@pytest.mark.parametrize('adapt', ['director', 'experts'])
-def test_export_and_load_again_is_the_identity(pretrained, tmp_path, adapt):
+def test_the_director_is_a_plain_vit_in_the_names_of_timm(pretrained, tmp_path):
     images = torch.randn(2, 3, SIDE, SIDE)
-    assert script(export=tmp_path / 'vit.pt', init=pretrained, adapt=adapt) == 0
-    ours, again = (finetune.encoder(options(init=str(path), adapt=adapt), 0)[0] for path in (pretrained, tmp_path / 'vit.pt'))
+    ours = finetune.encoder(options(init=str(pretrained), adapt='director'), 0)[0]      # as the README exports it
+    torch.save(ours.state_dict(), tmp_path / 'vit.pt')
+    timm = TimmViT(192, 4, 3, 8, SIDE)
+    timm.load_state_dict(torch.load(tmp_path / 'vit.pt', weights_only=True))       # strictly
+    torch.testing.assert_close(timm(images), ours(images)[0], atol=1e-4, rtol=1e-4)
+    again = finetune.encoder(options(init=str(tmp_path / 'vit.pt'), adapt='director'), 0)[0]
     assert torch.equal(ours(images)[0], again(images)[0])
-    if adapt == 'director':
-        timm = TimmViT(192, 4, 3, 8, SIDE)
-        timm.load_state_dict(torch.load(tmp_path / 'vit.pt', weights_only=True))       # strictly
-        torch.testing.assert_close(timm(images), ours(images)[0], atol=1e-4, rtol=1e-4)
-    assert '--overwrite' in script(export=tmp_path / 'vit.pt', init=pretrained, adapt='director', size=64)
-    assert script('--overwrite', export=tmp_path / 'vit.pt', init=pretrained, adapt='director', size=64) == 0
-    assert torch.load(tmp_path / 'vit.pt', weights_only=True)['pos_embed'].shape == (1, 65, 192)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
@@ -321,10 +322,11 @@ def test_director_experts_and_blocks_train_as_asked(tasks, pretrained, tmp_path)
             assert torch.equal(tuned[name], value) == (not name.startswith('vit.blocks.3.')), name
     assert results(tmp_path / 'd')['method'] == f'DEX-D-{pretrained.parent.name}-tune_blocks-1-top_k-1-pool-mean'
 
-def test_without_validation_the_last_epoch_counts(tasks, pretrained, tmp_path):
+def test_without_validation_the_last_epoch_counts(tasks, tmp_path, capsys):
     assert script(task='unchecked', data=tasks, out=tmp_path, init='scratch', depth=4, patch=8, **TINY) == 0
     assert equal(weights(tmp_path), weights(tmp_path, 'best.pt', 'model'))
     assert results(tmp_path)['sha256'] is None and results(tmp_path)['validation'] is None
+    assert 'validation' not in capsys.readouterr().err
 
 def test_a_fraction_is_the_same_for_every_method(tasks, pretrained, tmp_path):
     seen = {}
@@ -343,30 +345,54 @@ def test_a_fraction_is_the_same_for_every_method(tasks, pretrained, tmp_path):
     assert len(seen['experts']) == 15
     assert results(tmp_path / 'experts')['counts']['train'] == 5
 
-def command(*words, **more):
-    return [*map(str, words), *(f'--{k}={v}' for k, v in more.items())]
+def stop_at(monkeypatch, step, number=signal.SIGTERM):
+    """As if the signal came during a step."""
+    rate = finetune.learning_rate
+    def learning_rate(now, *others):
+        if now == step:
+            os.kill(os.getpid(), number)
+        return rate(now, *others)
+    monkeypatch.setattr(finetune, 'learning_rate', learning_rate)
 
-def test_killed_and_resumed_equals_never_stopped(tasks, pretrained, tmp_path, monkeypatch):
-    run = dict(TINY, task='find', data=tasks, init=pretrained, epochs=4)
-    assert script(out=tmp_path / 'whole', **run) == 0
-    saved = finetune.save
-    def save(path, content):        # as if killed right after the checkpoint of the second epoch
-        saved(path, content)
-        if path.name == 'ckpt.pt' and content['step'] == 6:
-            raise KeyboardInterrupt
-    ticks = iter(range(0, 10 ** 6, 100))        # more than a minute between checkpoints
-    monkeypatch.setattr(finetune.time, 'perf_counter', lambda: next(ticks))
-    monkeypatch.setattr(finetune, 'save', save)
-    assert script(out=tmp_path / 'cut', **run) == 130
+def log(out):
+    return [json.loads(line, parse_constant=lambda name: pytest.fail(name + ' is no JSON'))
+            for line in (out / 'log.jsonl').read_text().splitlines()]
+
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_and_resumed_equals_never_stopped(tasks, runs, pretrained, tmp_path, monkeypatch, capsys, number, code):
+    """Stopped in the middle of the second epoch, each step is done once; then the run is finished, and says so."""
+    run = dict(TINY, task='tell', data=tasks, init=pretrained, epochs=6, out=tmp_path / 'cut')
+    stop_at(monkeypatch, 4, number)
+    assert script(**run) == code
     monkeypatch.undo()
-    assert weights(tmp_path / 'cut', key='step') == 6
-    assert 'already' in script(out=tmp_path / 'cut', **run)
-    assert script('--resume', out=tmp_path / 'cut', **run) == 0
-    assert equal(weights(tmp_path / 'whole'), weights(tmp_path / 'cut'))
-    assert equal(weights(tmp_path / 'whole', 'best.pt', 'model'), weights(tmp_path / 'cut', 'best.pt', 'model'))
-    assert results(tmp_path / 'whole')['scores'] == results(tmp_path / 'cut')['scores']
-    logs = [[json.loads(line) for line in (tmp_path / out / 'log.jsonl').read_text().splitlines()] for out in ('whole', 'cut')]
-    assert logs[0] == logs[1]
+    assert 'saved after 5 of 18 steps; go on with --resume' in capsys.readouterr().out
+    assert weights(tmp_path / 'cut', key='step') == 5 and [line['step'] for line in log(tmp_path / 'cut')] == [2]
+    assert '--resume' in script(**run)
+    assert script('--resume', **run) == 0
+    for name in ('ckpt.pt', 'best.pt'):
+        assert equal(weights(runs / 'tell', name), weights(tmp_path / 'cut', name)), name
+    assert results(runs / 'tell')['scores'] == results(tmp_path / 'cut')['scores']
+    assert log(runs / 'tell') == log(tmp_path / 'cut')
+    before = (tmp_path / 'cut' / 'results.json').read_bytes()
+    capsys.readouterr()
+    assert script('--resume', **run) == 0 and 'finished' in capsys.readouterr().out
+    assert (tmp_path / 'cut' / 'results.json').read_bytes() == before
+
+@pytest.mark.parametrize('listed', [True, False])
+def test_no_run_goes_on_with_other_images(tasks, pretrained, tmp_path, monkeypatch, listed):
+    """Prepared again, another split of as many images is told by split.json or, without one, by its answers."""
+    task, run = tmp_path / 'task', dict(TINY, task='task', data=tmp_path, init=pretrained, out=tmp_path / 'out')
+    write_task(task, False)
+    split = dict(train=['a.png'], val=[], test=['b.png'])
+    if listed:
+        (task / 'split.json').write_text(json.dumps(split))
+    stop_at(monkeypatch, 1)
+    assert script(**run) == 143
+    if listed:
+        (task / 'split.json').write_text(json.dumps(split | dict(train=['b.png'], test=['a.png'])))
+    else:
+        np.save(task / 'test' / 'labels.npy', np.array([1, 0, 1, 0, 0]))
+    assert 'other split' in script('--resume', **run)
 
 def test_a_run_goes_on_as_it_began_or_anew(tasks, pretrained, tmp_path, monkeypatch):
     run = dict(TINY, task='tell', data=tasks, init=pretrained, out=tmp_path / 'out', epochs=1)
@@ -379,10 +405,12 @@ def test_a_run_goes_on_as_it_began_or_anew(tasks, pretrained, tmp_path, monkeypa
     (tmp_path / 'other' / 'ckpt.pt').write_bytes(pretrained.read_bytes())
     assert 'vit.cls_token' in script('--resume', **dict(run, out=tmp_path / 'other'))      # of pretraining
     (tmp_path / 'out' / 'ckpt.pt').unlink()       # big, and no longer needed; what it left is not given up for that
-    assert 'already' in script(**run) and (tmp_path / 'out' / 'results.json').exists()
+    assert 'holds a run' in script(**run) and (tmp_path / 'out' / 'results.json').exists()
     monkeypatch.setattr(finetune, 'learning_rate', lambda *_: 1 / 0)        # as if killed at the first step
-    with pytest.raises(ZeroDivisionError):
+    try:
         script('--overwrite', **run)
+    except ZeroDivisionError:
+        pass
     assert not {'ckpt.pt', 'best.pt', 'results.json'} & {path.name for path in (tmp_path / 'out').iterdir()}
 
 def test_a_step_that_is_not_finite_is_skipped(tasks, pretrained, tmp_path, monkeypatch):
@@ -401,28 +429,15 @@ def test_a_step_that_is_not_finite_is_skipped(tasks, pretrained, tmp_path, monke
     assert found['skipped'] == 1
     assert found['sha256'] == sha256 and found['method'] == 'DEX-E-init'
 
-def test_more_ranks_than_images(tasks, pretrained, tmp_path):
-    """Two processes, one image at the last step: nobody's mean is over nothing."""
-    run = dict(TINY, task='unchecked', data=tasks, init=pretrained, batch=1, fraction=0.5, epochs=1)
-    done = subprocess.run(command(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'finetune.py',
-                                  out=tmp_path, **run), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert results(tmp_path)['counts']['train'] == 3 and results(tmp_path)['skipped'] == 0
-
-def test_two_ranks_train_alike_and_count_each_image_once(tasks, pretrained, tmp_path):
-    """Two processes with batches of 2 see the images that one process with 4 sees; their weights end the same."""
-    run = dict(TINY, task='find', data=tasks, init=pretrained, batch=2)
-    done = subprocess.run(command(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'finetune.py',
-                                  out=tmp_path / 'two', **run), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    two = results(tmp_path / 'two')
-    assert two['counts'] == dict(train=12, val=4, test=5) and done.stdout.count('test Dice') == 1
-    state, config, file = read_checkpoint(tmp_path / 'two' / 'best.pt', 'vit.cls_token')
-    net = finetune.build(ViT(config), file['meta'], file['pool'])
-    net.load_state_dict(state)
-    alone, _ = finetune.evaluate(net, data.Task(tasks / 'find'), 'val', options(batch=3), torch.device('cpu'),
-                                 torch.autocast('cpu', enabled=False))
-    assert two['validation'] == pytest.approx(finetune.headline(alone))
+@pytest.mark.parametrize('from_step, advice', [(0, 'images'), (2, '--lr')])
+def test_ten_steps_in_a_row_that_are_not_finite_end_it(tasks, pretrained, tmp_path, monkeypatch, from_step, advice):
+    """What led there is in the log, as JSON."""
+    steps, loss = iter(range(99)), finetune.F.cross_entropy
+    monkeypatch.setattr(finetune.F, 'cross_entropy', lambda *x: loss(*x) * (math.nan if next(steps) >= from_step else 1))
+    sentence = script(task='tell', data=tasks, init=pretrained, out=tmp_path, **dict(TINY, epochs=5))
+    assert '10 steps in a row' in sentence and advice in sentence and not (tmp_path / 'results.json').exists()
+    entries = log(tmp_path)
+    assert next(steps) == from_step + 10 and entries[-1]['loss'] is None and entries[-1]['skipped'] == (9 if from_step == 0 else 7)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prediction and report
@@ -442,7 +457,7 @@ def test_masks_of_new_pictures_and_volumes(runs, tmp_path, capsys):
     files = [new / name for name in ('broken.png', 'picture.png', 'photo.jpg', 'scan.nii.gz')]
     assert script('--predict', *files, out=runs / 'find', device='cpu') == 1
     assert 'broken.png' in capsys.readouterr().err
-    folder = runs / 'find' / 'predictions'
+    folder = runs / 'find' / 'predictions' / new.relative_to('/')
     mask = np.asarray(Image.open(folder / 'picture.png-mask.png'))
     truth = np.zeros((50, 70), bool)
     truth[10:40, 20:50] = True
@@ -457,24 +472,70 @@ def test_masks_of_new_pictures_and_volumes(runs, tmp_path, capsys):
     assert len(overlays) == 3 and Image.open(folder / 'picture.png-overlay.png').size == (70, 50)
 
 def test_no_file_takes_the_place_of_another(runs, tmp_path, capsys, monkeypatch):
+    """Where a mask lies does not depend on what else is asked for, nor on how the file is named."""
     for number, name in enumerate(('a/x.png', 'b/x.png', 'a/y.png', 'a/y.jpg')):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(np.full((20 + number, 30), 200, np.uint8)).save(tmp_path / name)
     nib.save(nib.Nifti1Image(np.zeros((9, 9, 0), np.float32), np.eye(4)), tmp_path / 'a' / 'none.nii')
     rng = np.random.default_rng(0)
     nib.save(nib.Nifti1Image(rng.random((20, 22, 3, 2), np.float32), np.eye(4)), tmp_path / 'a' / 'film.nii')
-    files, out = sorted(tmp_path.glob('*/*')), runs / 'find' / 'predictions'
+    files, out = sorted(tmp_path.glob('*/*')), runs / 'find' / 'predictions' / tmp_path.relative_to('/')
     assert script('--predict', *files, out=runs / 'find') == 1
     sentences = capsys.readouterr().err.splitlines()
     assert len(sentences) == 1 and 'none.nii' in sentences[0]
     for number, name in enumerate(('a/x.png', 'b/x.png', 'a/y.png', 'a/y.jpg')):
         assert Image.open(out / f'{name}-mask.png').size == (30, 20 + number)
     assert nib.load(out / 'a' / 'film.nii-mask.nii.gz').shape == (20, 22, 3, 2)
-    monkeypatch.chdir(tmp_path / 'a')
-    assert script('--predict', 'x.png', out=runs / 'find') == 0 and (out / 'x.png-mask.png').exists()
-    np.save('stack.npy', rng.integers(0, 255, (3, 20, 30), np.uint8))       # several images: one below the other
-    assert script('--predict', 'stack.npy', out=runs / 'find') == 0
-    assert Image.open(out / 'stack.npy-mask.png').size == (30, 60) and Image.open(out / 'stack.npy-overlay.png').size == (30, 20)
+    monkeypatch.chdir(tmp_path / 'b')
+    before = (out / 'a' / 'x.png-mask.png').stat().st_mtime_ns
+    assert script('--predict', '../a/x.png', out=runs / 'find') == 0
+    assert (out / 'a' / 'x.png-mask.png').stat().st_mtime_ns > before
+
+def test_masks_of_volumes_in_arrays_pages_and_dicom(runs, tmp_path, capsys, monkeypatch):
+    """Each voxel of the mask is that of the image: squares of one brightness are found, at their places, in each layout."""
+    stack = np.uint8(np.random.default_rng(3).integers(0, 60, (3, SIDE, SIDE)))     # of the task's own side: not resized
+    for n, image in enumerate(stack):
+        image[4 + n:20 + n, 2 + 4 * n:18 + 4 * n] += 150
+    truth = stack > 140
+    np.save(tmp_path / 'stack.npy', stack)
+    first, *others = map(Image.fromarray, stack)
+    first.save(tmp_path / 'pages.tif', save_all=True, append_images=others)
+    affine = np.array([[-2.0, 0, 0, 5], [0, -2, 0, 6], [0, 0, 7, 7], [0, 0, 0, 1]])
+    def series(folder, new):        # as dcm2niix: volumes in a temporary folder
+        nib.save(nib.Nifti1Image(stack.T, affine), new / 'x_1.nii')
+        return [new / 'x_1.nii']
+    monkeypatch.setattr(prepare_medverse, 'series', series, raising=False)
+    (tmp_path / 'dicom').mkdir()
+    assert script('--predict', *(tmp_path / name for name in ('stack.npy', 'pages.tif', 'dicom')), out=runs / 'find') == 0
+    out = runs / 'find' / 'predictions' / tmp_path.relative_to('/')
+    for name, where in (('stack.npy', np.diag([-1, -1, 1, 1])), ('pages.tif', np.diag([-1, -1, 1, 1])), ('dicom/x_1.nii', affine)):
+        mask = nib.load(out / f'{name}-mask.nii.gz')
+        assert np.array_equal(mask.affine, where) and mask.shape == (SIDE, SIDE, 3)
+        assert naive_dice(np.asarray(mask.dataobj).T.flatten(), truth.flatten(), 1) > 0.9, name
+    assert Image.open(out / 'stack.npy-overlay.png').size == (SIDE, SIDE)
+    # A view that runs backwards, as cut() gives it, has no tensor.
+    nib.save(nib.Nifti1Image(stack.T, np.diag([1.0, 1, 1, 1])), tmp_path / 'turned.nii')
+    assert script('--predict', tmp_path / 'turned.nii', out=runs / 'find') == 0
+    mask = np.asarray(nib.load(out / 'turned.nii-mask.nii.gz').dataobj)
+    assert naive_dice(mask.T.flatten(), truth.flatten(), 1) > 0.9
+
+def test_an_overlay_without_foreground_shows_the_middle(tmp_path):
+    images = [np.full((4, 5), value, np.uint8) for value in (0, 100, 200)]
+    finetune.write_masks(tmp_path / 'x.npy', tmp_path / 'x.npy', images, [np.zeros((4, 5), np.uint8)] * 3)
+    assert (np.asarray(Image.open(tmp_path / 'x.npy-overlay.png')) == 100).all()
+
+def test_names_that_are_not_utf8_have_a_whole_table(runs, tmp_path, capsys):
+    names = [os.fsencode(tmp_path) + b'/' + name for name in (b'a.png', b'\xe9.png', b'z.png')]
+    for name in names:
+        with open(name, 'wb') as file:
+            Image.fromarray(np.zeros((9, 9), np.uint8)).save(file, 'png')
+    words = [os.fsdecode(name) for name in names]
+    assert script('--predict', *words, out=runs / 'tell') == 0
+    with open(runs / 'tell' / 'predictions' / 'classes.csv', errors='surrogateescape') as table:
+        assert [row['file'] for row in csv.DictReader(table)] == words
+    (tmp_path / 'film.mp4').write_bytes(b'frames')
+    assert script('--predict', *words, tmp_path / 'film.mp4', out=runs / 'tell') == 1
+    assert 'film.mp4' in capsys.readouterr().err
 
 def test_classes_of_new_pictures(runs, tmp_path, tasks):
     task = data.Task(tasks / 'tell')
@@ -488,22 +549,30 @@ def test_classes_of_new_pictures(runs, tmp_path, tasks):
     assert right / 5 == results(runs / 'tell')['scores']['accuracy']
 
 def test_report(tmp_path, capsys):
+    """A row for runs that differ in their seed alone; a broken file is named, and the others stay."""
     for seed, dice in enumerate((0.8, 0.9)):
         for task, method, value in (('a', 'DEX-E', dice), ('a', 'DEX-D', 0.5), ('b', 'DEX-E', None)):
             (tmp_path / f'{task}{method}{seed}').mkdir()
             (tmp_path / f'{task}{method}{seed}' / 'results.json').write_text(json.dumps(
-                dict(task=task, method=method, seed=seed, scores={'dice' if task == 'a' else 'f1': dict(mean=value)})))
+                dict(task=task, method=method, seed=seed, steps=9, batch=4, lr=0.1, config=dict(size=32),
+                     scores={'dice' if task == 'a' else 'f1': dict(mean=value)})))
     (tmp_path / 'other').mkdir()
-    assert script('--report', *sorted(tmp_path.iterdir())) == 0
+    for name, content in (('cut', '{"task": '), ('foreign', '[1]')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'results.json').write_text(content)
+    report.report(sorted(tmp_path.iterdir()))
     printed = capsys.readouterr()
     rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in printed.out.splitlines()]
-    assert rows[0] == ['task', 'DEX-D', 'DEX-E'] and rows[2] == ['a (Dice)', '0.500 ± 0.000 (2)', '0.850 ± 0.071 (2)']
-    assert rows[3] == ['b (macro-F1)', '', '0.000 ± 0.000 (2)']
-    assert 'results.json' in script('--report', tmp_path / 'other')
+    assert rows[0] == ['task', 'score', 'method', 'size', 'steps', 'batch', 'lr', 'mean ± deviation', 'seeds']
+    assert rows[2:] == [['a', 'Dice', 'DEX-D', '32', '9', '4', '0.1', '0.500 ± 0.000', '2'],
+                        ['a', 'Dice', 'DEX-E', '32', '9', '4', '0.1', '0.850 ± 0.071', '2'],
+                        ['b', 'macro-F1', 'DEX-E', '32', '9', '4', '0.1', '0.000 ± 0.000', '2']]
+    assert [word in printed.err for word in ('cut', 'foreign', 'aDEX')] == [True, True, False]
     odd = tmp_path / 'aDEX-E1' / 'results.json'
     odd.write_text(json.dumps(json.loads(odd.read_text()) | dict(lr=9)))
-    assert script('--report', *tmp_path.glob('aDEX-E*')) == 0 and 'more than their seed' in capsys.readouterr().err
-    assert script('--report', tmp_path / 'aDEX-E0') == 0 and '| 0.800 (1) |' in capsys.readouterr().out      # one has no spread
+    report.report(tmp_path.glob('aDEX-E*'))
+    printed = capsys.readouterr().out
+    assert '| 0.1 | 0.800 | 1 |' in printed and '| 9 | 0.900 | 1 |' in printed       # one has no spread
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Wrong use
@@ -521,22 +590,39 @@ def test_errors_are_sentences(tasks, runs, pretrained, published, tmp_path):
                            (['text.pt'], dict(task='tell', init=tmp_path / 'text.pt')),
                            (['best.pt', 'cls_token'], dict(task='tell', init=runs / 'tell' / 'best.pt')),
                            (['--adapt', 'experts or director'], dict(task='tell', adapt='directors')),
-                           (['--positive', 'dark, bright'], dict(task='tell', positive='light')),
                            (['--fraction'], dict(task='tell', fraction=2)), (['--seed -1'], dict(task='tell', seed=-1)),
-                           (['--epochs'], dict(task='tell', epochs=0)),
+                           (['--epochs'], dict(task='tell', epochs=0)), (['tests/none', 'prepare_medverse.py --task none'], dict(data='tests', task='none')),
                            (['--pool'], dict(task='tell', pool='max')),
                            (['top_k'], dict(task='tell', top_k=9)),
-                           (['already', '--resume'], dict(task='tell', out=runs / 'tell'))]:
+                           (['holds a run', '--resume'], dict(task='tell', out=runs / 'tell'))]:
         sentence = script(**dict(run, **changes))
         assert isinstance(sentence, str) and all(word in sentence for word in words), sentence
-    assert 'no such file' in script('--predict', 'a.png', out=tmp_path / 'out') and not (tmp_path / 'out').exists()
+    for folder in (tmp_path / 'out', pretrained.parent):
+        sentence = script('--predict', 'a.png', out=folder)
+        assert 'fine-tuned' in sentence and str(folder / 'best.pt') in sentence
+    assert not (tmp_path / 'out').exists()
     assert 'needs --out' in script('--predict', 'a.png')
+
+def test_a_forgotten_init_and_a_torchrun_are_told(tasks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sentence = script(task='tell', data=tasks, **TINY)
+    assert all(word in sentence for word in ('out/pretrain/ckpt.pt', 'out/demo/ckpt.pt', 'pretrain first', '--init', 'scratch'))
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert 'one process' in script(task='tell', data=tasks, init='scratch', **TINY)
+
+def test_many_patches_get_a_hint(tasks, pretrained, tmp_path, monkeypatch, capsys):
+    run = dict(TINY, task='tell', data=tasks, init=pretrained)
+    stop_at(monkeypatch, 0)
+    for size, hinted in ((176, False), (184, True)):        # 484 and 529 patches of 8 pixels
+        assert script(size=size, out=tmp_path / str(size), **run) == 143
+        assert ('--size 128 has 256' in capsys.readouterr().err) == hinted
 
 @pytest.mark.parametrize('spoil, word', [
     (lambda task: (task / 'test' / 'labels.npy').write_bytes(b'cut'), 'damaged'),
-    (lambda task: np.save(task / 'test' / 'labels.npy', np.zeros(0, int)), 'test split is empty'),
-    (lambda task: np.save(task / 'train' / 'labels.npy', np.zeros(3, int)), 'train split has 3 answers'),
-    (lambda task: np.save(task / 'val' / 'labels.npy', np.arange(4)), 'up to class 3'),
+    (lambda task: [np.save(task / 'test' / f'{name}.npy', np.zeros(0, int)) for name in ('images', 'labels')],
+     'test split is empty'),
+    (lambda task: np.save(task / 'train' / 'labels.npy', np.zeros(3, int)), 'train images, answers and classes do not agree'),
+    (lambda task: np.save(task / 'val' / 'labels.npy', np.arange(4)), 'val images, answers and classes do not agree'),
     (lambda task: np.save(task / 'train' / 'labels.npy', np.zeros(12, int)), 'no training image shows bright')])
 def test_a_spoilt_task_ends_in_a_sentence(tmp_path, spoil, word):
     write_task(tmp_path / 'task', False)

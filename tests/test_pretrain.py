@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import bench
 import numpy as np
+import pictures
 import pytest
 import torch
 from conftest import ROOT, write_source
@@ -138,16 +139,20 @@ def test_reconstructions_show_what_is_seen_and_predicted(finished, sources, tmp_
 
 def test_a_grid_puts_each_tile_where_its_names_say(tmp_path):
     tiles = torch.rand(2, 3, 3, 1, 1).expand(2, 3, 3, 8, 8)
-    pretrain.draw_grid(tmp_path / 'grid.png', tiles, ['a', 'b'], ['x', 'y', 'z'], side=16)
+    pretrain.draw_grid(tmp_path / 'grid.png', tiles, ['a', 'b'], ['x', 'y', 'z'], (16, 16))
     picture = torch.from_numpy(np.array(Image.open(tmp_path / 'grid.png').convert('RGB'))) / 255
     assert picture.shape == (24 + 2 * 20, 94 + 3 * 20, 3)
     for r, c in np.ndindex(2, 3):
         shown = picture[26 + 20 * r:34 + 20 * r, 96 + 20 * c:104 + 20 * c].mean((0, 1))
         torch.testing.assert_close(shown, tiles[r, c, :, 0, 0], atol=0.03, rtol=0)
 
-def test_a_run_ends_with_all_its_pictures(sources, tmp_path):
+def test_a_run_and_what_looks_at_it_leave_five_pictures(sources, tmp_path):
     train(sources[0], tmp_path, steps=2, val_share=0.5)
-    for name in ('recon', 'experts', 'curves', 'attention', 'layout'):
+    network = MAE(MODEL)
+    network.load_state_dict(read_checkpoint(tmp_path / 'ckpt.pt')[0])
+    pictures.draw_features(tmp_path, network, data.Shards(sources[0], 0.5))
+    pictures.draw_curves(tmp_path / 'curves.png', log(tmp_path))
+    for name in ('recon', 'experts', 'attention', 'layout', 'curves'):
         picture = Image.open(tmp_path / f'{name}.png')
         assert min(picture.size) > 90 and len(picture.convert('RGB').getcolors(1 << 20)) > 2, name
 
@@ -155,24 +160,23 @@ def test_clusters_of_features_in_known_directions_are_found():
     torch.manual_seed(0)
     directions = torch.linalg.qr(torch.randn(8, 8))[0][:4]
     x = torch.nn.functional.normalize(directions.repeat_interleave(20, 0) + 0.1 * torch.randn(80, 8), dim=1)
-    centres = pretrain.cluster(x[torch.randperm(80)], 4)
+    centres = pictures.cluster(x[torch.randperm(80)], 4)
     assert sorted((centres @ directions.T).argmax(1).tolist()) == [0, 1, 2, 3]
     assert (centres @ directions.T).amax(1).min() > 0.98
 
 def test_modality_share_is_the_share_of_variance_between_groups():
     torch.manual_seed(0)
-    x = [torch.randn(2, n, 5) + shift for n, shift in ((7, 0), (4, 2), (9, -1))]
-    shares = pretrain.modality_share(x)
+    parts = [torch.randn(2, n, 5) + shift for n, shift in ((7, 0), (4, 2), (9, -1))]
+    kinds = torch.eye(3).repeat_interleave(torch.tensor([7, 4, 9]), 1)
+    shares = pretrain.modality_share(torch.cat(parts, 1), kinds)
     for layer in range(2):
-        everything = torch.cat([part[layer] for part in x])
-        within = sum((row - part[layer].mean(0)).square().sum() for part in x for row in part[layer])
+        everything = torch.cat([part[layer] for part in parts])
+        within = sum((row - part[layer].mean(0)).square().sum() for part in parts for row in part[layer])
         whole = (everything - everything.mean(0)).square().sum()
         assert shares[layer].item() == pytest.approx(1 - (within / whole).item(), rel=1e-5)
-    alike = [torch.full((1, n, 5), 1.0) * n for n in (3, 4)]
-    assert pretrain.modality_share(alike).item() == pytest.approx(1)
 
 def test_lines_are_drawn_from_the_least_to_the_greatest_number(tmp_path):
-    pretrain.draw_lines(tmp_path / 'lines.png', {'title': dict(up=[(1, 0), (2, 2), (5, 8)])})
+    pictures.draw_lines(tmp_path / 'lines.png', {'title': dict(up=[(1, 0), (2, 2), (5, 8)])})
     picture = np.asarray(Image.open(tmp_path / 'lines.png')).astype(int)
     blue = np.argwhere(abs(picture[:, :250] - (65, 105, 225)).sum(2) == 0)     # royalblue, without the legend
     assert abs(blue.min(0) - (40, 55)).max() <= 1 and abs(blue.max(0) - (190, 245)).max() <= 1
@@ -187,16 +191,11 @@ def test_mutual_information_of_known_tables():
     assert pretrain.mutual_information(torch.eye(8).repeat_interleave(2, 1)) == pytest.approx((3, 3))
     assert pretrain.mutual_information(torch.eye(2).repeat(4, 1)) == pytest.approx((1, 1))       # two columns
 
-@pytest.mark.parametrize('counts', [None, torch.tensor([[[7, 0], [3, 12]]])])
-def test_tables_are_drawn_with_or_without_their_numbers(tmp_path, counts):
-    pretrain.draw_tables(tmp_path / 'table.png', torch.tensor([[[1.0, 0], [0.2, 0.8]]]), ['a', 'b'], ['title'], counts)
-    cell = 16 if counts is None else 48
-    picture = np.asarray(Image.open(tmp_path / 'table.png'))
-    assert picture.shape == (34 + 2 * cell + 30, 80 + 2 * cell + 10, 3)
-    assert [tuple(picture[36 + cell * d, 82 + cell * r]) for d in (0, 1) for r in (0, 1)] == [
-        (0, 0, 192), (255, 255, 255), (204, 204, 243), (51, 51, 204)]
-    pretrain.draw_tables(tmp_path / 'table.png', torch.zeros(1, 2, 2), ['a', 20 * 'm'], ['title'], torch.zeros(1, 2, 2))
-    assert Image.open(tmp_path / 'table.png').size == (14 + 180 + 2 * (180 + 8) + 10, 34 + 2 * (180 + 8) + 30)   # 9 pixels an m
+def test_strips_go_from_grey_to_blue():
+    strip = pretrain.strips(torch.tensor([[1.0, 0], [0.2, 0.8]]))
+    assert strip.shape == (2, 3, 1, 2)
+    torch.testing.assert_close(strip[0, :, 0].T, torch.tensor([[0, 0, 0.75], [0.94, 0.94, 0.938]]))
+    torch.testing.assert_close(strip[1, :, 0, 0], torch.tensor([0.752, 0.752, 0.9004]))
 
 def test_every_trained_parameter_is_in_one_optimizer_group():
     model = MAE(MODEL)
@@ -447,7 +446,7 @@ def test_a_new_run_over_an_old_one_leaves_nothing_of_it_to_resume(sources, tmp_p
 def test_a_full_disk_in_a_picture_or_the_log_ends_in_a_sentence(sources, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(pretrain, 'draw_tables', full)
+    monkeypatch.setattr(pretrain, 'draw_grid', full)
     with pytest.raises(SystemExit, match='No space left'):
         train(sources[0], tmp_path / 'out')
     (tmp_path / 'log.jsonl').write_text('{"step": 0, "loss": 1}\n{"step": 1, "lo')
@@ -503,7 +502,7 @@ def test_counted_operations_are_those_that_torch_counts(change, monkeypatch):
     network = MAE(replace(MODEL, **change))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         losses, routing, _, _ = network(torch.randn(6, 3, 32, 32))
-        (losses.mean() + (layer_losses(routing.co, routing.scores.mean(1), routing.chosen.mean(1))[1] if routing else 0)).backward()
+        (losses.mean() + layer_losses(routing.co, routing.scores.mean(1), routing.chosen.mean(1))[1]).backward()
     assert counter.get_total_flops() == 6 * flops(network.config)
 
 def test_operations_of_the_known_sizes():
@@ -531,7 +530,7 @@ def test_blocks_compile_in_bf16_with_the_same_results_and_gradients_as_they_come
         network.zero_grad()
         with torch.autocast('cpu', torch.bfloat16):
             losses, routing, _, _ = network(images, torch.full((), 0.5), torch.rand(4, 16))
-        (losses.mean() + (layer_losses(routing.co, routing.scores.mean(1), routing.chosen.mean(1))[0] if routing else 0)).backward()
+        (losses.mean() + layer_losses(routing.co, routing.scores.mean(1), routing.chosen.mean(1))[0]).backward()
         handle.remove()
         found.append([losses.detach()] + [p.grad for p in network.parameters() if p.requires_grad])
         assert order == [3, 2, 1, 'first', 0]       # so DDP can send the others' while the first block computes its own

@@ -123,10 +123,12 @@ def segmentation_loss(logits, masks):
     both, either = (chance * truth).sum((0, 2, 3)), (chance + truth).sum((0, 2, 3))
     return ce + 1 - ((2 * both + 1) / (either + 1))[1:].mean()
 
-def confusions(predicted, masks, C):
-    """Of each image its pixels (B, C, C), truth by prediction, from two tensors (B, S, S) of classes, without 255."""
-    cells = C * C * torch.arange(len(masks), device=masks.device)[:, None, None] + C * masks + predicted
-    return torch.bincount(cells[masks != 255], minlength=C * C * len(masks)).view(-1, C, C)
+def confusions(predicted, truth, C):
+    """Of each image its pixels, or its one label, as (B, C, C), truth by prediction, from two tensors (B, ...) of
+    classes; what is 255 in truth counts nowhere."""
+    image = torch.arange(len(truth), device=truth.device).view(-1, *[1] * (truth.dim() - 1))
+    cells = C * C * image + C * truth + predicted
+    return torch.bincount(cells[truth != 255], minlength=C * C * len(truth)).view(-1, C, C)
 
 def dice_of(confusion):
     """Dice, which is F1, of each class (..., C) from confusion (..., C, C); masked where it is in neither."""
@@ -143,17 +145,11 @@ def dice_scores(confusion):
     return dict(dice=summary(dice.mean(0)), dice_empty_is_one=summary(dice.filled(1).mean(0)),
                 dice_pooled=summary(dice_of(confusion.sum(0))[1:]))
 
-def class_scores(chances, labels):
-    """Scores from chances (n, C) and labels (n,). Means leave out classes without a value: no F1 has one in neither
-    truth nor prediction, no AUROC one that is never or always true."""
-    n, C = chances.shape
-    confusion = np.bincount(labels * C + chances.argmax(1), minlength=C * C).reshape(C, C)     # truth by prediction
-    true, below = confusion.sum(1), []
-    for c in range(C):      # pairs, one of the class and one of the rest, in the right order, twice; ties count once
-        rest = np.sort(chances[labels != c, c])
-        below.append(sum(np.searchsorted(rest, chances[labels == c, c], side).sum() for side in ('left', 'right')))
-    return dict(f1=summary(dice_of(confusion)), auroc=summary(np.ma.divide(below, 2 * true * (n - true))),
-                accuracy=confusion.trace() / n, confusion=confusion.tolist())
+def class_scores(confusion):
+    """F1 of the classes, accuracy and the confusion (C, C) of all images, from those (n, C, C) of each."""
+    confusion = confusion.sum(0)
+    accuracy = confusion.trace() / confusion.sum()
+    return dict(f1=summary(dice_of(confusion)), accuracy=accuracy, confusion=confusion.tolist())
 
 def headline(scores):
     return scores['dice' if 'dice' in scores else 'f1']['mean'] or 0.0
@@ -165,15 +161,15 @@ def infer(net, images, shape):
 
 @torch.no_grad()
 def evaluate(net, task, split, batch, device, autocast):
-    """Scores of a split, and the table they come from: confusions (n, C, C) or chances (n, C)."""
-    answers, table, C = task.answers[split], [], len(task.classes)
-    pieces = np.array_split(np.arange(len(answers)), math.ceil(len(answers) / batch))
+    """Scores of a split, and the confusions (n, C, C) of its images, from which they come."""
+    count, tables = len(task.answers[split]), []
+    pieces = np.array_split(np.arange(count), math.ceil(count / batch))
     for images, truth in data.prefetch(lambda piece: task.gather(split, piece), pieces):
         with autocast:
             logits = infer(net, images.to(device), truth.shape[1:])
-        table.append(confusions(logits.argmax(1), truth.to(device), C) if task.segments else logits.softmax(1))
-    table = torch.cat(table).cpu().numpy()
-    return dice_scores(table) if task.segments else class_scores(table, answers), table
+        tables.append(confusions(logits.argmax(1), truth.to(device), len(task.classes)))
+    table = torch.cat(tables).cpu().numpy()
+    return dice_scores(table) if task.segments else class_scores(table), table
 
 def resume(path, about, model, optimizer):
     """Load a run, if it is the one that `about` describes: steps done, best validation, minutes, steps skipped."""

@@ -389,7 +389,8 @@ def read_checkpoint(path, token='cls_token', heads=0, normalization=''):
             state, config = translate(state, heads, normalization or layout)
             print(f'{path}: read as {config.heads} heads, images z-scored as {normalization or layout}')
     except KeyError as error:
-        raise SystemExit(f'{path}: no ViT in the names of MAE or timm: no {error}; the README shows how others join')
+        kind = 'a fine-tuned run' if token != 'cls_token' else 'a ViT as MAE or timm names it (see the README for others)'
+        raise SystemExit(f'{path}: it has no {error}, so is not {kind}')
     if not all(value.isfinite().all() for value in state.values()):
         raise SystemExit(f'{path}: its weights hold NaN or infinity; the run that wrote it diverged')
     return state, config, file

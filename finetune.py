@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import runpy
 import sys
 import tempfile
 import time
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 import data
 import prepare_medverse
-from model import ViT, load_weights, named_config, read_checkpoint
+from model import NORMALIZATIONS, Config, ViT, load_weights, named_config, read_checkpoint
 from pretrain import MAX_SKIPPED, check_numbers, draw_grid, learning_rate, make_optimizer, open_run, save, seed_step
 from pretrain import setup, simulate, stop_signals, strips, write_line
 from unetr import UNETR
@@ -45,7 +46,7 @@ class Options:
     task: str = 'phantom-vessels'   # folder below data that holds the prepared task
     data: str = 'data'              # folder of the tasks
     out: str = ''                   # folder of this run; empty: out/<task>-<method>-<seed>
-    init: str = ''                  # checkpoint, or 'scratch'; empty: out/pretrain/ckpt.pt, else out/demo/ckpt.pt
+    init: str = ''                  # checkpoint, FILE.py or scratch; empty: out/pretrain/ckpt.pt, else out/demo/ckpt.pt
     resume: bool = False            # continue from out's checkpoint; start fresh where there is none
     overwrite: bool = False         # start anew although out holds a run
     predict: tuple = ()             # instead of training: files, or folders of DICOM, to apply the run in --out to
@@ -57,7 +58,9 @@ class Options:
     size: int = 0                   # side of the images in pixels; 0: as stored
     model: str = 'tiny'             # from scratch only: tiny, small, base, large or huge
     depth: int = 0                  # from scratch only: blocks; 0: as the model has
-    patch: int = 0                  # from scratch only: side of a patch in pixels; 0: 16
+    patch: int = 0                  # side of a patch in pixels, to which kernels are resized; 0: as pretrained, or 16
+    heads: int = 0                  # of a published checkpoint, which does not tell; 0: of 64 channels each
+    normalization: str = ''         # likewise, of images: imagenet, clip or half; empty: clip for CONCH, else imagenet
     # training (Appendix C.2.2)
     batch: int = 16                 # images per step
     epochs: int = 100               # passes over the training images
@@ -75,6 +78,8 @@ class Options:
         check_numbers(self)
         if self.adapt not in ('experts', 'director') or self.pool not in ('cls', 'mean') or not 0 < self.fraction <= 1:
             raise SystemExit('--adapt is experts or director, --pool cls or mean, --fraction above 0 and at most 1')
+        if self.normalization not in ('', *NORMALIZATIONS):
+            raise SystemExit(f'--normalization {self.normalization}: choose from {", ".join(NORMALIZATIONS)}')
 
 class Classifier(nn.Module):
     """A linear head on the class token or on the mean of the patches: images (B, 3, S, S) -> logits (B, C)."""
@@ -91,25 +96,46 @@ def build(vit, meta, pool):
     C = len(meta['classes'])
     return UNETR(vit, C) if meta['kind'] == 'segmentation' else Classifier(vit, C, pool)
 
+def own_encoder(path, size):
+    """The encoder of a user's Python file, whose function encoder(size) returns a module with the integers patch, width
+    and depth. It maps images (B, 3, size, size), z-scored by ImageNet's mean and deviation, to what our ViT returns:
+    tokens (B, 1 + n, width), the class token and then n patches row by row; None; the same of each of `depth` blocks.
+    """
+    try:
+        vit = runpy.run_path(path)['encoder'](size).eval()      # without dropout
+        vit.config = Config(size=size, patch=vit.patch, width=vit.width, depth=vit.depth, heads=1, experts=0)
+        tokens, _, outputs = vit(torch.zeros(2, 3, size, size))
+        found = [tuple(x.shape) for x in (tokens, *outputs)]
+    except Exception as error:      # it may be any code
+        raise SystemExit(f'{path}: {error!r}; the README shows what encoder(size) returns')
+    wanted = 2, 1 + (size // vit.patch) ** 2, vit.width
+    if found != [wanted] * (1 + vit.depth):
+        raise SystemExit(f'{path}: tokens and outputs of blocks are {found}, not 1 + {vit.depth} times {wanted}')
+    return vit
+
 def encoder(o, size):
-    """The ViT that --init, --adapt and --top_k ask for, at `size` pixels (0: as pretrained), and where it is from."""
-    path, state, sha256 = o.init or next(filter(os.path.exists, PRETRAINED), None), None, None
+    """The encoder that --init, --adapt and --top_k ask for at `size` pixels (0: as pretrained); where it is from."""
+    path = o.init or next(filter(os.path.exists, PRETRAINED), None)
     if not path:
         raise SystemExit(f'neither {" nor ".join(PRETRAINED)} is here: pretrain first, or give --init FILE or scratch')
-    if path == 'scratch':
-        config = named_config(o.model, o.depth, size=size or 256, patch=o.patch or 16)
+    if path.endswith('.py'):
+        if o.adapt == 'experts' or o.top_k or o.patch or o.tune_blocks >= 0:
+            raise SystemExit(f'{path}: needs --adapt director, and takes no --top_k, --patch and --tune_blocks')
+        vit, experts = own_encoder(path, size), 0
     else:
-        state, config, _ = read_checkpoint(path)
-        sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    if o.patch not in (0, config.patch):
-        raise SystemExit(f'{path}: has patches of {config.patch} pixels, not {o.patch}; leave out --patch')
-    experts = 0 if o.adapt == 'director' else config.experts or 8
-    vit = ViT(replace(config, size=size or config.size, experts=experts, top_k=o.top_k or config.top_k))
-    if state:
-        load_weights(vit, state, path)
+        if path == 'scratch':
+            state, config = None, named_config(o.model, o.depth)
+        else:
+            state, config, _ = read_checkpoint(path, heads=o.heads, normalization=o.normalization)
+        experts = 0 if o.adapt == 'director' else config.experts or 8
+        vit = ViT(replace(config, size=size or config.size, patch=o.patch or config.patch, experts=experts,
+                          top_k=o.top_k or config.top_k))
+        if state:
+            load_weights(vit, state, path)
+    sha256 = None if path == 'scratch' else hashlib.sha256(Path(path).read_bytes()).hexdigest()
     file = Path(path).absolute()
     method = f'DEX-{"E" if experts else "D"}-{file.parent.name if file.name == "ckpt.pt" else file.stem}'
-    for option in ('fraction', 'tune_blocks', 'top_k', 'pool'):
+    for option in ('fraction', 'tune_blocks', 'top_k', 'pool', 'patch', 'heads', 'normalization'):
         if getattr(o, option) != getattr(Options, option):
             method += f'-{option}-{getattr(o, option)}'
     return vit, dict(method=method, init=path, sha256=sha256)
@@ -173,7 +199,7 @@ def evaluate(net, task, split, batch, device, autocast):
 
 def resume(path, about, model, optimizer):
     """Load a run, if it is the one that `about` describes: steps done, best validation, minutes, steps skipped."""
-    state, _, file = read_checkpoint(path, 'vit.cls_token')
+    state, _, file = read_checkpoint(path, 'head.weight')
     if others := [name for name in about if about[name] != file.get('about', {}).get(name)]:
         raise SystemExit(f'{path}: a run goes on as it began, but task and options now give other {", ".join(others)}')
     model.load_state_dict(state)
@@ -195,7 +221,8 @@ def train(o):
     if (patches := (config.size // config.patch) ** 2) > 512:
         print(f'{patches} patches an image make steps slow; --size {16 * config.patch} has 256', file=sys.stderr)
     if o.tune_blocks >= 0:
-        for part in (vit.cls_token, vit.patch_embed, vit.norm, *vit.blocks[:-o.tune_blocks or None]):
+        frozen = [vit.cls_token, vit.patch_embed, vit.norm, *vit.blocks[:-o.tune_blocks or None]]
+        for part in frozen + [vit.reg_token] * (config.registers > 0):
             part.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, o.lr, o.weight_decay)
@@ -228,7 +255,7 @@ def train(o):
         order = np.random.default_rng((o.seed, epoch)).permutation(images)
         return task.gather('train', np.array_split(order, epoch_steps)[slot])
 
-    run = dict(model=model.state_dict(), config=asdict(config), meta=task.meta, pool=o.pool)
+    run = dict(model=model.state_dict(), config=asdict(config), meta=task.meta, pool=o.pool, **source)
     began, saved, stop = time.perf_counter() - 60 * minutes, minutes, stop_signals()
     batches = data.prefetch(load, range(first, steps))
     bar = tqdm(range(first, steps), initial=first, total=steps, unit='step')
@@ -266,7 +293,7 @@ def train(o):
             print(f'\n{checkpoint}: saved after {done} of {steps} steps; go on with --resume')
             sys.exit(128 + stop[0])
 
-    model.load_state_dict(read_checkpoint(best_file, 'vit.cls_token')[0])
+    model.load_state_dict(read_checkpoint(best_file, 'head.weight')[0])
     scores, table = evaluate(model, task, 'test', o.batch, device, autocast)
     if task.segments:
         draw_cases(out / 'cases.png', model, task, table, device)
@@ -307,9 +334,13 @@ def predict(o):
     best, target, rows, failed = Path(o.out, 'best.pt'), Path(o.out, 'predictions'), [], 0
     if not o.out or not best.exists():
         raise SystemExit(f'--predict needs --out, the folder of a fine-tuned (not a pretrained) run, with {best}')
-    state, config, file = read_checkpoint(best, 'vit.cls_token')
+    state, config, file = read_checkpoint(best, 'head.weight')
     meta, (*_, device) = file['meta'], setup(o.device)
-    net = build(ViT(config), meta, file['pool']).to(device)
+    path = file.get('init', '')
+    if path.endswith('.py') and hashlib.sha256(Path(path).read_bytes()).hexdigest() != file['sha256']:
+        raise SystemExit(f'{path}: is not what {best} was fine-tuned with')
+    vit = own_encoder(path, config.size) if path.endswith('.py') else ViT(config)
+    net = build(vit, meta, file['pool']).to(device)
     net.load_state_dict(state)
     target.mkdir(exist_ok=True)
     for name in o.predict:

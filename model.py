@@ -7,6 +7,8 @@ Parameter names are those of MAE and timm, so that published ViT checkpoints loa
 Letters, also the paper's: B images, N tokens (class token first), C width, H hidden width of an MLP, R experts,
 K activated experts, L layers, P pixels of a patch's side, M routed units (B images, or B*N tokens if routing='token').
 """
+import argparse
+import math
 import re
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -32,6 +34,7 @@ class Config:
     depth: int = 12             # L
     heads: int = 12             # of attention, C / heads channels each
     mlp_ratio: int = 4          # H / C
+    registers: int = 0          # tokens that take part but are never looked at, as DINOv2's
     experts: int = 8            # R; 0 is the plain ViT
     top_k: int = 2              # K
     routing: str = 'image'      # 'image': one choice for all tokens (the paper's); 'token': one for each (its Fig. 8)
@@ -208,6 +211,7 @@ class ViT(nn.Module):
         self.patch_embed = nn.ModuleDict({'proj': nn.Conv2d(3, c.width, c.patch, c.patch)})
         nn.init.xavier_uniform_(self.patch_embed['proj'].weight.flatten(1))     # as the linear layer that it is
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, c.width))
+        self.reg_token = nn.Parameter(0.02 * torch.randn(1, c.registers, c.width)) if c.registers else None
         self.register_buffer('pos_embed', sincos_positions(c.width, c.size // c.patch))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.width, eps=1e-6)
@@ -221,13 +225,15 @@ class ViT(nn.Module):
         if kept is not None:
             x = x.take_along_dim(kept[:, :, None], 1)
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], 1)
-        outputs, routings = [], []
+        outputs, routings, N = [], [], x.shape[1]
+        if self.reg_token is not None:      # attention does not ask where a token stands, so they stand last
+            x = torch.cat([x, self.reg_token.expand(len(x), -1, -1)], 1)
         for block in self.blocks:
             x, routing = block(x, sigma)
-            outputs.append(x)
+            outputs.append(x[:, :N])
             routings.append(routing)
         routing = None if sigma is None else Routing(*map(torch.stack, zip(*routings)))
-        return self.norm(x), routing, outputs
+        return self.norm(x[:, :N]), routing, outputs
 
 class MAE(ViT):
     """Masked autoencoder on a ViT: L_self of Eq. 8."""
@@ -303,41 +309,104 @@ def flops(c):
     decoder = c.decoder_depth * block(tokens, D, 1) + D * (seen * C + tokens * pixels)
     return 6 * (encoder + decoder) + 4 * patches * pixels * C + 2 * c.depth * director
 
-# --- checkpoints --------------------------------------------------------------------------------------------------------
+# --- checkpoints ------------------------------------------------------------------------------------------------------
 
-def read_checkpoint(path, token='cls_token'):
-    """A checkpoint of ours, of MAE or in timm's names: (state dict with a parameter `token`, Config, everything in the file).
+NORMALIZATIONS = {      # mean and deviation of red, green and blue by which an encoder's images were z-scored
+    'imagenet': [(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)],     # and ours are
+    'clip': [(0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)],
+    'half': [(0.5, 0.5, 0.5), (0.5, 0.5, 0.5)],
+}
+RENAMES = {     # regular expressions of published names, and ours or what `translate` folds
+    r'(ls1\.gamma|gamma_1)$': 'attn.proj.gamma',        # LayerScale, in DINOv2; DeiT III, BEiT
+    r'(ls2\.gamma|gamma_2)$': 'mlp.fc2.gamma',
+    r'register_tokens$': 'reg_token',                   # DINOv2
+    r'DEX\.router\.linear\.weight$': 'dex.gate.half',   # the authors' DEX
+    r'DEX\.(router\.)?expert_activation_count$': 'dex.count',
+    r'DEX\.(director|experts)\.': r'dex.\1.',
+}
 
-    Where the file names no Config (the published do not), it follows from the shapes.
+def translate(state, heads, normalization):
+    """State dict of a published ViT -> (that of a ViT of ours with the same features, its Config)."""
+    for published, ours in RENAMES.items():
+        state = {re.sub(published, ours, name): value for name, value in state.items()}
+    experts = len(state.get('blocks.0.dex.gate.half', ()))
+    for name in list(state):
+        if name.endswith('.gamma'):
+            gamma, weight, bias = state.pop(name), name.replace('gamma', 'weight'), name.replace('gamma', 'bias')
+            state[weight], state[bias] = gamma[:, None] * state[weight], gamma * state[bias]
+        elif name.endswith('q_bias'):       # keys have none
+            q, v = state.pop(name), state.pop(name.replace('q_bias', 'v_bias'))
+            state[name.replace('q_bias', 'qkv.bias')] = torch.cat([q, torch.zeros_like(q), v])
+        elif name.endswith('gate.half'):    # of softmax((logits + noise) / 0.5): --sigma 2 goes on with their noise
+            state[name.replace('half', 'weight')] = 2 * state.pop(name)
+        elif name.endswith('dex.count'):
+            state[name.replace('count', 'usage')] = F.normalize(state.pop(name) + 1e-6, 1, 0)
+        elif '.experts.0.' in name:
+            stack = [state.pop(name.replace('.0.fc', f'.{expert}.fc')) for expert in range(experts)]
+            state[name.replace('.experts.0.', '.experts.')] = torch.stack(stack)
+    if 'decoder_embed.weight' not in state:
+        state.pop('mask_token', None)       # the encoder's; ours is the decoder's
+    kernel, positions = state['patch_embed.proj.weight'], state['pos_embed']
+    C, P, side = len(kernel), kernel.shape[3], math.isqrt(positions.shape[1])
+    if kernel.shape != (C, 3, P, P) or positions.shape[1] > side ** 2 + 1:
+        raise KeyError('a square grid of patches in three colours')
+    if positions.shape[1] == side ** 2:     # none for the class token
+        state['pos_embed'] = F.pad(positions, (0, 0, 1, 0))
+    ours, theirs = (torch.tensor(NORMALIZATIONS[name])[..., None, None] for name in ('imagenet', normalization))
+    shift, scale = (ours[0] - theirs[0]) / theirs[1], ours[1] / theirs[1]
+    state['patch_embed.proj.bias'] = state['patch_embed.proj.bias'] + (kernel * shift).sum((1, 2, 3))
+    state['patch_embed.proj.weight'] = kernel * scale
+    hidden = state.get('blocks.0.mlp.fc1.bias', state.get('blocks.0.dex.director.fc1.bias', ()))
+    return state, Config(
+        size=P * side, patch=P, width=C, mlp_ratio=len(hidden) // C, experts=experts,
+        depth=sum(name.startswith('blocks.') and name.endswith('.norm1.bias') for name in state),
+        heads=heads or (16 if C == 1280 else max(1, C // 64)),      # 64 channels each, but for ViT-H
+        registers=state['reg_token'].shape[1] if 'reg_token' in state else 0)
+
+def read_checkpoint(path, token='cls_token', heads=0, normalization=''):
+    """A checkpoint of ours or a published ViT: (state dict in our names, Config, everything in the file).
+
+    `token` is a parameter that it must have. Where the file names no Config (the published do not), it follows from
+    the shapes, but for `heads` (0: of 64 channels) and `normalization` ('': CLIP's for CONCH, else ImageNet's).
     """
     try:
-        file = torch.load(path, map_location='cpu', weights_only=True)
-        state = file.get('model', file.get('state_dict', file))
-        width = state[token].shape[2]
-        if 'config' in file:
-            return state, Config(**file['config']), file
-        patch, side = state['patch_embed.proj.weight'].shape[2], round((state['pos_embed'].shape[1] - 1) ** 0.5)
-    except FileNotFoundError:
-        raise SystemExit(f'{path}: there is no such file')
+        with torch.serialization.safe_globals([argparse.Namespace]):    # in which MAE and RETFound keep their options
+            file = torch.load(path, map_location='cpu', weights_only=True)
+        state = dict(file.get('model', file.get('state_dict', file.get('teacher', file))))
+        config = Config(**file['config']) if 'config' in file else None
+    except OSError as error:
+        raise SystemExit(f'{path}: {error.strerror}')
     except Exception as error:      # torch raises a dozen types for a damaged zip or a pickle with code in it
-        raise SystemExit(f'{path}: damaged, or no checkpoint of plain tensors with a {token} (--init takes what pretraining or '
-                         f'the publishers of a ViT saved, --predict the folder of a fine-tuning): {error!r:.150}')
-    depth = sum(name.startswith('blocks.') and name.endswith('.norm1.weight') for name in state)
-    heads = 16 if width == 1280 else max(1, width // 64)        # 64 channels a head, but for ViT-H
-    return state, Config(size=patch * side, patch=patch, width=width, depth=depth, heads=heads, experts=0), file
+        raise SystemExit(f'{path}: damaged, or no state dict of torch.save without code in it: {type(error).__name__}')
+    layout = 'clip' if any('visual.trunk.' in name for name in state) else 'imagenet'
+    for prefix in ('module.', 'backbone.', 'encoder.', 'visual.trunk.'):
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)} or state
+    state = {name: value.float() for name, value in state.items() if torch.is_tensor(value)}
+    if token not in state and 'meta' in file:
+        raise SystemExit(f'{path}: a fine-tuned run; --init takes a pretrained checkpoint, --predict the run itself')
+    try:
+        if state[token] is not None and not config:
+            state, config = translate(state, heads, normalization or layout)
+            print(f'{path}: read as {config.heads} heads, images z-scored as {normalization or layout}')
+    except KeyError as error:
+        kind = 'a fine-tuned run' if token != 'cls_token' else 'a ViT as MAE or timm names it (see the README for others)'
+        raise SystemExit(f'{path}: it has no {error}, so is not {kind}')
+    if not all(value.isfinite().all() for value in state.values()):
+        raise SystemExit(f'{path}: its weights hold NaN or infinity; the run that wrote it diverged')
+    return state, config, file
 
 def resize_positions(positions, height, width):
-    """Positions (1, 1 + n, C) of a square grid -> (1, 1 + height * width, C); the class token's row is kept."""
+    """Positions (1, 1 + n, C) of a square grid -> (1, 1 + height * width, C); identity at equal size."""
     side = round((positions.shape[1] - 1) ** 0.5)
     grid = positions[:, 1:].mT.unflatten(2, (side, side)).float()
-    grid = F.interpolate(grid, size=(height, width), mode='bicubic')        # changes nothing where the sizes agree
+    grid = F.interpolate(grid, size=(height, width), mode='bicubic', antialias=min(height, width) < side)
     return torch.cat([positions[:, :1], grid.flatten(2).mT], 1)
 
 def load_weights(model, state, path):
     """Put a state dict, read from `path`, into a ViT or MAE, with or without experts on either side.
 
-    Positions and patch kernels are resized; a plain MLP becomes the director and every expert, a director a plain MLP. A line
-    names decoder, head, gate and experts that only one side has; anything else that does not fit ends the program.
+    Positions and patch kernels are resized; a plain MLP becomes the director and every expert, a director a plain MLP.
+    A line names decoder, head, gate and experts that only one side has; what else does not fit ends the program.
     """
     c, fitting = model.config, {}
     for name, value in state.items():

@@ -1,5 +1,6 @@
 """finetune.py and unetr.py: scores against naive loops, networks against others, and real runs on tiny tasks."""
 import csv
+import hashlib
 import json
 import math
 import os
@@ -272,7 +273,6 @@ def results(out):
     return json.loads((out / 'results.json').read_text())
 
 def test_results_say_what_was_done(runs, pretrained):
-    import hashlib
     for name, score, picture in (('find', 'dice', 'cases.png'), ('tell', 'f1', 'confusion.png')):
         found = results(runs / name)
         assert found['scores'][score]['mean'] > 0.6 and (runs / name / picture).stat().st_size > 300
@@ -399,7 +399,7 @@ def test_a_run_goes_on_as_it_began_or_anew(tasks, pretrained, tmp_path, monkeypa
     assert before == {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other' / 'ckpt.pt').write_bytes(pretrained.read_bytes())
-    assert 'vit.cls_token' in script('--resume', **dict(run, out=tmp_path / 'other'))      # of pretraining
+    assert 'not a fine-tuned run' in script('--resume', **dict(run, out=tmp_path / 'other'))      # of pretraining
     (tmp_path / 'out' / 'ckpt.pt').unlink()       # big, and no longer needed; what it left is not given up for that
     assert 'holds a run' in script(**run) and (tmp_path / 'out' / 'results.json').exists()
     monkeypatch.setattr(finetune, 'learning_rate', lambda *_: 1 / 0)        # as if killed at the first step
@@ -411,7 +411,6 @@ def test_a_run_goes_on_as_it_began_or_anew(tasks, pretrained, tmp_path, monkeypa
 
 def test_a_step_that_is_not_finite_is_skipped(tasks, pretrained, tmp_path, monkeypatch):
     """As if one image of the second of three steps made the loss infinite; the checksum is of what was loaded."""
-    import hashlib
     init = tmp_path / 'init.pt'
     init.write_bytes(pretrained.read_bytes())
     sha256, steps, loss = hashlib.sha256(init.read_bytes()).hexdigest(), iter(range(99)), finetune.F.cross_entropy
@@ -571,6 +570,102 @@ def test_report(tmp_path, capsys):
     assert '| 0.1 | 0.800 | 1 |' in printed and '| 9 | 0.900 | 1 |' in printed       # one has no spread
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Encoders of others
+
+OWN = '''
+import torch
+from torch import nn
+
+class Encoder(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.patch, self.width, self.depth = 16, 24, 4
+        self.stem = nn.Conv2d(3, 24, 16, 16)
+        self.layers = nn.ModuleList(nn.Linear(24, 24) for _ in range(4))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, images):
+        x = self.stem(images).flatten(2).mT
+        outputs = []
+        for layer in self.layers:
+            x = x + self.dropout(layer(x).relu())
+            outputs.append(torch.cat([x.mean(1, keepdim=True), x], 1))
+        return outputs[-1], None, outputs
+
+def encoder(size):
+    torch.manual_seed(0)
+    return Encoder(size)
+'''
+
+@pytest.mark.parametrize('task', ['find', 'tell'])
+def test_an_encoder_of_the_user_is_tuned_resumed_and_applied(task, tasks, tmp_path, monkeypatch):
+    file = tmp_path / 'own.py'
+    file.write_text(OWN)
+    run = dict(TINY, data=tasks, task=task, init=file, adapt='director', epochs=2)
+    assert script(out=tmp_path / 'whole', **run) == 0
+    found = results(tmp_path / 'whole')
+    assert found['sha256'] == hashlib.sha256(file.read_bytes()).hexdigest() and found['method'] == 'DEX-D-own'
+    assert (found['config']['patch'], found['config']['width'], found['config']['depth']) == (16, 24, 4)
+
+    stopped = tmp_path / 'stopped'
+    monkeypatch.setattr(finetune, 'stop_signals', lambda: [15])     # after the first step
+    assert script(out=stopped, **run) == 143
+    monkeypatch.undo()
+    assert script('--resume', out=stopped, **run) == 0
+    assert results(stopped)['scores'] == found['scores']
+    ours, theirs = (read_checkpoint(tmp_path / name / 'ckpt.pt', 'head.weight')[0] for name in ('whole', 'stopped'))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items()) and 'vit.stem.weight' in ours
+
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30), np.uint8)).save(tmp_path / 'a.png')
+    assert script('--predict', tmp_path / 'a.png', out=stopped, device='cpu') == 0
+    made = [path.name for path in (stopped / 'predictions').rglob('*') if path.is_file()]
+    assert sorted(made) == (['a.png-mask.png', 'a.png-overlay.png'] if task == 'find' else ['classes.csv'])
+    file.write_text(OWN + '# changed')
+    assert 'is not what' in script('--predict', tmp_path / 'a.png', out=stopped, device='cpu')
+    (stopped / 'results.json').unlink()
+    assert 'sha256' in script('--resume', out=stopped, **run)
+
+@pytest.mark.parametrize('old, new, words, changes', [
+    ('def encoder', 'def decoder', "KeyError('encoder')", {}),
+    ('self.patch, self.width, self.depth =', '_ =', "no attribute 'patch'", {}),
+    ('self.depth = 16, 24, 4', 'self.depth = 16, 24, 6', 'not 1 + 6 times (2, 5, 24)', {}),
+    ('torch.cat([x.mean(1, keepdim=True), x], 1)', 'x', 'are [(2, 4, 24)', {}),
+    ('import torch', 'import nothing_like_it', "No module named 'nothing_like_it'", {}),
+    ('', '', 'needs --adapt director', dict(adapt='experts')),
+    ('', '', 'takes no --top_k, --patch and --tune_blocks', dict(tune_blocks=0)),
+    ('', '', 'takes no --top_k, --patch and --tune_blocks', dict(patch=8))])
+def test_an_encoder_of_the_user_is_refused_in_a_sentence(old, new, words, changes, tasks, tmp_path):
+    file = tmp_path / 'own.py'
+    file.write_text(OWN.replace(old, new, 1))
+    sentence = script(**dict(TINY, data=tasks, task='find', init=file, adapt='director', out=tmp_path / 'out') | changes)
+    assert sentence.startswith(str(file)) and words in sentence and not (tmp_path / 'out').exists()
+
+def test_patches_of_14_reach_unetr(tasks, tmp_path):
+    torch.save(TimmViT(192, 4, 3, 14, 28).state_dict(), tmp_path / 'dino.pth')
+    run = dict(TINY, data=tasks, task='find', init=tmp_path / 'dino.pth', adapt='director', epochs=1)
+    assert script(out=tmp_path / 'out', patch=16, **run) == 0
+    found = results(tmp_path / 'out')
+    assert found['config']['patch'] == 16 and found['method'] == 'DEX-D-dino-patch-16'
+
+def test_options_tell_heads_and_normalization_of_a_published_checkpoint(published):
+    plain = finetune.encoder(options(init=str(published[0]), adapt='director'), 0)[0]
+    half, source = finetune.encoder(options(init=str(published[0]), adapt='director', normalization='half', heads=4), 0)
+    assert half.config.heads == 4 and source['method'] == 'DEX-D-vit-heads-4-normalization-half'
+    assert not torch.equal(half.patch_embed.proj.weight, plain.patch_embed.proj.weight)
+    with pytest.raises(SystemExit, match='--normalization CLIP: choose from imagenet, clip, half'):
+        options(normalization='CLIP')
+
+def test_registers_are_frozen_with_the_blocks(tasks, tmp_path):
+    state = TimmViT(192, 4, 3, 16, 32).state_dict() | {'reg_token': torch.randn(1, 4, 192)}
+    torch.save(state, tmp_path / 'reg.pth')
+    run = dict(TINY, data=tasks, task='tell', init=tmp_path / 'reg.pth', adapt='director', epochs=1, tune_blocks=1)
+    assert script(out=tmp_path / 'out', **run) == 0
+    tuned = read_checkpoint(tmp_path / 'out' / 'best.pt', 'head.weight')[0]
+    assert torch.equal(tuned['vit.reg_token'], state['reg_token'])
+    assert torch.equal(tuned['vit.blocks.2.norm1.bias'], state['blocks.2.norm1.bias'])
+    assert not torch.equal(tuned['vit.blocks.3.norm1.bias'], state['blocks.3.norm1.bias'])
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Wrong use
 
 def test_errors_are_sentences(tasks, runs, pretrained, published, tmp_path):
@@ -579,12 +674,11 @@ def test_errors_are_sentences(tasks, runs, pretrained, published, tmp_path):
     torch.save(TimmViT(192, 4, 3, 14, 28).state_dict(), odd)
     (tmp_path / 'text.pt').write_text('no checkpoint')
     for words, changes in [(['none', 'prepare_medverse.py --task'], dict(task='none')),
-                           (['ckpt.pt', '8 pixels', '--patch'], dict(task='tell', patch=16)),
                            (['patches of 8, 16', '14'], dict(task='find', init=odd, size=28)),
                            (['multiple of patch'], dict(task='tell', init=published[0], size=40)),
                            (['huge'], dict(task='tell', init='scratch', model='enormous')),
                            (['text.pt'], dict(task='tell', init=tmp_path / 'text.pt')),
-                           (['best.pt', 'cls_token'], dict(task='tell', init=runs / 'tell' / 'best.pt')),
+                           (['best.pt', 'a fine-tuned run'], dict(task='tell', init=runs / 'tell' / 'best.pt')),
                            (['--adapt', 'experts or director'], dict(task='tell', adapt='directors')),
                            (['--fraction'], dict(task='tell', fraction=2)), (['--seed -1'], dict(task='tell', seed=-1)),
                            (['--epochs'], dict(task='tell', epochs=0)), (['tests/none', 'prepare_medverse.py --task none'], dict(data='tests', task='none')),

@@ -1,5 +1,4 @@
 """model.py against the paper's equations, written again as plain loops."""
-import argparse
 import math
 import subprocess
 import sys
@@ -417,7 +416,7 @@ def test_unreadable_checkpoints_end_in_a_sentence_with_their_name(tmp_path):
     contents = {'empty.pt': b'', 'cut.pt': whole[:len(whole) // 2], 'text.pt': b'hello\nworld', 'page.pt': b'<html>'}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    torch.save(dict(model=network().state_dict(), args=argparse.Namespace(of='any class')), tmp_path / 'classes.pt')
+    torch.save(dict(model=network().state_dict(), done=tmp_path), tmp_path / 'classes.pt')
     torch.save(dict(weight=torch.zeros(3)), tmp_path / 'other.pt')
     torch.save(torch.zeros(3), tmp_path / 'tensor.pt')
     torch.save(dict(model=network().state_dict(), config=dict(hidden_size=16)), tmp_path / 'foreign.pt')

@@ -221,8 +221,7 @@ def train(o):
     if (patches := (config.size // config.patch) ** 2) > 512:
         print(f'{patches} patches an image make steps slow; --size {16 * config.patch} has 256', file=sys.stderr)
     if o.tune_blocks >= 0:
-        frozen = [vit.cls_token, vit.patch_embed, vit.norm, *vit.blocks[:-o.tune_blocks or None]]
-        for part in frozen + [vit.reg_token] * (config.registers > 0):
+        for part in (vit.cls_token, vit.patch_embed, vit.norm, *vit.blocks[:-o.tune_blocks or None]):
             part.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, o.lr, o.weight_decay)

@@ -34,7 +34,6 @@ class Config:
     depth: int = 12             # L
     heads: int = 12             # of attention, C / heads channels each
     mlp_ratio: int = 4          # H / C
-    registers: int = 0          # tokens that take part but are never looked at, as DINOv2's
     experts: int = 8            # R; 0 is the plain ViT
     top_k: int = 2              # K
     routing: str = 'image'      # 'image': one choice for all tokens (the paper's); 'token': one for each (its Fig. 8)
@@ -44,15 +43,15 @@ class Config:
     decoder_heads: int = 16
 
     def __post_init__(self):
-        for holds, rule in [
-                (0 < self.patch <= self.size and self.size % self.patch == 0, 'size must be a multiple of patch'),
-                (self.heads > 0 and self.width % self.heads == 0, 'width must be a multiple of heads'),
-                (not self.experts or 1 <= self.top_k <= self.experts, 'top_k must lie between 1 and experts'),
-                (self.routing in ('image', 'token'), 'routing must be image or token'),
-                (0 < self.mask_ratio < 1, 'mask_ratio must lie between 0 and 1')]:
+        for rule, holds in {
+                'size must be a multiple of patch': 0 < self.patch <= self.size and self.size % self.patch == 0,
+                'width must be a multiple of heads': self.heads > 0 and self.width % self.heads == 0,
+                'top_k must lie between 1 and experts': not self.experts or 1 <= self.top_k <= self.experts,
+                'routing must be image or token': self.routing in ('image', 'token'),
+                'mask_ratio must lie between 0 and 1': 0 < self.mask_ratio < 1}.items():
             if not holds:
-                values = [f'{name} {value}' for name, value in vars(self).items() if name in rule.split()]
-                raise SystemExit(f'{rule}, not {", ".join(values)}')
+                values = {name: value for name, value in vars(self).items() if name in rule.split()}
+                raise SystemExit(f'{rule}: {values}')
 
 def named_config(model, depth=0, **others):
     """The Config of a row of SIZES; with another depth where it is not 0."""
@@ -165,8 +164,8 @@ class DEX(nn.Module):
 
     @torch.no_grad()
     def gema(self, usage, momentum, finite):
-        """Group exponential moving average, once after the optimizer's step. usage (R,) is the normalised sum of omega over
-        the global batch, Omega of Eq. 6 and c-hat of Eq. 19 alike; where `finite` (bool) is False, nothing changes."""
+        """Group exponential moving average, once after the optimizer's step. usage (R,) is the normalised sum of omega
+        over the global batch, Omega of Eq. 6 and c-hat of Eq. 19; where `finite` (bool) is False, nothing changes."""
         usage = torch.where(finite, usage, self.usage)      # NaN times a weight of 0 would still be NaN
         for director, experts in zip(self.director.parameters(), self.experts.parameters()):
             average = (usage @ experts.flatten(1)).view_as(director)
@@ -211,7 +210,6 @@ class ViT(nn.Module):
         self.patch_embed = nn.ModuleDict({'proj': nn.Conv2d(3, c.width, c.patch, c.patch)})
         nn.init.xavier_uniform_(self.patch_embed['proj'].weight.flatten(1))     # as the linear layer that it is
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, c.width))
-        self.reg_token = nn.Parameter(0.02 * torch.randn(1, c.registers, c.width)) if c.registers else None
         self.register_buffer('pos_embed', sincos_positions(c.width, c.size // c.patch))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.width, eps=1e-6)
@@ -225,15 +223,13 @@ class ViT(nn.Module):
         if kept is not None:
             x = x.take_along_dim(kept[:, :, None], 1)
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], 1)
-        outputs, routings, N = [], [], x.shape[1]
-        if self.reg_token is not None:      # attention does not ask where a token stands, so they stand last
-            x = torch.cat([x, self.reg_token.expand(len(x), -1, -1)], 1)
+        outputs, routings = [], []
         for block in self.blocks:
             x, routing = block(x, sigma)
-            outputs.append(x[:, :N])
+            outputs.append(x)
             routings.append(routing)
         routing = None if sigma is None else Routing(*map(torch.stack, zip(*routings)))
-        return self.norm(x[:, :N]), routing, outputs
+        return self.norm(x), routing, outputs
 
 class MAE(ViT):
     """Masked autoencoder on a ViT: L_self of Eq. 8."""
@@ -319,7 +315,6 @@ NORMALIZATIONS = {      # mean and deviation of red, green and blue by which an 
 RENAMES = {     # regular expressions of published names, and ours or what `translate` folds
     r'(ls1\.gamma|gamma_1)$': 'attn.proj.gamma',        # LayerScale, in DINOv2; DeiT III, BEiT
     r'(ls2\.gamma|gamma_2)$': 'mlp.fc2.gamma',
-    r'register_tokens$': 'reg_token',                   # DINOv2
     r'DEX\.router\.linear\.weight$': 'dex.gate.half',   # the authors' DEX
     r'DEX\.(router\.)?expert_activation_count$': 'dex.count',
     r'DEX\.(director|experts)\.': r'dex.\1.',
@@ -360,8 +355,7 @@ def translate(state, heads, normalization):
     return state, Config(
         size=P * side, patch=P, width=C, mlp_ratio=len(hidden) // C, experts=experts,
         depth=sum(name.startswith('blocks.') and name.endswith('.norm1.bias') for name in state),
-        heads=heads or (16 if C == 1280 else max(1, C // 64)),      # 64 channels each, but for ViT-H
-        registers=state['reg_token'].shape[1] if 'reg_token' in state else 0)
+        heads=heads or (16 if C == 1280 else max(1, C // 64)))      # 64 channels each, but for ViT-H
 
 def read_checkpoint(path, token='cls_token', heads=0, normalization=''):
     """A checkpoint of ours or a published ViT: (state dict in our names, Config, everything in the file).
@@ -374,10 +368,9 @@ def read_checkpoint(path, token='cls_token', heads=0, normalization=''):
             file = torch.load(path, map_location='cpu', weights_only=True)
         state = dict(file.get('model', file.get('state_dict', file.get('teacher', file))))
         config = Config(**file['config']) if 'config' in file else None
-    except OSError as error:
-        raise SystemExit(f'{path}: {error.strerror}')
     except Exception as error:      # torch raises a dozen types for a damaged zip or a pickle with code in it
-        raise SystemExit(f'{path}: damaged, or no state dict of torch.save without code in it: {type(error).__name__}')
+        trouble = f'damaged, or no state dict of torch.save without code in it: {type(error).__name__}'
+        raise SystemExit(f'{path}: {getattr(error, "strerror", None) or trouble}')
     layout = 'clip' if any('visual.trunk.' in name for name in state) else 'imagenet'
     for prefix in ('module.', 'backbone.', 'encoder.', 'visual.trunk.'):
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)} or state
@@ -389,8 +382,7 @@ def read_checkpoint(path, token='cls_token', heads=0, normalization=''):
             state, config = translate(state, heads, normalization or layout)
             print(f'{path}: read as {config.heads} heads, images z-scored as {normalization or layout}')
     except KeyError as error:
-        kind = 'a fine-tuned run' if token != 'cls_token' else 'a ViT as MAE or timm names it (see the README for others)'
-        raise SystemExit(f'{path}: it has no {error}, so is not {kind}')
+        raise SystemExit(f'{path}: it has no {error}, so it is not what was asked for (see Other encoders in the README)')
     if not all(value.isfinite().all() for value in state.values()):
         raise SystemExit(f'{path}: its weights hold NaN or infinity; the run that wrote it diverged')
     return state, config, file

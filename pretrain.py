@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from model import MAE, ViT, flops, layer_losses, load_weights, named_config, read_checkpoint
+from model import MAE, flops, layer_losses, load_weights, named_config, read_checkpoint
 from prepare_medverse import parse_options
 
 @dataclass
@@ -112,20 +112,19 @@ def setup(kind):
     """Join torchrun's processes if there are any: (rank, world size, rank on this machine, device). '' is the best."""
     rank, world, local = (int(os.environ.get(*pair)) for pair in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
     kind = kind or (torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')).type
-    if kind not in ('cpu', 'cuda', 'mps'):
-        raise SystemExit(f'--device {kind}: must be cpu, cuda or mps; CUDA_VISIBLE_DEVICES chooses among several GPUs')
     try:
         device = torch.empty(0, device=f'cuda:{local}' if kind == 'cuda' else kind).device
     except (RuntimeError, AssertionError) as error:
         raise SystemExit(f'--device {kind}: {str(error).splitlines()[0]}')
-    if kind == 'cuda':
+    if device.type == 'cuda':
         torch.cuda.set_device(device)
     torch.set_flush_denormal(True)  # what fades of an idle expert's moments would slow AdamW on a CPU to a tenth
     if sys.platform == 'linux':     # glibc would give each big tensor back to the system, and faulting in the stacked
         for option, value in ((-4, 0), (-1, -1)):       # gradients anew would cost a fifth of a step on the CPU
             ctypes.CDLL(None).mallopt(option, value)    # M_MMAP_MAX, M_TRIM_THRESHOLD
     if world > 1:
-        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', device_id=device if kind == 'cuda' else None)
+        gpu = device.type == 'cuda'
+        dist.init_process_group('nccl' if gpu else 'gloo', device_id=device if gpu else None)
     return rank, world, local, device
 
 def make_optimizer(model, lr, weight_decay):
@@ -197,13 +196,6 @@ def mutual_information(counts):
                            for p in (joint.sum(1), joint.sum(0), joint))
     return rows + columns - both, min(rows, math.log2(counts.shape[1]))
 
-def modality_share(x, kinds):
-    """Share of the variance of features x (L, images, C) that lies between modalities (L,), which Theorem A.3 argues
-    about; kinds (D, images) is 1 where an image is of a modality."""
-    x = x - x.mean(1, keepdim=True)
-    means = kinds @ x / kinds.sum(1, keepdim=True)          # (L, D, C)
-    return (kinds.sum(1) * means.square().sum(2)).sum(1) / x.square().sum((1, 2))
-
 @torch.no_grad()
 @torch.compiler.set_stance('force_eager')       # its shapes are not worth compiling for
 def validate(model, shards, o, device, autocast):
@@ -213,29 +205,25 @@ def validate(model, shards, o, device, autocast):
     kinds = F.one_hot(torch.from_numpy(kinds)).T.float()        # (D, images)
     # one fixed draw (images, N - 1), so that each image has the same mask at every validation
     noise = torch.rand(kinds.shape[1], (o.size // o.patch) ** 2, generator=torch.Generator().manual_seed(o.seed))
-    losses, usage, features = [], [], []
+    losses, usage = [], []
     for ids, part in zip(torch.from_numpy(shards.val).split(o.batch), noise.split(o.batch)):
         images = data.center(shards.gather(ids.numpy()).to(device), o.size)
         with autocast:
             loss, routing, _, _ = model(images, 0.0, part.to(device))
-            outputs = ViT.forward(model, images)[2]
         losses.append(loss.cpu())
-        features.append(torch.stack([x[:, 1:].float().mean(1).cpu() for x in outputs]))     # (L, B, C)
         if o.experts:
             usage.append(routing.weights.unflatten(1, (len(ids), -1)).mean(2).cpu())        # omega (L, B, R)
     losses = kinds @ torch.cat(losses) / kinds.sum(1)
-    shares = modality_share(torch.cat(features, 1), kinds).tolist()
-    entry = dict(val_mae=losses.mean().item(), val=dict(zip(names, losses.tolist())), modality_share=shares)
-    text = f'validation: L_self {entry["val_mae"]:.3f}; by layer, modality in the features:' + len(shares) * ' {:.2f}'
-    text = text.format(*shares)
+    entry = dict(val_mae=losses.mean().item(), val=dict(zip(names, losses.tolist())))
+    text = f'validation: L_self {entry["val_mae"]:.3f}'
     if o.experts:
         usage = torch.cat(usage, 1)
         first = kinds @ F.one_hot(usage.argmax(2), usage.shape[2]).float()      # counts of first choices (L, D, R)
         bits, (most, *_) = zip(*map(mutual_information, first))
         dead = [f'{layer + 1}.{expert}' for layer, expert in (usage.sum(1) == 0).nonzero().tolist()]
         entry |= dict(bits=bits, bits_max=most, dead=dead)
-        text += '; in the first expert:' + (len(bits) * ' {:.2f}').format(*bits) + f' of {most:.2f} bits; experts '
-        text += f'(layer.number) that no image activates: {" ".join(dead) or "none"}'
+        text += f'; modality in the first expert, by layer: {" ".join(f"{b:.2f}" for b in bits)} of {most:.2f} bits; '
+        text += f'experts (layer.number) that no image activates: {" ".join(dead) or "none"}'
         heads = [f'layer {layer}: {b:.2f} bits' for layer, b in enumerate(bits, 1)]
         rows = map(strips, F.normalize(kinds @ usage, 1, 2).unbind(1))      # Fig. 9: a row a modality, a strip a layer
         note = f'in each strip experts 0 to {usage.shape[2] - 1}: the bluer, the larger their mean weight, up to 1'

@@ -1,9 +1,10 @@
-"""What a pretrained network finds alike, and how its training went, in three pictures beside its checkpoint.
+"""What a pretrained network finds alike, and how its training went: three pictures beside its checkpoint.
 
     python tests/pictures.py out/demo out/mine
 
-curves.png: losses, bits and modality shares against the step, so that nobody needs to parse log.jsonl. attention.png and
-layout.png: the paper's Fig. 6 and 7, drawn from the images that were held out.
+curves.png: losses and bits against the step, so that nobody needs to parse log.jsonl. attention.png and layout.png: the
+paper's Fig. 6 and 7, drawn from the images that were held out. On the screen: by layer, how much of the features is
+modality (which Theorem A.3 argues about).
 """
 import json
 import math
@@ -27,7 +28,6 @@ CURVES = {      # of log.jsonl: the title of a panel, the name of the line
     'co': ('alignment loss', 'training'),
     'bal': ('balance loss', 'training'),
     'bits': ('modality in first expert, bits', 'layer {}'),
-    'modality_share': ('modality in features', 'layer {}'),
 }
 
 def draw_lines(path, panels):
@@ -50,7 +50,7 @@ def draw_lines(path, panels):
     picture.save(path)
 
 def draw_curves(path, entries):
-    """Losses, bits and modality shares against the step, from the objects of log.jsonl."""
+    """Losses and bits against the step, from the objects of log.jsonl."""
     panels = {}
     for entry in entries:
         for name, (title, line) in CURVES.items():
@@ -60,6 +60,13 @@ def draw_curves(path, entries):
                     points = panels.setdefault(title, {}).setdefault(line.format(layer), [])
                     points.append((entry['step'] + 1, value))
     draw_lines(path, panels)
+
+def modality_share(x, kinds):
+    """Share of the variance of features x (L, images, C) that lies between modalities (L,); kinds (D, images) is 1
+    where an image is of a modality."""
+    x = x - x.mean(1, keepdim=True)
+    means = kinds @ x / kinds.sum(1, keepdim=True)          # (L, D, C)
+    return (kinds.sum(1) * means.square().sum(2)).sum(1) / x.square().sum((1, 2))
 
 def cluster(x, k, rounds=20):
     """Spherical k-means of features x (M, C) of length 1: centres (k, C). Each begins where none before it is near."""
@@ -80,11 +87,15 @@ def draw_features(out, model, shards, k=6):
     how like (cosine) its patches are to three of them, of three clusters.
     """
     c, device, layout, maps, names = model.config, model.cls_token.device, [], [], []
+    means, kinds = [], []       # of the patches' features (L, B, C), and the numbers of the images' modalities
     P, side = c.patch, c.size // c.patch
     for d in np.unique(shards.modality[shards.val]):
         ids = shards.val[shards.modality[shards.val] == d]
         images = data.center(shards.gather(ids[::math.ceil(len(ids) / 32)]).to(device), c.size)
-        x = ViT.forward(model, images)[0][:, 1:]
+        x, _, outputs = ViT.forward(model, images)
+        means.append(torch.stack([layer[:, 1:].mean(1) for layer in outputs]))
+        kinds += len(images) * [len(means) - 1]
+        x = x[:, 1:]
         x = F.normalize(x - x.mean((0, 1)), dim=2)              # (B, N - 1, C)
         images = data.denormalize(images)
         images = images * brightness(images)
@@ -108,6 +119,8 @@ def draw_features(out, model, shards, k=6):
         red = torch.tensor((1.0, 0, 0), device=device)[:, None, None]
         shaded = torch.lerp(images[best].mean(0), red, 0.8 * heat ** 2)                     # (3, 3, S, S)
         maps.append(torch.cat([images[best, None], shaded.maximum(frame)]))
+    shares = modality_share(torch.cat(means, 1).cpu(), F.one_hot(torch.tensor(kinds)).T.float())
+    print(f'{out}: modality in the features, by layer: {" ".join(f"{share:.2f}" for share in shares)}')
     if names:
         groups = [f'alike, {number}' for number in range(1, k + 1)]
         draw_grid(out / 'layout.png', torch.stack(layout, 1), groups, names, (72, 72))

@@ -655,16 +655,6 @@ def test_options_tell_heads_and_normalization_of_a_published_checkpoint(publishe
     with pytest.raises(SystemExit, match='--normalization CLIP: choose from imagenet, clip, half'):
         options(normalization='CLIP')
 
-def test_registers_are_frozen_with_the_blocks(tasks, tmp_path):
-    state = TimmViT(192, 4, 3, 16, 32).state_dict() | {'reg_token': torch.randn(1, 4, 192)}
-    torch.save(state, tmp_path / 'reg.pth')
-    run = dict(TINY, data=tasks, task='tell', init=tmp_path / 'reg.pth', adapt='director', epochs=1, tune_blocks=1)
-    assert script(out=tmp_path / 'out', **run) == 0
-    tuned = read_checkpoint(tmp_path / 'out' / 'best.pt', 'head.weight')[0]
-    assert torch.equal(tuned['vit.reg_token'], state['reg_token'])
-    assert torch.equal(tuned['vit.blocks.2.norm1.bias'], state['blocks.2.norm1.bias'])
-    assert not torch.equal(tuned['vit.blocks.3.norm1.bias'], state['blocks.3.norm1.bias'])
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Wrong use
 

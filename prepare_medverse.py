@@ -1,24 +1,42 @@
-"""Prepare images for pretraining (paper, C.1.1) and labelled tasks for fine-tuning: raw downloads in, uint8 arrays out.
+r"""Prepare images for pretraining (paper, C.1.1) and labelled tasks for fine-tuning: downloads in, uint8 arrays out.
 
     python prepare_medverse.py --list --raw RAW         the data sets of Tables 2 and 3, and which of them lie below RAW
     python prepare_medverse.py --raw RAW --out data/medverse
     python prepare_medverse.py --phantoms 200 --out data/phantoms-64 --size 64
     python prepare_medverse.py --task fives --raw RAW/fives
-    python prepare_medverse.py --task mine --raw MINE --images '*scans/*.png' --masks '*masks/*.png' --values 0 255
+    python prepare_medverse.py --task mine --raw MINE --images '(.*)\.png' --masks '(.*)_truth' --values 0 255
 
-RAW/<name>/** holds a data set of Table 2 as it was unpacked, RAW/<Modality>/<source>/** any others: PNG JPEG TIFF BMP GIF PGM
-PPM, NIfTI, MetaImage (.mhd), DICOM series, .npy, AVI and MP4. <Modality> is CT, PET, MR, X-ray, Ultrasound, Fundus, OCT,
-Pathology, Endoscope or Photo. OUT/<source>/ gets 00000.npy ... (uint8 (n, S, S, c), c = 1 grey or 3 RGB), meta.json (counts,
-normalization) and dropped.csv (what was dropped and why). Until whole it is OUT/<source>.part, so the command can be stopped
-at any moment and started again. A task is images in pairs with masks (segmentation) or in folders named after their classes.
+RAW/<name>/** holds a data set of Table 2 as it was unpacked, RAW/<Modality>/<source>/** any others: PNG JPEG TIFF BMP
+GIF PGM PPM, NIfTI, DICOM series, .npy, AVI and MP4, of the MODALITIES below. OUT/<source>/ gets 00000.npy ... (uint8
+(n, S, S, c), c = 1 grey or 3 RGB), meta.json and dropped.csv (what was dropped and why). Until whole it is
+OUT/<source>.part: stopped at any moment, the command can be started again. A task is images in pairs with masks
+(segmentation) or in folders named after their classes.
+
+Rules on names are regular expressions, searched in the path below RAW in any case. An image and its mask are a pair
+where the groups ( ) of both rules find the same text: above, a/12 in a/12.png and in a/12_truth.png.
+
+Parquet and HDF5 are not read. Eyepacs is also on Kaggle as JPEG; of Thyroid-Cine-clip, numpy.save('clips.npy',
+h5py.File('dataset.hdf5')['image'][::10]) makes a file that is; MoNuSAC becomes pictures in its folder by
+
+    import io, os, numpy, pandas; from PIL import Image
+    def pixels(png):
+        return numpy.array(Image.open(io.BytesIO(png['bytes'] if isinstance(png, dict) else png)).convert('RGB'))
+    for split in ('train', 'test'):
+        os.makedirs(f'{split}/images'), os.makedirs(f'{split}/masks')
+        for i, row in pandas.read_parquet(f'{split}.parquet').iterrows():
+            mask = numpy.zeros_like(pixels(row.image)[..., 0])
+            for nucleus, category in zip(row.instances, row.categories):
+                mask[pixels(nucleus)[..., 0] > 0] = category
+            for kind, array in (('images', pixels(row.image)), ('masks', mask)):
+                Image.fromarray(array).save(f'{split}/{kind}/{i}.png')
 
 Letters: H, W sides as published, S side as stored, c channels, n slices of a volume or images of a shard.
 """
 import argparse
 import contextlib
 import csv
-import functools
-import glob
+import errno
+import fcntl
 import inspect
 import json
 import multiprocessing
@@ -32,323 +50,340 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections import deque
+from collections import Counter, deque, namedtuple
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
-from xml.etree import ElementTree
 
 import nibabel as nib
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps, ImageSequence
 from tqdm import tqdm
 
-
-Image.MAX_IMAGE_PIXELS = None  # slides and fundus photographs are large, not decompression bombs
 MODALITIES = ('CT', 'PET', 'MR', 'X-ray', 'Ultrasound', 'Fundus', 'OCT', 'Pathology', 'Endoscope', 'Photo')
-RULES = {  # of volumes: values that become 0 and 255, else percentiles; least share of a slice above 0.02 of them; in words
-    'CT': ((-200, 400), (), 0.05, 'HU clipped to [-200, 400]'),
+RULES = {  # for what is not 8 bits: values that become 0 and 255, or percentiles; least share above 0.02; in words
+    'CT': ((-200, 400), (), 0.05, 'HU clipped to [-200, 400]; of what is unsigned, and so not HU, minimum..maximum'),
     'MR': ((), (1, 99), 0.05, '1st..99th percentile'),
     # The paper's z-score of PET cancels in its min-max.
     'PET': ((), (1, 99), 0.01, '1st..99th percentile; SUV in [0, 20] where the path has suv'),
     'SUV': ((0, 20), (), 0.01, 'SUV in [0, 20]'),  # PET in standardized uptake values
     '': ((), (0, 100), 0, 'minimum..maximum')}
 PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm')
-VIDEOS = ('.avi', '.mp4')
-IMAGES = (*PICTURES, *VIDEOS, '.nii', '.nii.gz', '.npy', '.mhd', '.img')
-SHARD = 256 << 20  # bytes of a full shard
+VIDEOS, NIFTI = ('.avi', '.mp4'), ('.nii.gz', '.nii')
+IMAGES = (*PICTURES, *VIDEOS, *NIFTI, '.npy', '.img')
+FOLDERS = {  # of official splits
+    'train': '(^|/)(train|training)/', 'val': '(^|/)(val|valid|validation)/', 'test': '(^|/)(test|testing)/'}
 REASONS = ('corrupt', 'small', 'blank', 'duplicate', 'other')
-
-def boolean(text):
-    return ('false', 'no', '0', 'true', 'yes', '1').index(text.lower()) >= 3
-
-def parse_options(defaults, words=None):
-    """The dataclass instance `defaults` with what the command line, or `words`, changes: --name value, --name=value, --flag.
-
-    The help of an option is the comment beside its field; unknown names and wrong types end the program with a sentence.
-    """
-    cls = type(defaults)
-    comments = dict(re.findall(r'^    (\w+): .*?  # (.*)$', inspect.getsource(cls), re.M))
-    parser = argparse.ArgumentParser(description=inspect.getmodule(cls).__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, kind in cls.__annotations__.items():
-        reading = {bool: dict(type=boolean, nargs='?', const=True), tuple: dict(nargs='+')}.get(kind, dict(type=kind))
-        text = comments.get(name, '').replace('%', '%%')
-        text += ' (default: %(default)s)' * (getattr(defaults, name) not in ('', ()))
-        parser.add_argument('--' + name, metavar='ITEM' if kind is tuple else kind.__name__.upper(), help=text, **reading)
-    parser.set_defaults(**vars(defaults))
-    return cls(**vars(parser.parse_args(words)))
+SHARD = 256 << 20  # bytes of a full shard
+LARGEST = 200_000_000  # pixels of a picture, up to 1.4 GB; a file of few bytes can claim any number
+Image.MAX_IMAGE_PIXELS = None  # so that LARGEST decides
 
 @dataclass
-class Config:
+class Options:
     """The options; the comment beside each is its --help."""
-    raw: str = ''  # folder of the downloads: RAW/<Modality>/<source>/**, or of one task; with --phantoms where to write them
+    raw: str = ''  # folder of the downloads, RAW/<Modality>/<source>/**, or of one task, or to write phantoms to
     out: str = ''  # folder of the prepared sources, by default data/medverse, or of the task, by default data/<task>
     list: bool = False  # print the tables of data sets instead
     source: str = ''  # prepare only this source; --images and --skip then replace those of its row
     size: int = 256  # side of the stored images, px
     min_side: int = 32  # images whose shorter side is below this are dropped, px
     workers: int = 0  # processes, 0 = one per core
-    phantoms: int = 0  # simulate this many images a modality under RAW/raw, their masks under RAW/labels, and prepare them
+    phantoms: int = 0  # simulate so many images a modality in RAW/raw, their masks in RAW/labels, and prepare them
     seed: int = 0  # of the phantoms and of a task's split; preparing sources draws nothing
     # a labelled task: those of Table 3 and the phantom tasks bring their own rules, which these options replace
     task: str = ''  # its name
     modality: str = ''  # sets the intensity window of its volumes
-    images: str = ''  # glob of the images below RAW (default *images/*.** where masks are found, else all)
-    masks: tuple = ()  # glob of the masks (default *masks/*.**), pairs where the *'s agree, or a glob for each class
-    skip: str = ''  # glob of what is neither
-    labels: tuple = ()  # CSV below RAW and its columns of file, class and patient (default the first two); or a glob as masks
+    images: str = ''  # rule of the images (default, where masks are found, (.*)images/(.*), extensions apart)
+    masks: tuple = ()  # rule of the masks (default (.*)masks/(.*)), or one for each class after the background
+    skip: str = ''  # rule of what is neither
+    labels: tuple = ()  # CSV below RAW and its columns of file, class and patient (default the first two); or as masks
     classes: tuple = ()  # names of the classes (default background foreground, or the folders' names)
-    values: tuple = ()  # of each class in the masks (default 0 1 2 ...), as 0 205 420+421 *; 255 is not scored
+    values: tuple = ()  # of each class in the masks (default 0 1 2 ...), as 0 420+421 #ff0000 *; 255 is not scored
     outline: bool = False  # masks show a closed convex outline: fill it
     frames: bool = False  # images with one mask in common are frames: take the darkest of each pixel
-    patient: str = ''  # regular expression: what it finds in a path is the patient, whom no split shares (default the path)
-    split: tuple = ()  # for train, val and test each a share (default 50 20 30), a glob or a .txt of names
+    patient: str = ''  # rule: what it finds in a path is the patient, whom no split shares (default the path)
+    split: tuple = ()  # for train, val and test each a share (default 50 20 30), a rule or a .txt of names
 
-class Row(NamedTuple):
-    """A data set of Table 2, below RAW/<name>/, or any RAW/<Modality>/<name>/; or a task of Table 3."""
-    name: str
-    modality: str
-    content: str = ''
-    count: str = ''  # kept images, or images of train, val and test, by the paper
-    access: str = ''  # open, account or form (an application); with ? where the layout could not be confirmed
-    link: str = ''
-    images: str = '**'  # glob of its files, see `pattern`; of a task, options of this script
-    skip: str = ''  # glob of those among them to leave: masks, crops, copies
+def boolean(text):
+    return ('false', 'no', '0', 'true', 'yes', '1').index(text.lower()) >= 3
 
-SOURCES = [Row(*line.split(' | ')) for line in '''\
-AutoPET-CT | CT | whole body | 558473 | form | autopet.grand-challenge.org/Dataset | **/CT.nii.gz
-ImageCAS | CT | heart | 257496 | account | kaggle.com/datasets/xiaoweixumedicalai/imagecas | **img.nii.gz
-TopBrain-CT | CT | brain | 5647 | open | zenodo.org/records/16623496 | **imagesTr*_ct/*_0000.nii.gz
-AutoPET-PET | PET | whole body | 354826 | form | autopet.grand-challenge.org/Dataset | **/PET.nii.gz
-AutoPET-SUV | PET | whole body | 351900 | form | autopet.grand-challenge.org/Dataset | **/SUV.nii.gz
-TotalSegmentator-MR | MR | whole body | 16059 | open | zenodo.org/records/14710732 | **/mri.nii.gz
-ACDC | MR | heart | 1902 | open | creatis.insa-lyon.fr/Challenge/acdc | **training/**_frame??.nii.gz
-MRNet | MR | knee | 116624 | account | aimi.stanford.edu | **.npy
-Duke-Breast-Cancer-MRI | MR | breast | 515747 | open | cancerimagingarchive.net/collection/duke-breast-cancer-mri | **
-Prostate-MRI-US-Biopsy | MR | prostate | 97180 | open | cancerimagingarchive.net/collection/prostate-mri-us-biopsy | **
-TopBrain-MR | MR | brain | 4604 | open | zenodo.org/records/16623496 | **imagesTr*_mr/*_0000.nii.gz
-BraTS-GLI | MR | brain | 802341 | account | synapse.org syn53708249 | **-{t1n,t1c,t2w,t2f}.nii.gz
-LLD-MMRI | MR | abdomen | 198918 | form | github.com/LMMMEng/LLD-MMRI-Dataset | **images/**.nii.gz | **classification**
-ChestX-ray8 | X-ray | chest | 112120 | open | nihcc.app.box.com | **images/*.png
-CheXpert | X-ray | chest | 223648 | account | stanfordmlgroup.github.io/competitions/chexpert | **.jpg
-Mammo-Bench | X-ray | breast | 71844 | account? | india-data.org | **Original_Dataset/**
-MURA | X-ray | bone | 40005 | form | stanfordmlgroup.github.io/competitions/mura | **.png
-vzrad2 | X-ray | tooth | 8188 | account | kaggle.com/henriquerezermosqur | **.jpg | **_mask/**
-ADSD | X-ray | coronary artery | 8325 | open | data.mendeley.com/datasets/ydrm75xywg | **.bmp
-ARCADE | X-ray | coronary artery | 3000 | open | zenodo.org/records/10390295 | **images/*.png
-XCAD | X-ray | coronary artery | 1621 | open? | github.com/AISIGSJTU/SSVS | **train/** | **trainC/**
-Thyroid-Cine-clip | Ultrasound | thyroid | 1737 | account | aimi.stanford.edu | **.npy
-EchoNet-Dynamic | Ultrasound | heart | 63867 | form | echonet.github.io/dynamic | **Videos/*.avi
-HC18 | Ultrasound | fetal head | 1334 | open | zenodo.org/records/1327317 | **HC.png
-BUSI | Ultrasound | breast | 780 | open | scholar.cu.edu.eg | **.png | **_mask**
-UBPD | Ultrasound | brachial plexus | 955 | form? | ubpd.worldwidetracing.com:9443 | ** | **mask**
-MESSIDOR | Fundus | eye | 1200 | form? | adcis.net | **.tif
-Refuge2 | Fundus | eye | 1200 | account | kaggle.com/datasets/victorlemosml/refuge2 | **images/*.jpg
-APTOS2019 | Fundus | eye | 5590 | account? | ahmadelsallab.github.io/APTOS | **{train,test}_images/*.png
-Eyepacs | Fundus | eye | 88702 | open | huggingface.co/datasets/bumbledeep/eyepacs | **.{jpeg,jpg}
-ROSE | OCT | eye | 229 | form | imed.nimte.ac.cn | **{img,original}/*
-OCTA500-OCTA | OCT | eye | 600 | account | ieee-dataport.org/open-access/octa-500 | **OCTA_3**/Projection Maps/OCTA(*)/*.bmp
-OCTA500-OCT | OCT | eye | 600 | account | ieee-dataport.org/open-access/octa-500 | **OCTA_3**/Projection Maps/OCT(*)/*.bmp
-ZhangLabData-OCT | OCT | eye | 109309 | open | data.mendeley.com/datasets/rscbjbr9sj | **OCT/**.jpeg
-BBBC041v1 | Pathology | blood smears | 1328 | open | bbbc.broadinstitute.org/BBBC041 | **images/*
-Lacuna-Malaria-Challenge | Pathology | blood smears | 3925 | account | zindi.africa | **images/*.jpg
-Lacuna-Malaria-Datasets | Pathology | blood smears | 5059 | open? | doi.org/10.7910/DVN/VEADSE | **.{jpg,jpeg,png}
-SegPath | Pathology | 8 kinds of cells | 158687 | open | dakomura.github.io/SegPath | **_HE.png
-HyperKvasir | Endoscope | stomach, intestines | 110079 | open | datasets.simula.no/hyper-kvasir | **labeled-images/**.jpg
-Cataract-101 | Endoscope | eye | 42157 | open | ftp.itec.aau.at/datasets/ovid/cat-101 | **videos/*.mp4
-PitVis2023 | Endoscope | pituitary | 96272 | open | rdr.ucl.ac.uk 26531686 | **video_*.mp4
-Endoscapes-CVS | Endoscope | gall bladder | 55783 | open | github.com/CAMMA-public | **{train,val,test}/*.jpg | **{12_5,25}/**
-PSI-AVA | Endoscope | prostate | 72160 | open | github.com/BCV-Uniandes/TAPIR | **keyframes/**.jpg
-ISIC-2024 | Photo | skin | 401059 | open | challenge2024.isic-archive.com | **.jpg'''.splitlines()]
+def parse_options(defaults, words=None):
+    """The dataclass instance `defaults` with what the command line, or `words`, changes: --name value, --name=value,
+    --flag. The help of an option is the comment beside its field; unknown names and wrong types end the program."""
+    cls = type(defaults)
+    comments = dict(re.findall(r'^    (\w+): .*?  # (.*)$', inspect.getsource(cls), re.M))
+    parser = argparse.ArgumentParser(description=inspect.getmodule(cls).__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    # The one useful line, without the usage, which hides it.
+    parser.error = lambda message: parser.exit(2, f'{parser.prog}: error: {message} (see --help)\n')
+    for name, kind in cls.__annotations__.items():
+        reading = {bool: dict(type=boolean, nargs='?', const=True), tuple: dict(nargs='+')}.get(kind, dict(type=kind))
+        text = comments.get(name, '').replace('%', '%%')
+        text += ' (default: %(default)s)' * (getattr(defaults, name) not in ('', ()))
+        word = 'ITEM' if kind is tuple else kind.__name__.upper()
+        parser.add_argument('--' + name, metavar=word, help=text, **reading)
+    parser.set_defaults(**vars(defaults))
+    return cls(**vars(parser.parse_args(words)))
 
-TASKS = {row.split(' ')[0]: Row(*re.split(r' ?\| ?|\n', row, maxsplit=6)) for row in re.split(r'\n(?=\S)', '''\
+# A data set of Table 2, below RAW/<name>/, or any RAW/<Modality>/<name>/; or a task of Table 3. count: images that the
+# paper keeps, or of train, val and test. access: open, account or form (an application); with ? where the layout could
+# not be confirmed. images: rule of its files; of a task, options of this script. skip: masks, crops, copies among them.
+Row = namedtuple('Row', 'name modality content count access link images skip', defaults=('', '', '', '', '.', ''))
+
+SOURCES = [Row(*line.split(' | ')) for line in r'''
+AutoPET-CT | CT | whole body | 558473 | form | autopet.grand-challenge.org/Dataset | /CT\.nii
+ImageCAS | CT | heart | 257496 | account | kaggle.com/datasets/xiaoweixumedicalai/imagecas | img\.nii
+TopBrain-CT | CT | brain | 5647 | open | zenodo.org/records/16623496 | imagesTr.*_ct/.*_0000\.nii
+AutoPET-PET | PET | whole body | 354826 | form | autopet.grand-challenge.org/Dataset | /PET\.nii
+AutoPET-SUV | PET | whole body | 351900 | form | autopet.grand-challenge.org/Dataset | /SUV\.nii
+TotalSegmentator-MR | MR | whole body | 16059 | open | zenodo.org/records/14710732 | /mri\.nii
+ACDC | MR | heart | 1902 | open | creatis.insa-lyon.fr/Challenge/acdc | training/.*_frame..\.nii
+MRNet | MR | knee | 116624 | account | aimi.stanford.edu | \.npy
+Duke-Breast-Cancer-MRI | MR | breast | 515747 | open | cancerimagingarchive.net/collection/duke-breast-cancer-mri
+Prostate-MRI-US-Biopsy | MR | prostate | 97180 | open | cancerimagingarchive.net/collection/prostate-mri-us-biopsy
+TopBrain-MR | MR | brain | 4604 | open | zenodo.org/records/16623496 | imagesTr.*_mr/.*_0000\.nii
+BraTS-GLI | MR | brain | 802341 | account | synapse.org syn53708249 | -(t1n|t1c|t2w|t2f)\.nii
+LLD-MMRI | MR | abdomen | 198918 | form | github.com/LMMMEng/LLD-MMRI-Dataset | images/.*\.nii | classification
+ChestX-ray8 | X-ray | chest | 112120 | open | nihcc.app.box.com | images.*/.*\.png
+CheXpert | X-ray | chest | 223648 | account | stanfordmlgroup.github.io/competitions/chexpert | \.jpg
+Mammo-Bench | X-ray | breast | 71844 | account? | india-data.org | Original_Dataset/
+MURA | X-ray | bone | 40005 | form | stanfordmlgroup.github.io/competitions/mura | \.png
+vzrad2 | X-ray | tooth | 8188 | account | kaggle.com/henriquerezermosqur | \.jpg | _mask/
+ADSD | X-ray | coronary artery | 8325 | open | data.mendeley.com/datasets/ydrm75xywg | \.bmp
+ARCADE | X-ray | coronary artery | 3000 | open | zenodo.org/records/10390295 | images/.*\.png
+XCAD | X-ray | coronary artery | 1621 | open? | github.com/AISIGSJTU/SSVS | train/ | trainC/
+Thyroid-Cine-clip | Ultrasound | thyroid | 1737 | account | aimi.stanford.edu | \.npy
+EchoNet-Dynamic | Ultrasound | heart | 63867 | form | echonet.github.io/dynamic | Videos/.*\.avi
+HC18 | Ultrasound | fetal head | 1334 | open | zenodo.org/records/1327317 | HC\.png
+BUSI | Ultrasound | breast | 780 | open | scholar.cu.edu.eg | \.png | _mask
+UBPD | Ultrasound | brachial plexus | 955 | form? | ubpd.worldwidetracing.com:9443 | . | mask
+MESSIDOR | Fundus | eye | 1200 | form? | adcis.net | \.tif
+Refuge2 | Fundus | eye | 1200 | account | kaggle.com/datasets/victorlemosml/refuge2 | images/.*\.jpg
+APTOS2019 | Fundus | eye | 5590 | account? | ahmadelsallab.github.io/APTOS | (train|test)_images/.*\.png
+Eyepacs | Fundus | eye | 88702 | open | huggingface.co/datasets/bumbledeep/eyepacs | \.jpe?g
+ROSE | OCT | eye | 229 | form | imed.nimte.ac.cn | (img|original)/
+OCTA500-OCTA | OCT | eye | 600 | account | ieee-dataport.org/open-access/octa-500 | OCTA_3.*/Projection Maps/OCTA\(
+OCTA500-OCT | OCT | eye | 600 | account | ieee-dataport.org/open-access/octa-500 | OCTA_3.*/Projection Maps/OCT\(
+ZhangLabData-OCT | OCT | eye | 109309 | open | data.mendeley.com/datasets/rscbjbr9sj | OCT/.*\.jpeg
+BBBC041v1 | Pathology | blood smears | 1328 | open | bbbc.broadinstitute.org/BBBC041 | images/
+Lacuna-Malaria-Challenge | Pathology | blood smears | 3925 | account | zindi.africa | images/.*\.jpg
+Lacuna-Malaria-Datasets | Pathology | blood smears | 5059 | open? | doi.org/10.7910/DVN/VEADSE | \.(jpe?g|png)
+SegPath | Pathology | 8 kinds of cells | 158687 | open | dakomura.github.io/SegPath | _HE\.png
+HyperKvasir | Endoscope | stomach, intestines | 110079 | open | datasets.simula.no/hyper-kvasir | labeled-images/.*\.jpg
+Cataract-101 | Endoscope | eye | 42157 | open | ftp.itec.aau.at/datasets/ovid/cat-101 | videos/.*\.mp4
+PitVis2023 | Endoscope | pituitary | 96272 | open | rdr.ucl.ac.uk 26531686 | video_.*\.mp4
+Endoscapes-CVS | Endoscope | gall bladder | 55783 | open | github.com/CAMMA-public | (train|val|test)/.*jpg | (12_5|25)/
+PSI-AVA | Endoscope | prostate | 72160 | open | github.com/BCV-Uniandes/TAPIR | keyframes/.*\.jpg
+ISIC-2024 | Photo | skin | 401059 | open | challenge2024.isic-archive.com | \.jpg'''.strip().splitlines()]
+
+TASKS = {row.split(' ')[0]: Row(*re.split(r' ?\| |\n', row, maxsplit=6)) for row in re.split(r'\n(?=\S)', r'''
 whs-ct | CT | heart structures | 5176 0 4096 | form | zmiclab.github.io/zxh/0/mmwhs
-    --images **ct_**/*_image.nii.gz --masks **ct_**/*_label.nii.gz --values 0 205 420+421 500 550 600 820 850
+    --images 'ct_.*/(.*)_image' --masks 'ct_.*/(.*)_label' --values 0 205 420+421 500 550 600 820 850
     --classes background myocardium left-atrium left-ventricle right-atrium right-ventricle aorta pulmonary-artery
 kipa22 | CT | kidney cancer structures | 13846 5864 5959 | account | kipa22.grand-challenge.org
-    --images *image/* --masks *label/* --classes background renal-vein kidney renal-artery tumour
+    --images '(.*)image/(.*)' --masks '(.*)label/(.*)' --classes background renal-vein kidney renal-artery tumour
 sisvse | Endoscope | surgical scene | 2718 336 1456 | form | sisvse.github.io
-    --images **images/real/*.jpg --masks **semantic_masks/real_{train,val}_1/*.png --patient [^/_]+(?=_[^/]*$)
+    --images 'images/real/(.*)\.jpg' --masks 'masks/real_(?:train|val)_1/(.*)\.png' --split 2718 336 real_val_1/
     --classes 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31
-    --split 2718 336 **/real_val_1/**
+    --patient '[^/_]+(?=_[^/]*$)'
 cholecseg8k | Endoscope | cholecystectomy | 4320 1120 2640 | account | kaggle.com/datasets/newslab/cholecseg8k
-    --images *_endo.png --masks *_endo_watershed_mask.png --values 0+50+255 11 21 13 12 31 23 24 25 32 22 33 5
-    --patient video[0-9]+ --classes background abdominal-wall liver gastrointestinal-tract fat grasper connective-tissue
+    --images '(.*)_endo\.png' --masks '(.*)_endo_watershed_mask' --values 0+50+255 11 21 13 12 31 23 24 25 32 22 33 5
+    --patient 'video\d+' --classes background abdominal-wall liver gastrointestinal-tract fat grasper connective-tissue
     blood cystic-duct hook gallbladder hepatic-vein liver-ligament
 idrid | Fundus | lesions, optic disc | 54 0 27 | account | idrid.grand-challenge.org
-    --images '**Original Images/*/*.jpg' --split '**Training Set/**' '' '**Testing Set/**'
-    --masks **truths/*/**/*_OD.tif **truths/*/**/*_MA.tif **truths/*/**/*_HE.tif **truths/*/**/*_EX.tif **truths/*/**/*_SE.tif
-    --classes background optic-disc microaneurysms haemorrhages hard-exudates soft-exudates
+    --images 'Original Images/(.*)/(.*)\.jpg' --split 'Training Set/' '' 'Testing Set/'
+    --masks 'truths/(.*)/.*/(.*)_OD' 'truths/(.*)/.*/(.*)_MA' 'truths/(.*)/.*/(.*)_HE' 'truths/(.*)/.*/(.*)_EX'
+    'truths/(.*)/.*/(.*)_SE' --classes background optic-disc microaneurysms haemorrhages hard-exudates soft-exudates
 fives | Fundus | vessels | 200 100 500 | open | figshare.com/articles/19688169
-    --images *Original/* --masks '*{Ground,Groud} truth/*' --values 0 * --split 200 100 500
+    --images '(.*)Original/(.*)' --masks '(.*)Groun?d truth/(.*)' --values 0 * --split 200 100 500
 feta21 | MR | fetal brain | 5120 5120 10240 | account | feta.grand-challenge.org/feta-2021
-    --images **/*_T2w.nii.gz --masks **/*_dseg.nii.gz --patient sub-[0-9]+ --split 20 20 40
+    --images '(.*)_T2w' --masks '(.*)_dseg' --patient 'sub-\d+' --split 20 20 40
     --classes background external-fluid grey-matter white-matter ventricles cerebellum deep-grey-matter brainstem
 candi | MR | brain tissues | 5120 2560 5504 | account | nitrc.org/projects/candi_share
-    --images **/*_procimg.nii.gz --masks **/*_seg.nii.gz
-    --values * 2 3 4 7 8 10 11 12 13 14 15 16 17 18 24 28 41 42 43 46 47 49 50 51 52 53 54 60 --split 40 20 43
+    --images '(.*)_procimg' --masks '(.*)_seg' --split 40 20 43
+    --values * 2 3 4 7 8 10 11 12 13 14 15 16 17 18 24 28 41 42 43 46 47 49 50 51 52 53 54 60
 octdl | OCT | 7 diseases | 1030 411 623 | open | data.mendeley.com/datasets/sncdhf53xc
-    --images **.jpg --labels OCTDL_labels.csv file_name disease patient_id
+    --images '\.jpg' --labels OCTDL_labels.csv file_name disease patient_id
 icf | OCT | cystoid fluid | 730 292 438 | account | kaggle.com/datasets/zeeshanahmed13/intraretinal-cystoid-fluid
-    --images */images/** --masks */masks/** --skip **815DME_F/masks/MASK-DME511.png --values 0 *
+    --images '(.*)/images/' --masks '(.*)/masks/' --skip 815DME_F/masks/MASK-DME511 --values 0 *
 tnbc | Pathology | nuclei | 20 10 20 | open | zenodo.org/records/1175282
-    --images **Slide_*/*.png --masks **GT_*/*.png --values 0 * --patient Slide_[0-9]+
+    --images 'Slide_(.*)' --masks 'GT_(.*)' --values 0 * --patient 'Slide_\d+'
 lsc | Pathology | lymphomas | 188 73 113 | open | andrewjanowczyk.com use case 7
-    --images **{CLL,FL,MCL}/*.tif --patient .*(?=_)
+    --images '(CLL|FL|MCL)/.*\.tif' --patient '.*(?=_)'
 bcss | Pathology | tissues | 75 30 46 | open | github.com/PathologyDataScience/BCSS
-    --images **{images,rgbs_colorNormalized}/*.png --masks **masks/*.png --patient TCGA-[^-]+-[^-]+
+    --images '(?:images|rgbs_colorNormalized)/(.*)' --masks 'masks/(.*)' --patient 'TCGA-[^-]+-[^-]+'
     --classes background tumour stroma inflammatory necrosis other --values '' 1+19+20 2 3+10+11 4 * 0
 monusac | Pathology | nuclei | 167 42 101 | open | huggingface.co/datasets/RationAI/MoNuSAC
-    --images *images/*.png --masks *masks/*.png --classes background epithelial lymphocyte macrophage neutrophil
-    --split 167 42 **test/**
+    --images '(.*)images/(.*)' --masks '(.*)masks/(.*)' --classes background epithelial lymphocyte macrophage neutrophil
+    --split 167 42 test/
 scr | X-ray | chest structures | 25 47 175 | form | jsrt.or.jp and isi.uu.nl/Research/Databases/SCR
-    --images **All247images/*.IMG --classes background left-lung right-lung heart left-clavicle right-clavicle
-    --masks '**/left lung/*.gif' '**/right lung/*.gif' **/heart/*.gif '**/left clavicle/*.gif' '**/right clavicle/*.gif'
-    --split 25 47 175
+    --images 'All247images/(.*)\.IMG' --classes background left-lung right-lung heart left-clavicle right-clavicle
+    --masks 'left lung/(.*)\.gif' 'right lung/(.*)\.gif' 'heart/(.*)\.gif' 'left clavicle/(.*)\.gif'
+    'right clavicle/(.*)\.gif' --split 25 47 175
 pdcxr | X-ray | pneumonia | 3659 1573 624 | open | data.mendeley.com/datasets/rscbjbr9sj
-    --images **chest_xray/**.jpeg --patient person[0-9]+ --split 3659 1573 **chest_xray/test/**
+    --images 'chest_xray/.*\.jpeg' --patient 'person\d+' --split 3659 1573 chest_xray/test/
 dca1 | X-ray | coronary arteries | 25 25 84 | account? | kaggle.com/datasets/bard2024 dca1
-    --images **/*.pgm --masks **/*_gt.pgm --values 0 * --split 25 25 84
+    --images '(.*)\.pgm' --masks '(.*)_gt\.pgm' --values 0 * --split 25 25 84
 dias | X-ray | brain arteries | 30 10 20 | open? | zenodo.org/records/11637181
-    --images *images/image_s*_i**.png --masks *labels/label_s*.png --values 0 * --frames
-    --split **training/** **validation/** **test/**
+    --images '(.*)images/image_s(.*)_i' --masks '(.*)labels/label_s(.*)\.png' --values 0 * --frames
+    --split training/ validation/ test/
 dsca | X-ray | brain arteries | 112 44 68 | open? | zenodo.org/records/11255024
-    --images **images/*/** --masks **labels/*.** --values 0 * --frames
+    --images 'images/(.*)/' --masks 'labels/(.*)\.' --values 0 * --frames
 sts-tooth-2d | X-ray | teeth | 100 100 700 | open? | toothfairychallenges.github.io/miccai2023
-    --images */Labeled/Image/*.png --masks */Labeled/Mask/*.png --values 0 * --split 100 100 700
+    --images '(.*)/Labeled/Image/(.*)' --masks '(.*)/Labeled/Mask/(.*)' --values 0 * --split 100 100 700
 uns | Ultrasound | nerve | 2758 1078 1799 | account | kaggle.com/c/ultrasound-nerve-segmentation
-    --images **/*.tif --masks **/*_mask.tif --values 0 * --patient [0-9]+(?=_[0-9]+.tif)
+    --images '(.*)\.tif' --masks '(.*)_mask\.tif' --values 0 * --patient '\d+(?=_\d+\.tif)'
 tn5000 | Ultrasound | thyroid nodule | 3500 500 1000 | open | figshare.com/articles/28455641
-    --images **JPEGImages/*.jpg --labels **Annotations/*.xml --classes malignant benign --values 1 0
+    --images 'JPEGImages/(.*)\.jpg' --labels 'Annotations/(.*)\.xml' --classes malignant benign --values 1 0
     --split Main/train.txt Main/val.txt Main/test.txt
 fhu | Ultrasound | fetal head | 499 200 300 | account | kaggle.com/datasets/ankit8467
-    --images *HC.png --masks *HC_Annotation.png --values 0 * --outline --patient [0-9]+(?=_[^/]*HC)
+    --images '(.*HC)\.png' --masks '(.*HC)_Annotation' --values 0 * --outline --patient '\d+(?=_[^/]*HC)'
 autopet-org | PET | organs | 18076 6386 10465 | form | github.com/YichiZhang98/SegAnyPET
-    --images **PETCT_*/*/SUV.nii.gz --masks **PETCT_*_*_.nii.gz --values 0 1 2 3 4 5 6 7 8 9 10 11+12
-    --patient PETCT_[^/_]+ --modality SUV --classes background liver left-kidney right-kidney heart spleen aorta
+    --images 'PETCT_([^/]*)/([^/]*)/SUV\.nii' --masks 'PETCT_([^_]*)_(.*)_\.nii' --values 0 1 2 3 4 5 6 7 8 9 10 11+12
+    --patient 'PETCT_[^/_]+' --modality SUV --classes background liver left-kidney right-kidney heart spleen aorta
     left-lower-lobe right-lower-lobe left-upper-lobe right-upper-lobe right-middle-lobe
 slsc-s | Photo | skin lesion | 6675 1911 964 | open | huggingface.co/datasets/makhresearch
-    --images *images/*.jpg --masks *labels/*.txt --split **train/** **valid/** **test/**
+    --images '(.*)images/(.*)\.jpg' --masks '(.*)labels/(.*)\.txt' --split train/ valid/ test/
 slsc-c | Photo | 7 skin diseases | 6675 1911 964 | open | huggingface.co/datasets/makhresearch
-    --images *images/*.jpg --labels *labels/*.txt --classes BKL NV DF MEL VASC BCC AKIEC
-    --split **train/** **valid/** **test/**
-phantom-vessels | Fundus | vessels | | | this script | --images raw/Fundus/phantom-fundus/* --masks labels/Fundus/*
-phantom-organs | CT | organs | | | this script
-    --images raw/CT/phantom-ct/* --masks labels/CT/* --classes air fat muscle gut lung liver kidney spleen bone blood lesion
-phantom-lesion | Photo | naevus or melanoma | | | this script | --images raw/Photo/**''')}
-HINTS = {  # for copies in formats that are not read here: which other to take, or how to convert it
-    'Thyroid-Cine-clip': 'HDF5 is not read: convert it by python -c "import h5py, numpy; '
-                         'numpy.save(\'clips.npy\', h5py.File(\'dataset.hdf5\')[\'image\'][::10])"',
-    'Eyepacs': 'parquet is not read: take the original from Kaggle (train/*.jpeg, test/*.jpeg), of which this copy is a part',
-    'monusac': 'parquet is not read: make {train,test}/{images,masks}/*.png of it by the lines in the README'}
+    --images '(.*)images/(.*)\.jpg' --labels '(.*)labels/(.*)\.txt' --classes BKL NV DF MEL VASC BCC AKIEC
+    --split train/ valid/ test/
+phantom-vessels | Fundus | vessels | - | | this script
+    --images 'raw/Fundus/phantom-fundus/(.*)' --masks 'labels/Fundus/(.*)'
+phantom-organs | CT | organs | - | | this script | --images 'raw/CT/phantom-ct/(.*)' --masks 'labels/CT/(.*)'
+    --classes air fat muscle gut lung liver kidney spleen bone blood lesion
+phantom-lesion | Photo | naevus or melanoma | - | | this script | --images raw/Photo/'''.strip())}
 
-@functools.cache
-def pattern(glob):
-    """Regular expression of a glob on whole paths: * stands for any text, and an image and its mask are a pair where theirs
-    stand for the same; ** for any text, ? for one character and {a,b} for a or b, none of which are compared."""
-    rule = ''
-    for part in re.split(r'(\*\*|\*|\?|\{.*?\})', glob):
-        choices = '|'.join(map(re.escape, part[1:-1].split(',')))
-        rule += {'*': '(.*?)', '**': '.*', '?': '.'}.get(part) or (f'(?:{choices})' if part[:1] == '{' else re.escape(part))
-    return re.compile(rule, re.I)
+def find(rule, name):  # a match of a rule in a path, or nothing
+    return rule and re.search(rule, name, re.IGNORECASE | re.DOTALL)
 
-def matches(names, glob):
-    """{what the stars stand for: the names} of those that match the glob; without stars a name stands for itself."""
+def by_groups(names, rule):
+    """{what the groups of the rule find: the names}; of a rule without groups a name stands for itself."""
     found = {}
     for name in names:
-        if match := pattern(glob).fullmatch(name):
+        if match := find(rule, name):
             found.setdefault(match.groups() or name, []).append(name)
     return found
 
+def is_dicom(path):  # by its name or its mark, which a DICOMDIR has too
+    if path.name.lower().endswith(('.dcm', 'dicomdir', *IMAGES)):
+        return path.name.lower().endswith('.dcm')
+    with contextlib.suppress(OSError), open(path, 'rb') as file:
+        return file.read(132)[128:] == b'DICM'
+
 def list_names(home):
-    """Paths of all files below a folder, relative to it, links followed; a series of DICOM files is named by its folder."""
-    names = {name.rpartition('/')[0] or '.' if name.lower().endswith('.dcm') else name
-             for name in glob.glob('**', root_dir=home, recursive=True, include_hidden=True) if (home / name).is_file()}
+    """Paths of all files below a folder, relative to it; a DICOM series is named by its folder. Links are followed, but
+    no folder is visited twice, nor one that holds `home`."""
+    names, visited = set(), {str(parent) for parent in home.resolve().parents}
+    for folder, folders, files in os.walk(home, followlinks=True):
+        folders.sort()  # so that of two ways to a folder the same one is taken each time
+        if os.path.realpath(folder) in visited:
+            folders.clear()
+        else:
+            visited.add(os.path.realpath(folder))
+            below = Path(folder).relative_to(home)
+            names |= {str(below if is_dicom(Path(folder, file)) else below / file) for file in files}
     return sorted(names, key=lambda name: name.split('/'))
 
-def is_image(home, name):
-    """Whether it is to be read as images, by its name; hidden files are not."""
-    return (home / name).is_dir() or name.lower().endswith(IMAGES) and '/.' not in f'/{name}'
+def is_image(home, name):  # by its name; hidden files are none
+    return name.lower().endswith(IMAGES) and '/.' not in f'/{name}' or (home / name).is_dir()
 
-def find_program(name):
-    """Its path; without it nothing can be read, so the program ends (Debian has both)."""
-    return shutil.which(name) or sys.exit(f'videos and DICOM series need {name}, which is missing: apt-get install {name}')
+# --- from files to images --------------------------------------------------------------------------------------------
 
-# --- from files to images -------------------------------------------------------------------------------------------------
+def series(folder, new):
+    """NIfTI files that dcm2niix writes to the folder `new` of the MR, CT and PET images in a folder of DICOM files."""
+    subprocess.run(['dcm2niix', '-d', '0', '-z', 'n', '-o', new, folder], check=True, capture_output=True)
+    # Copies corrected for tilt or uneven distances have no JSON, whose text may hold stray backslashes: slices are
+    # wanted as they were taken.
+    kinds = {path.with_suffix('.nii'): re.findall(r'"Modality": "(\w+)"', path.read_text(errors='replace'))
+             for path in sorted(Path(new).glob('*.json'))}
+    found = [path for path, kind in kinds.items() if path.exists() and {*kind} & {'MR', 'CT', 'PT'}]
+    if not found:
+        raise ValueError(f'DICOM is read of MR, CT and PT alone, not of {[*kinds.values()]}; save it as PNG')
+    return found
 
-def read(path, draft=0):
-    """All arrays of a file, each (n, H, W) or (n, H, W, 3) with upright slices, in the units of the file; a picture is uint8,
-    uint16 or float32 with n = 1. draft: the side (px) that is enough of a JPEG, 0 for all of it. A DICOM series is its
-    folder, of which dcm2niix makes volumes."""
+def read(path, draft=0, affine=None):
+    """All arrays of a file, each (n, H, W) or (n, H, W, 3) with upright slices, in the units of the file; uint8 where a
+    picture has 8 bits. A DICOM series is its folder. draft: the side (px) that is enough of a JPEG, 0 for all of it.
+    affine: what a NIfTI is cut by, if not its own."""
     name = path.name.lower()
     if path.is_dir():
-        if not any(name.lower().endswith('.dcm') for name in os.listdir(path)):
-            raise ValueError('it is a folder, but no series of *.dcm files')
-        with tempfile.TemporaryDirectory() as new:
-            subprocess.run([find_program('dcm2niix'), '-z', 'n', '-o', new, path], check=True, capture_output=True)
-            volumes = [volume for volume in sorted(Path(new).glob('*.nii'))  # other kinds of files may lie among them
-                       if json.loads(volume.with_suffix('.json').read_text()).get('Modality') in ('MR', 'CT', 'PT')]
-            return [array.copy() for volume in volumes for array in read(volume)]  # a copy, since the file will be gone
+        with tempfile.TemporaryDirectory() as new:  # copies, since the files will be gone
+            return [array.copy() for volume in series(path, new) for array in read(volume)]
+    if name.endswith(VIDEOS):
+        raise ValueError('it is a video; take single frames of it: ffmpeg -i VIDEO %d.png')
+    if name.endswith(PICTURES):
+        return read_pages(path, draft)
     if name.endswith('.npy'):
         array = np.load(path, mmap_mode='r')
         array = array[None] if array.shape[2:] in ((), (3,)) else array
         if array.ndim != 3 and array.shape[3:] != (3,):
             raise ValueError(f'shape {array.shape} is none of (H, W), (H, W, 3), (n, H, W), (n, H, W, 3)')
         return [array]
-    if name.endswith('.mhd'):
-        return list(cut(*read_meta_image(path)))
-    if name.endswith('.img') and not any(map(os.path.exists, (path.with_suffix('.hdr'), path.with_suffix('.HDR')))):
-        film = np.fromfile(path, '>u2').reshape(1, 2048, 2048)  # of JSRT: no header, 12 bits in 16, high values are dark
-        return [4095 - film.clip(0, 4095)]
-    if not name.endswith(PICTURES):
-        image = nib.load(path)  # get_fdata() would scale in float64; what needs no scaling stays in its 8 or 16 bits
-        scaled = (image.dataobj.slope, image.dataobj.inter) != (1, 0) or image.get_data_dtype() in (np.uint8, np.uint16)
-        return list(cut(np.asarray(image.dataobj, dtype=np.float32 if scaled else None), image.affine))
-    frames = []
-    with Image.open(path) as image:
-        image.draft(None, (draft, draft) if draft else None)  # a JPEG decodes fast at 1/2, 1/4 or 1/8
-        for frame in [image] if image.format == 'MPO' else ImageSequence.Iterator(image):  # whose others are previews
-            frame = ImageOps.exif_transpose(frame)
-            if frame.mode[0] not in 'IF':  # everything but I;16, I and F has 8 bits
-                frame = frame.convert('L' if frame.mode in ('1', 'L', 'LA') else 'RGB')
-            pixels = np.asarray(frame)[None]
-            frames.append(pixels if pixels.dtype in (np.uint8, np.float32) else pixels.clip(0, 65535).astype(np.uint16))
-    return frames
+    if name.endswith('.img') and not has_affine(path):
+        film = np.fromfile(path, '>u2').reshape(1, 1024, 2, 1024, 2)  # of JSRT, halved, as the masks of SCR are
+        return [np.uint8((4095 - film.mean((2, 4)).clip(0, 4095)) * (255 / 4095) + 0.5)]  # high values are dark
+    image = nib.load(path)
+    affine, kind = image.affine if affine is None else affine, image.get_data_dtype()
+    if kind.names:
+        colours = np.asarray(image.dataobj)
+        return list(np.stack([cut(colours[colour], affine) for colour in 'RGB'], -1))
+    # get_fdata() would scale in float64; what needs no scaling stays in its 8 or 16 bits
+    scaled = (image.dataobj.slope, image.dataobj.inter) != (1, 0) or kind in (np.uint8, np.uint16)
+    return list(cut(np.asarray(image.dataobj, dtype=np.float32 if scaled else None), affine))
 
-def read_meta_image(path):
-    """(array (x, y, z), affine to RAS in mm) of a MetaImage header (.mhd) and the raw file that it names."""
-    header = dict(re.findall(r'^(\w+) *= *(.*?)\s*$', path.read_text(), re.M))
-    kind = {'MET_UCHAR': 'u1', 'MET_SHORT': 'i2', 'MET_USHORT': 'u2', 'MET_INT': 'i4', 'MET_FLOAT': 'f4'}[header['ElementType']]
-    turn = np.reshape(header.get('TransformMatrix', '1 0 0 0 1 0 0 0 1').split(), (3, 3)).astype(float)
-    affine = np.diag([-1.0, -1, 1, 1])  # MetaImage is LPS
-    affine[:3, :3] @= turn.T * np.float64(header['ElementSpacing'].split())
-    array = np.fromfile(path.with_name(header['ElementDataFile']), '<' + kind)
-    return array.reshape(np.int64(header['DimSize'].split()), order='F'), affine
+def has_affine(path):  # as NIfTI and Analyze; .img without .hdr is a film of JSRT
+    pair = any(path.with_suffix(suffix).exists() for suffix in ('.hdr', '.HDR'))
+    return path.name.lower().endswith((*NIFTI, '.img')[:2 + pair])
+
+def check_size(image):
+    if image.width * image.height > LARGEST:
+        raise ValueError(f'{image.width} x {image.height} px are more than {LARGEST:,}')
+
+def read_pages(path, draft):
+    """`read` of a picture; its pages of more than 8 bits become one array, which gets one window."""
+    pages = []
+    with Image.open(path) as image:
+        tags = image.tag_v2 if image.format == 'TIFF' else {}
+        # Two kinds of number that Pillow takes for others, by their format and bits.
+        kind = {(2, 8): np.int8, (1, 32): np.uint32}.get((*tags.get(339, (1,))[:1], *tags.get(258, (1,))[:1]))
+        for page in [image] if image.format == 'MPO' else ImageSequence.Iterator(image):  # whose others are previews
+            check_size(page)
+            if ';16' in str(page.tile) and page.mode[0] != 'I':
+                raise ValueError('its colours have 16 bits; save it with 8')
+            page.draft(None, (draft, draft) if draft else None)  # a JPEG decodes fast at 1/2, 1/4 or 1/8
+            page = ImageOps.exif_transpose(page)
+            if page.mode[0] not in 'IF':  # everything but I;16, I and F has 8 bits
+                page = page.convert('L' if page.mode in ('1', 'L', 'LA') else 'RGB')
+            pixels = np.asarray(page)[None]
+            if image.format == 'PPM' and page.mode == 'I':
+                pixels = np.uint16(pixels)  # Pillow makes 65535 of its maxval
+            pixels = pixels.view(kind) if kind else pixels
+            white_is_zero = tags.get(262) == 0 and page.mode[0] == 'I'  # of 8 bits Pillow turns them itself
+            pages.append(~pixels if white_is_zero else pixels)
+    alike = len({page.shape for page in pages}) == 1 and pages[0].dtype != np.uint8
+    return [np.concatenate(pages)] if alike else pages
 
 def cut(volume, affine):
-    """Array (x, y[, z[, time ...]]) as a view (time, n, H, W): slices across the coarsest spacing (within 1% of it: axial),
-    anterior or superior up. What is written to the view is written to the array."""
-    turn = nib.io_orientation(affine)
-    volume = nib.apply_orientation(volume.reshape(*(*volume.shape, 1)[:3], -1), turn)  # RAS: x right, y anterior, z superior
+    """Array (x, y, z[, time ...]) as a view (time, n, H, W): slices across the coarsest spacing (within 1% of it:
+    axial), anterior or superior up. What is written to the view is written to the array."""
+    turn = nib.io_orientation(affine)  # to RAS: x right, y anterior, z superior
+    volume = nib.apply_orientation(volume.reshape(*(*volume.shape, 1)[:3], -1), turn)
     spacing = nib.affines.voxel_sizes(affine)[turn[:, 0].argsort()]
     spacing[np.array(volume.shape[:3]) == 1] = np.inf
     axis = 2 if spacing[2] >= 0.99 * spacing.max() else spacing.argmax()
     return np.moveaxis(volume, (3, axis), (0, 1)).swapaxes(2, 3)[:, :, ::-1, ::-1]
 
 def normalize(volume, modality):
-    """Yield the slices of a volume or picture (n, H, W[, 3]) as uint8, by the rule of its modality (C.1.1), which may also be
+    """Yield the slices of an array (n, H, W[, 3]) as uint8, by the rule of its modality (C.1.1), which may also be
     'SUV'; what is uint8 stays as it is. NaN and infinities count as the lowest value."""
     if volume.dtype == np.uint8:
         yield from volume
         return
-    window, percentiles, *_ = RULES.get(modality, RULES[''])
-    if volume.dtype == np.uint16 and len(volume) == 1:  # a picture; many detectors deliver 12 bits in a 16-bit file
-        window = 0, 4095 if volume.max() < 4096 else 65535
-    elif not window:
-        sample = volume.flat[::volume.size // 1_000_000 | 1]  # odd: a width of 2^k would be sampled in a few columns only
-        sample = sample[np.isfinite(sample)]
+    unsigned = modality == 'CT' and volume.dtype.kind == 'u'  # which cannot be HU
+    window, percentiles, *_ = RULES.get('' if unsigned else modality, RULES[''])
+    if not window:
+        sample = volume.flat[::volume.size // 1_000_000 | 1]  # odd: else a width of 2^k is sampled in a few columns
+        sample = sample[np.isfinite(sample)] + 0  # a number, if it was bool
         window = np.percentile(sample, percentiles) if sample.size else (0, 0)
     low, high = map(np.float32, window)
     for image in volume:
@@ -358,13 +393,13 @@ def normalize(volume, modality):
 def resize(image, size):
     """The whole of uint8 (H, W) or (H, W, 3), low-passed, as (S, S, c); three equal channels become one."""
     if image.shape[:2] != (size, size):
-        image = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0))
-    pixels = image.reshape(size, size, -1)
+        image = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    pixels = np.ascontiguousarray(image).reshape(size, size, -1)
     return pixels[..., :1] if (pixels == pixels[..., :1]).all() else pixels
 
-def frames(path, size):
-    """Yield every 30th frame (C.1.1) of a video as uint8 (1, S, S, 3), while ffmpeg decodes it once from start to end."""
-    command = [find_program('ffmpeg'), '-v', 'fatal', '-i', path, '-vf', f'framestep=30,scale={size}:{size}:flags=bicubic',
+def decode_video(path, size):
+    """Yield every 30th frame (C.1.1) of a video as uint8 (1, S, S, 3), while ffmpeg decodes it from start to end."""
+    command = ['ffmpeg', '-v', 'fatal', '-i', path, '-vf', f'framestep=30,scale={size}:{size}:flags=bicubic',
                '-fps_mode', 'passthrough', '-f', 'rawvideo', '-pix_fmt', 'rgb24', '-']
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         while len(frame := process.stdout.read(size * size * 3)) == size * size * 3:
@@ -372,28 +407,31 @@ def frames(path, size):
     if process.returncode:
         raise ValueError('ffmpeg cannot decode it to its end')
 
+# What becomes of an image: pixels uint8 (S, S, c), or why it is dropped. picture: neither slice nor frame of a video.
+Item = namedtuple('Item', 'pixels picture reason detail', defaults=(False, '', ''))
+
 def slices(path, modality, size, min_side):
-    """In a worker: yield (reason, detail, pixels, picture) for each image of a file, one alone for an unusable file. Kept are
-    those without a reason, as pixels uint8 (S, S, c); `picture` is false for the slices of a volume and frames of a video."""
+    """In a worker: yield an Item for each image of a file, one alone for an unusable file."""
     film, count = path.name.lower().endswith(VIDEOS), 0
     try:
-        for array in frames(path, size) if film else read(path, draft=max(2 * size, min_side)):
-            volume = array.dtype not in (np.uint8, np.uint16) or len(array) > 1
-            least = RULES.get(modality, RULES[''])[2] if volume else 0
+        for array in decode_video(path, size) if film else read(path, draft=max(2 * size, min_side)):
+            picture = len(array) == 1 and path.name.lower().endswith((*PICTURES, '.npy'))
+            least = 0 if picture and array.dtype == np.uint8 else RULES.get(modality, RULES[''])[2]
             for count, image in enumerate(normalize(array, modality), count + 1):
-                blank = np.ptp(image) < 8 or np.count_nonzero(image > 5) < least * image.size  # 5 is 0.02 of 255
-                reason = 'small' if min(image.shape[:2]) < min_side and not film else 'blank' if blank else ''
-                pixels = None if reason else resize(image, size)
-                yield reason, f'{image.shape[1]} x {image.shape[0]} px', pixels, not (reason or volume or film)
+                small = min(image.shape[:2]) < min_side and not film
+                if small or np.ptp(image) < 8 or np.count_nonzero(image > 5) < least * image.size:  # 5 is 0.02 of 255
+                    yield Item(None, False, 'small' if small else 'blank', f'{image.shape[1]} x {image.shape[0]} px')
+                else:
+                    yield Item(resize(image, size), picture)
         if not count:
             raise ValueError('it holds no image')
     except Exception as error:  # decoders fail on broken files in every way there is; dropped.csv tells which
-        yield 'corrupt', f'{type(error).__name__}: {error}', None, False
+        yield Item(None, False, 'corrupt', f'{type(error).__name__}: {error}')
 
 def find_twin(pixels, name, seen):
-    """Name of an earlier picture that uint8 (S, S, c) nearly repeats, or None; then `seen` {hash: [(name, grid)]} learns it.
-    Twins have 64-bit difference hashes (is a cell darker than its right neighbour?) that differ in one bit at most. Discs on
-    black share a few hashes, whatever eye they show, so the grids must also be within 3 of 255 levels on average."""
+    """Name of an earlier picture that uint8 (S, S, c) nearly repeats, or None, and `seen` {hash: [(name, grid)]} learns
+    it. Twins have 64-bit difference hashes (is a cell darker than its right neighbour?) that differ in one bit at most.
+    Discs on black share a few hashes, so the grids must also be within 3 of 255 levels on average."""
     grid = np.int16(Image.fromarray(pixels.squeeze()).convert('L').resize((9, 8), Image.BOX))  # area means (8, 9)
     bits = int.from_bytes(np.packbits(grid[:, :-1] < grid[:, 1:]).tobytes())
     for key in bits, *(bits ^ 1 << bit for bit in range(64)):
@@ -402,15 +440,15 @@ def find_twin(pixels, name, seen):
                 return twin
     seen.setdefault(bits, []).append((name, grid))
 
-# --- the engine: calls in worker processes, results that wait on the disk, folders that appear when they are whole --------
+# --- the engine: calls in worker processes, results that wait on the disk, folders that appear when they are whole ---
 
 def follow_parent():
-    """Start of a worker: Ctrl-C is for the main process alone, and whatever ends that, even kill -9, ends its workers."""
+    """Start of a worker: Ctrl-C is for the main process alone, and whatever ends that, even kill -9, ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
 
 def spill(folder, work, *call):
-    """In a worker: write what work(*call) yields to a file below `folder`, item by item, and return the file's path."""
+    """In a worker: write what work(*call) yields to a file below `folder`, item by item, and return its path."""
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
         for item in work(*call):
             pickle.dump(item, file, pickle.HIGHEST_PROTOCOL)
@@ -423,213 +461,221 @@ def items(path):
             yield pickle.load(file)
 
 def in_order(pool, workers, folder, work, calls, title):
-    """Yield for each of the calls, in their order, the file of what work(*call) yields; two a worker are under way."""
+    """Yield, for each of the calls, the file of what work(*call) yields; two a worker are under way. The first argument
+    is the path that is read."""
     jobs = deque()
     for done in tqdm(range(len(calls)), title, unit='file'):
         jobs.extend(pool.submit(spill, folder, work, *call) for call in calls[done + len(jobs):done + 2 * workers])
-        yield jobs.popleft().result()
+        try:
+            spilled = jobs.popleft().result()
+        except BrokenProcessPool:
+            names = ', '.join(str(path) for path, *_ in calls[done:done + workers])
+            sys.exit(f'a worker was killed, most likely for its memory, at one of {names}: start again with fewer '
+                     '--workers (1 tells which), or move that file away; finished sources stay')
+        yield spilled
 
 class Stack:
-    """A .npy file of arrays of one shape, written one by one; numpy's header has the same length for every count."""
+    """A .npy file of arrays of one shape, written one by one."""
     def __init__(self, path, shape, dtype=np.uint8):
         self.file, self.shape, self.dtype, self.count = open(path, 'wb'), shape, np.dtype(dtype), 0
-        self.write_header()
-
-    def write_header(self):
-        self.file.seek(0)
-        header = {'descr': self.dtype.str, 'fortran_order': False, 'shape': (self.count, *self.shape)}
-        np.lib.format.write_array_header_1_0(self.file, header)
+        self.file.seek(128)  # numpy's header has this length for every count
 
     def append(self, array):
         self.file.write(np.ascontiguousarray(np.broadcast_to(array, self.shape), self.dtype).data)
         self.count += 1
 
     def close(self):
-        self.write_header()
+        self.file.seek(0)
+        header = {'descr': self.dtype.str, 'fortran_order': False, 'shape': (self.count, *self.shape)}
+        np.lib.format.write_array_header_1_0(self.file, header)
         self.file.close()
 
 @contextlib.contextmanager
 def whole(folder, pool):
     """Yield FOLDER.part to write in, which becomes FOLDER in the end, or goes away where the program is stopped."""
     part = Path(f'{folder}.part')
-    shutil.rmtree(part, ignore_errors=True)  # what a killed run left behind
-    part.mkdir(parents=True)
-    try:
-        yield part
-        os.replace(part, folder)
-    except BaseException:
-        pool.shutdown(cancel_futures=True)  # so that no worker writes there any more
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-
-# --- sources for pretraining ----------------------------------------------------------------------------------------------
-
-def prepare(row, home, folder, config, pool):
-    """Write a source, the files below `home`, to `folder`. Returns its meta.json as a dict, None where there is nothing to
-    read; a finished source is left alone."""
-    names = list_names(home)
-    wanted = [name for name in names if pattern(row.images).fullmatch(name) and not pattern(row.skip).fullmatch(name)
-              and is_image(home, name)]
-    if not wanted:
-        print(f'{home}: {HINTS.get(row.name, "no image that can be read matches " + row.images)}; it is left out')
-        return None
-    if folder.exists():
+    part.mkdir(parents=True, exist_ok=True)
+    with open(part / 'lock', 'w') as lock:
         try:
-            meta = json.loads((folder / 'meta.json').read_text())
-        except (OSError, ValueError) as error:
-            sys.exit(f'{folder}: is no finished source ({error}); move it away or delete it')
-        note = 'warning: ' * (len(names) != meta['files'])
-        print(f'{note}{folder}: finished before, {meta["files"]} files (now {len(names)}), {meta["size"]} px; delete to redo')
-        return meta
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed program gives it up
+        except BlockingIOError:
+            sys.exit(f'{folder}: another program is preparing it; wait for it, or choose another --out')
+        try:
+            for old in {*part.iterdir()} - {part / 'lock'}:  # what a killed program left behind
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+            yield part
+            (part / 'lock').unlink()
+            os.replace(part, folder)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # so that no worker writes there any more
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+# --- sources for pretraining -----------------------------------------------------------------------------------------
+
+def prepare(row, home, folder, o, pool):
+    """Write a source, the files below `home`, to `folder`. Returns its meta.json, None where it is left out; a finished
+    source is left alone."""
+    names = list_names(home)
+    if folder.exists():
+        return finished(folder, len(names), o.size)
+    wanted = [name for name in names if is_image(home, name) and find(row.images, name) and not find(row.skip, name)]
+    if not wanted:
+        print(f'{home}: no image that can be read matches {row.images}; it is left out')
+        return None
     calls = [(home / name, 'SUV' if row.modality == 'PET' and 'suv' in f'{home.name}/{name}'.lower() else row.modality,
-              config.size, config.min_side) for name in wanted]
-    dropped, shards, filling, seen, chosen = dict.fromkeys(REASONS, 0), [], {}, {}, {*wanted}
-    with whole(folder, pool) as part, open(part / 'dropped.csv', 'w', encoding='utf-8', errors='surrogateescape') as file:
+              o.size, o.min_side) for name in wanted]
+    dropped, shards, filling, seen = dict.fromkeys(REASONS, 0), [], {}, {}
+    with (whole(folder, pool) as part,
+          open(part / 'dropped.csv', 'w', encoding='utf-8', errors='surrogateescape') as file):
         log = csv.writer(file, lineterminator='\n')
         log.writerow(('path', 'slice', 'reason', 'detail'))
-        log.writerows((name, 0, 'other', 'no image by its name') for name in names if name not in chosen)
+        log.writerows((name, 0, 'other', 'no image by its name') for name in sorted({*names} - {*wanted}))
         dropped['other'] = len(names) - len(wanted)
-        for path, name in zip(in_order(pool, config.workers, part, slices, calls, folder.name), wanted):
-            for index, (reason, detail, pixels, picture) in enumerate(items(path)):
+        for spilled, name in zip(in_order(pool, o.workers, part, slices, calls, folder.name), wanted):
+            for index, item in enumerate(items(spilled)):
                 # Neighbouring slices of a volume are alike by nature, and Table 2 keeps them.
-                if picture and (twin := find_twin(pixels, name, seen)):
-                    reason, detail = 'duplicate', f'of {twin}'
-                if reason:
-                    dropped[reason] += 1
-                    log.writerow((name, index, reason, detail))
+                if item.picture and (twin := find_twin(item.pixels, name, seen)):
+                    item = Item(None, False, 'duplicate', f'of {twin}')
+                if item.reason:
+                    dropped[item.reason] += 1
+                    log.writerow((name, index, item.reason, item.detail))
                     continue
-                channels = pixels.shape[2]
+                channels = item.pixels.shape[2]
                 if channels not in filling:
-                    filling[channels] = Stack(part / f'{len(shards):05d}.npy', pixels.shape)
+                    filling[channels] = Stack(part / f'{len(shards):05d}.npy', item.pixels.shape)
                     shards.append(filling[channels])
-                filling[channels].append(pixels)
-                if filling[channels].count * pixels.nbytes >= SHARD:
+                filling[channels].append(item.pixels)
+                if filling[channels].count * item.pixels.nbytes >= SHARD:
                     filling.pop(channels).close()
-            path.unlink()
+            spilled.unlink()
         for stack in filling.values():
             stack.close()
         _, _, least, words = RULES.get(row.modality, RULES[''])
         count = sum(stack.count for stack in shards)
-        meta = {'source': folder.name, 'modality': row.modality, 'count': count, 'size': config.size,
+        meta = {'source': folder.name, 'modality': row.modality, 'count': count, 'size': o.size,
                 'channels': sorted({stack.shape[2] for stack in shards}),
-                'normalization': f'volumes: {words}; pictures: / 255, 16 bits / 4095 or 65535',
+                'normalization': f'8 bits as they are; others, by one window a file: {words}',
                 'foreground': f'slices: {least} of the pixels above 0.02' if least else 'any',
                 'files': len(names), 'read': count + sum(dropped.values()), 'dropped': dropped}
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
     return meta
 
+def finished(folder, files, size):
+    """meta.json of a source that was prepared before, and of which there are so many files now."""
+    try:
+        meta = json.loads((folder / 'meta.json').read_text())
+    except (OSError, ValueError) as error:
+        sys.exit(f'{folder}: is no finished source ({error}); move it away or delete it')
+    if meta['size'] != size:
+        sys.exit(f'{folder}: was prepared with --size {meta["size"]}, not {size}; delete it, or choose another --out')
+    warning = 'warning: ' * (files != meta['files'])
+    print(f'{warning}{folder}: finished before, {meta["files"]} files (now {files}); delete it to redo it')
+    return meta
+
 def home_of(row, raw):
-    """The folder of a row of Table 2 or 3 below RAW, or None; some rows come in one download, as RAW/AutoPET."""
-    shared = [name for name in ('AutoPET', 'TopBrain', 'OCTA500') if row.name.startswith(name + '-')]
-    return next((raw / name for name in (row.name, *shared) if (raw / name).is_dir()), None)
+    """The folder of a row below RAW, or None; several rows may come in one download, as in RAW/AutoPET."""
+    homes = [path for path in raw.glob('*/') if f'{row.name}-'.startswith(f'{path.name}-')]
+    return max(homes, key=lambda path: len(path.name), default=None)
 
-def plain(name):  # so that Xray and x_ray are X-ray
-    return re.sub('[^a-z]', '', name.lower())
+def modality_of(name):
+    """The modality that a folder or option names, as Xray and x_ray do X-ray, or None."""
+    plain = {re.sub('[^a-z]', '', known.lower()): known for known in (*MODALITIES, 'SUV')}
+    return plain.get(re.sub('[^a-z]', '', name.lower()))
 
-def find_sources(raw, config):
-    """[(row of a source, its folder below RAW, its name)]: the rows of Table 2, then whatever is RAW/<Modality>/<source>."""
-    known = {plain(name): name for name in MODALITIES}
+def find_sources(raw, o):
+    """[(row, folder below RAW, name)] of the sources: rows of Table 2, then whatever is RAW/<Modality>/<source>."""
     found = [(row, home) for row in SOURCES if (home := home_of(row, raw))]
-    below = [path for path in sorted(raw.glob('*/*')) if plain(path.parent.name) in known]
-    found += [(Row(path.name, known[plain(path.parent.name)]), path) for path in below if path.is_dir()]
+    below = [path for path in sorted(raw.glob('*/*')) if modality_of(path.parent.name) in MODALITIES]
+    found += [(Row(path.name, modality_of(path.parent.name)), path) for path in below if path.is_dir()]
     used = {folder for _, home in found for folder in (home, home.parent)}
-    if others := {*raw.glob('*')} - used | {path for path in below if path.is_file()}:
-        print(f'warning: {len(others)} files and folders are no known data set RAW/<name>/ and no RAW/<Modality>/<source>/, '
-              f'as {min(others)}', file=sys.stderr)
+    if others := [path for path in (*raw.glob('*'), *below) if path not in used]:
+        print(f'warning: {len(others)} files and folders are no known data set RAW/<name>/ and no '
+              f'RAW/<Modality>/<source>/, as {min(others)}', file=sys.stderr)
     names = [row.name for row, _ in found]
-    found = [(row._replace(images=config.images or row.images, skip=config.skip or row.skip), home,
-              row.name if names.count(row.name) == 1 else f'{row.name}-{row.modality}') for row, home in found]
-    found = [source for source in found if config.source in ('', source[0].name)]
+    found = [(row._replace(images=o.images or row.images, skip=o.skip or row.skip), home,
+              row.name if names.count(row.name) == 1 else f'{row.name}-{row.modality}')
+             for row, home in found if o.source in ('', row.name)]
     if not found:
-        sys.exit(f'no images: --raw {raw} has no folder {config.source or "of a known data set (see --list)"} and no '
-                 f'<Modality>/<source>/, with <Modality> of {", ".join(MODALITIES)}')
-    if len({name for *_, name in found}) < len(found):
-        sys.exit(f'two folders would both be {max(names, key=names.count)}: rename or move one of '
-                 f'{", ".join(str(home) for row, home, _ in found if names.count(row.name) > 1)}')
+        inside = any(modality_of(path.name) for path in (raw.resolve(), raw.resolve().parent))
+        sys.exit(f'no images: {raw} has no folder {o.source or "of a known data set (see --list)"} and no '
+                 f'<Modality>/<source>/, with <Modality> of {", ".join(MODALITIES)}'
+                 + '; it is too deep, give the folder that holds <Modality>' * inside)
+    if twice := [name for name, times in Counter(name for *_, name in found).items() if times > 1]:
+        homes = ', '.join(str(home) for _, home, name in found if name == twice[0])
+        sys.exit(f'several folders would be {twice[0]}: rename or move one of {homes}')
     return found
 
 def list_tables(raw):
-    """Print the rows of Tables 2 and 3: whether they lie below RAW, how to get them, and whose layout is not confirmed."""
-    print(f'{"name":<26}{"modality":<12}{"content":<26}{"images":>17}  {"":<7}access, link (images: kept in the paper, or of '
-          'train, val and test)')
+    """Print the rows of Tables 2 and 3: whether they lie below RAW, how to get them, whose layout is not confirmed."""
+    print(f'{"name":<26}{"modality":<12}{"content":<26}{"in the paper":>17}  {"":<7}access, link')
     for row in (*SOURCES, *TASKS.values()):
         unsure = ' (layout unsure: give --images, --masks)' if row.access.endswith('?') else ''
-        print(f'{row.name:<26}{row.modality:<12}{row.content:<26}{row.count:>17}  {"found" if home_of(row, raw) else "-":<7}'
-              f'{row.access.strip("?")}{unsure}, {row.link}')
+        access, found = row.access.strip('?') + unsure, 'found' if home_of(row, raw) else '-'
+        print(f'{row.name:<26}{row.modality:<12}{row.content:<26}{row.count:>17}  {found:<7}{access}, {row.link}')
 
-# --- labelled tasks -------------------------------------------------------------------------------------------------------
+# --- labelled tasks --------------------------------------------------------------------------------------------------
 
-def find_labelled(raw, config):
-    """{path of an image below RAW: (its frames, its answer, its patient)}. The answer is a class, or the paths of its masks,
-    None for an absent one."""
-    names = [name for name in list_names(raw) if '/.' not in f'/{name}' and not pattern(config.skip).fullmatch(name)]
-    layers = [matches(names, rule) for rule in config.masks or ('*masks/*.**',)]
+# A labelled image: its path below RAW, or those of several frames; that of its mask, or one for each class (None where
+# it is absent); its class, of a classification.
+Sample = namedtuple('Sample', 'frames masks label patient', defaults=((), '', ''))
+
+def find_samples(raw, o):
+    """{path of an image: its Sample}."""
+    names = [name for name in list_names(raw) if '/.' not in f'/{name}' and not find(o.skip, name)]
+    tabled = o.labels and '(' not in o.labels[0]
+    rules = () if tabled else o.labels or o.masks or (r'(.*)masks/(.*?)(?:\.nii)?\.\w+$',)
+    layers = [by_groups(names, rule) for rule in rules]
     taken = {name for layer in layers for found in layer.values() for name in found}
-    images = matches([name for name in names if name not in taken and is_image(raw, name)],
-                     config.images or ('*images/*.**' if taken else '**'))
-    table = read_labels(raw, names, config)
-    needed = config.masks or (config.values or config.outline) and not config.labels
-    if not images or needed and not taken or config.labels and not table:
-        text = f'{len(images)} images, {len(taken)} masks, {len(table)} labels match --images, --masks, --labels'
-        sys.exit(f'{raw}: {HINTS.get(config.task, text)}')
+    default = r'(.*)images/(.*?)(?:\.nii)?\.\w+$' if taken else '.'
+    images = by_groups([name for name in names if name not in taken and is_image(raw, name)], o.images or default)
     singles = [name for found in images.values() for name in found]
-    if config.labels:
-        answers = {name: ([name], table[Path(name).stem][0]) for name in singles if Path(name).stem in table}
+    if tabled:
+        samples = read_table(raw, singles, *o.labels)
+    elif taken:
+        samples = pair(raw, images, layers, o)
     else:
-        answers = pair(raw, images, layers, config) if taken else {name: ([name], Path(name).parent.name) for name in singles}
-    if missing := len(singles) - sum(len(frames) for frames, _ in answers.values()):
+        samples = {name: Sample((name,), label=Path(name).parent.name) for name in singles if '/' in name}
+    if not samples or not (taken or tabled) and (o.masks or o.labels or o.values or o.outline):
+        sys.exit(f'{raw}: {len(singles)} images, {len(taken)} masks match --images, --masks, --labels')
+    if missing := len(singles) - sum(len(sample.frames) for sample in samples.values()):
         print(f'{raw}: {missing} images without a mask or label are left out')
-    patients = {name: table.get(Path(name).stem, ())[1:] for name in answers}
-    if config.patient:
-        found = {name: re.search(config.patient, name) for name in answers}
-        if not any(found.values()):  # else every file would be a patient of its own, unasked
-            sys.exit(f'--patient {config.patient}: is found in no path, as {min(found)}')
-        patients = {name: match and [match[1] if match.re.groups else match[0]] for name, match in found.items()}
-    return {name: (*answer, (patients[name] or [name])[0]) for name, answer in answers.items()}
+    if o.patient:
+        found = {name: match[match.re.groups > 0] for name in samples if (match := find(o.patient, name))}
+        if not found:  # else every file would be a patient of its own, unasked
+            sys.exit(f'--patient {o.patient}: is found in no path, as {min(samples)}')
+        samples = {name: sample._replace(patient=found.get(name)) for name, sample in samples.items()}
+    return {name: sample._replace(patient=sample.patient or name) for name, sample in samples.items()}
 
-def pair(raw, images, layers, config):
-    """{first frame: (frames, masks)} of images {key: names} and layers of masks [{key: names}], which belong together where
-    their keys are the same. Of the tasks of Table 3, images without a mask are left out."""
-    answers = {}
+def pair(raw, images, layers, o):
+    """{first frame: Sample} of images {key: names} and layers of masks, or files of classes, [{key: names}], by key. Of
+    the tasks of Table 3, images without a mask are left out."""
+    samples = {}
     for key in dict.fromkeys(key for group in (images, *layers) for key in group):
         frames, masks = images.get(key, []), [layer.get(key, []) for layer in layers]
-        if any(masks) and frames and max(map(len, masks)) == 1 and (len(frames) == 1 or config.frames):
-            answers[frames[0]] = frames, tuple(found[0] if found else None for found in masks)
-        elif any(masks) or config.task not in TASKS:
+        if any(masks) and frames and max(map(len, masks)) == 1 and (len(frames) == 1 or o.frames):
+            masks = tuple(found[0] if found else None for found in masks)
+            answer = dict(label=class_of(raw / masks[0], o)) if o.labels else dict(masks=masks)
+            samples[frames[0]] = Sample(tuple(frames), **answer)
+        elif any(masks) or o.task not in TASKS:
             trouble = 'no image' if not frames else 'no mask' if not any(masks) else 'more than one image or mask'
-            sys.exit(f'{raw}/{", ".join(sum(masks, frames))}: {trouble} goes with it; complete the pairs or mend the globs')
-    return answers
+            sys.exit(f'{raw}/{", ".join(sum(masks, frames))}: {trouble} goes with it, where the groups ( ) of --images '
+                     f'and --masks find {key}; complete the pairs or mend the rules')
+    return samples
 
-def find_file(raw, end):
-    """The file below RAW whose path ends so."""
-    found = (raw / name for name in list_names(raw) if f'/{name}'.endswith(f'/{end}'))
-    return next(found, None) or sys.exit(f'{raw}: there is no file {end} here; mend --labels or --split')
-
-def read_labels(raw, names, config):
-    """{stem of an image: [its class, its patient if a third column tells it]} of --labels: a CSV file, or a file for each
-    image, which holds in VOC's XML the class of an object, or in lines of numbers polygons, of which the largest decides."""
-    rule, *columns = config.labels or ('',)
-    table, classes = {}, dict(zip(config.values or map(str, range(len(config.classes))), config.classes))
-    if '*' in rule or not rule:
-        for name in filter(pattern(rule).fullmatch, names):
-            value = (ElementTree.parse(raw / name).findtext('object/name') if name.endswith('.xml')
-                     else max(polygons(raw / name), key=lambda polygon: np.ptp(polygon[1], 0).prod())[0])
-            table[Path(name).stem] = [classes.get(value, value)]
-        return table
-    path = find_file(raw, rule)
-    with open(path, newline='', encoding='utf-8-sig') as file:  # Excel begins a file with a mark and may write semicolons
-        head = file.readline()
-        file.seek(0)
-        reader = csv.DictReader(file, delimiter=max(',;\t', key=head.count))
-        for row in reader:
-            name, *answer = (row.get(column) for column in columns or reader.fieldnames[:2])
-            if None in (name, *answer) or table.setdefault(Path(name).stem, answer) != answer:
-                sys.exit(f'{path}, line {reader.line_num}: {name} has no {" or no ".join(columns)}, or another one than above; '
-                         f'the columns are {reader.fieldnames}')
-    return table
+def class_of(path, o):
+    """The class in a file of its own: that of the object in VOC's XML, or of the largest polygon."""
+    if path.suffix == '.xml':
+        found = re.findall(r'<object>.*?<name>(.*?)</name>', path.read_text(), re.DOTALL)
+    else:
+        found = [kind for kind, _ in sorted(polygons(path), key=lambda polygon: -np.ptp(polygon[1], 0).prod())]
+    if not found:
+        sys.exit(f'{path}: holds no label; mend or --skip it')
+    value = found[0].strip()
+    return dict(zip(o.values or map(str, range(len(o.classes))), o.classes)).get(value, value)
 
 def polygons(path):
-    """[(class, corners (n, 2) in shares of width and height)] of lines `class x1 y1 x2 y2 ...`; two pairs are the centre and
+    """[(class, corners (n, 2) in shares of the sides)] of lines `class x1 y1 x2 y2 ...`; two pairs are the centre and
     the sides of a box."""
     found = []
     for number, *numbers in map(str.split, path.read_text().splitlines()):
@@ -639,142 +685,250 @@ def polygons(path):
         found.append((number, corners))
     return found
 
-def split(files, raw, config):
-    """{'train', 'val', 'test': names} by the three rules of --split. A glob takes the images it matches or whose masks it
-    matches, a list (.txt below RAW) those whose stems it holds; numbers share out the other patients, n of each class: to
-    test ceil of its share and to val floor, as the counts of Table 3 imply."""
-    splits, others, groups = {'train': [], 'val': [], 'test': []}, {}, {}
-    given = {'test'} <= {name.split('/')[0].lower() for name in files} <= {*splits, 'valid', 'validation'}
-    rules = dict(zip(splits, config.split or (('train/**', 'val{,id,idation}/**', 'test/**') if given else ('50', '20', '30'))))
-    shares = [int(rule) if rule.isdigit() else 0 for rule in rules.values()]
-    lists = {part: {*find_file(raw, rule).read_text().split()} for part, rule in rules.items() if rule.endswith('.txt')}
-    for name, (_, answer, patient) in files.items():
-        paths = [name] if isinstance(answer, str) else [name, *filter(None, answer)]
-        for part, rule in rules.items():
-            if Path(name).stem in lists.get(part, ()) or any(map(pattern(rule).fullmatch, paths)):
-                splits[part].append(name)
-                break
-        else:
-            others.setdefault(patient, []).append(name)
-    if others and not sum(shares):
-        sys.exit(f'{raw / min(others.values())[0]}: no rule of --split takes it; give globs, lists or shares, as 80 10 10')
-    for patient, names in others.items():
-        answer = files[names[0]][1]
-        groups.setdefault(answer if isinstance(answer, str) else '', []).append(patient)
-    rng = np.random.default_rng(config.seed)
-    for _, group in sorted(groups.items()):
-        val, test = len(group) * shares[1] // sum(shares), -(-len(group) * shares[2] // sum(shares))
-        for part, drawn in zip(('test', 'val', 'train'), np.split(rng.permutation(group), (test, test + val))):
-            splits[part] += [name for patient in drawn for name in others[patient]]
-    return {part: sorted(names) for part, names in splits.items()}
+def read_lines(raw, end):
+    """Lines of the table or list whose path below RAW ends so, in UTF-8, UTF-16 or the code page of Windows."""
+    path = next((raw / name for name in list_names(raw) if f'/{name}'.endswith(f'/{end}')), None)
+    if not path:
+        sys.exit(f'{raw}: there is no file {end} here; mend --labels or --split')
+    content = path.read_bytes()
+    for code in ('utf-16',) if content[:2] in (b'\xff\xfe', b'\xfe\xff') else ('utf-8-sig', 'cp1252', 'latin-1'):
+        with contextlib.suppress(UnicodeDecodeError):
+            return re.split('\r\n|\r|\n', content.decode(code))  # splitlines() knows other ends
 
-def read_masks(path, shape):
-    """All masks (H, W) of a file; where a palette gives the classes colours, their numbers in it, of other colours the largest
-    of the three values. The polygons of a .txt become one mask of the shape of the image."""
+def plain(path):  # without blanks around it and without the extension of an image
+    path = path.strip().replace('\\', '/')
+    return next((path[:-len(end)] for end in IMAGES if path.lower().endswith(end)), path)
+
+def by_tail(names):
+    """{end of a path, of whole folders and without extension: the names that end so}."""
+    found = {}
+    for name in names:
+        folders = plain(name).split('/')
+        for first in range(len(folders)):
+            found.setdefault('/'.join(folders[first:]), []).append(name)
+    return found
+
+def read_table(raw, names, end, *columns):
+    """{name: Sample} by the columns of file, class and, if there is a third, patient of a CSV file."""
+    lines, ends, samples = read_lines(raw, end), by_tail(names), {}
+    reader = csv.DictReader(lines, delimiter=max(',;\t', key=(lines or [''])[0].count))  # Excel may write semicolons
+    head = reader.fieldnames or []
+    columns = columns or head[:2]
+    if len(columns) < 2 or not {*columns} <= {*head}:
+        sys.exit(f'{end}: needs a column of files and one of classes, has {head}, no {", ".join({*columns} - {*head})}')
+    for row in reader:
+        path, label, *patient = [(row[column] or '').strip() for column in columns]
+        for name in ends.get(plain(path), []) if label else []:
+            sample = Sample((name,), (), label, *patient)
+            if len(ends[plain(path)]) > 1 or samples.setdefault(name, sample) != sample:
+                sys.exit(f'{end}, line {reader.line_num}: {path} has another answer above, or is {ends[plain(path)]}')
+    return samples
+
+def split(samples, raw, o):
+    """{'train', 'val', 'test': names} by --split. A rule takes the images in whose path, or a mask's, it is found, a
+    list (.txt below RAW) those it names; shares divide the other patients, n of each class: test gets ceil of its
+    share and val floor, as the counts of Table 3 imply, but one is left for training."""
+    rules = dict(zip(FOLDERS, o.split or ('50', '20', '30')))
+    given = [part for part, rule in FOLDERS.items() if any(find(rule, name) for name in samples)]
+    if not o.split and 'train' in given and len(given) > 1:
+        rules = FOLDERS if 'test' in given else FOLDERS | {'train': '70', 'test': '30'}  # a test split there must be
+    print(f'{raw}: split by', ', '.join(f'{rule or "nothing"} ({part})' for part, rule in rules.items()),
+          '(numbers: drawn by these shares)')
+    shares = [int(rule) if rule.isdigit() else 0 for rule in rules.values()]
+    parts, others, groups, ends = {}, {}, {}, by_tail(samples)
+    for part, rule in rules.items():
+        chosen = [name for name, sample in samples.items() if not rule.isdigit()
+                  and any(find(rule, path) for path in (name, *filter(None, sample.masks)))]
+        if rule.endswith('.txt'):
+            chosen = [name for line in read_lines(raw, rule) for name in ends.get(plain(line), [])]
+        parts = dict.fromkeys(chosen, part) | parts  # the first rule decides
+    for name, sample in samples.items():
+        if name not in parts:
+            others.setdefault(sample.patient, []).append(name)
+    if others and not sum(shares):
+        sys.exit(f'{raw}/{min(others.values())[0]}: no rule of --split takes it; give shares, as 8 1 1, or --skip it')
+    for patient, names in others.items():
+        groups.setdefault(samples[names[0]].label, []).append(patient)
+    rng = np.random.default_rng(o.seed)
+    for _, group in sorted(groups.items()):
+        most = len(group) - (shares[0] > 0)
+        test = min(-(-len(group) * shares[2] // sum(shares)), most)
+        val = min(len(group) * shares[1] // sum(shares), most - test)
+        for part, drawn in zip(('test', 'val', 'train'), np.split(rng.permutation(group), (test, test + val))):
+            parts |= {name: part for patient in drawn for name in others[patient]}
+    sides = Counter(patient for patient, _ in {(samples[name].patient, part) for name, part in parts.items()})
+    if both := sorted(patient for patient in sides if sides[patient] > 1):
+        print(f'warning: {len(both)} patients are in more than one split: {", ".join(both[:9])}', file=sys.stderr)
+    return {part: sorted(name for name in parts if parts[name] == part) for part in rules}
+
+def read_masks(path, shape, o, affine):
+    """All masks (H, W) or (H, W, 3) of a file, and whether it is lossy. A palette gives numbers, unless --values name
+    colours; polygons become one mask of the shape of the image."""
     if path.suffix == '.txt':
         canvas = Image.new('L', shape[1::-1])
         for _, corners in polygons(path):
             ImageDraw.Draw(canvas).polygon([tuple(corner) for corner in corners * canvas.size], 1)
-        return [np.asarray(canvas)]
+        return [np.asarray(canvas)], False
+    lossy = False
     if path.name.lower().endswith(PICTURES):
         with Image.open(path) as image:
-            if image.mode == 'P' and np.ptp(np.reshape(image.getpalette(), (-1, 3)), 1).any():
-                return [np.asarray(image)]
-    masks = [mask for volume in read(path) for mask in volume]
-    return [mask.max(2) if mask.ndim == 3 else mask for mask in masks]
+            lossy = image.format in ('JPEG', 'MPO') or image.info.get('compression') == 'jpeg'
+            if image.mode in ('LA', 'RGBA') and all(low == high for low, high in image.getextrema()[:-1]):
+                return [np.asarray(ImageOps.exif_transpose(image))[..., -1]], False  # of one colour: its opacity
+            if (image.mode == 'P' and '#' not in ''.join(o.values)
+                    and np.ptp(np.reshape(image.getpalette(), (-1, 3)), 1).any()):
+                return [np.asarray(ImageOps.exif_transpose(image))], False
+    return [mask for volume in read(path, affine=affine) for mask in volume], lossy
 
-def classify(mask, config):
-    """Values (H, W) as classes uint8 by --values, where a class may have several values (420+421) or all others (*); what
-    stands after the last class is not scored, nor is 255, unless it is given a class."""
-    table = {'255': 255}
-    for number, entry in enumerate(config.values or map(str, range(len(config.classes)))):
-        table |= dict.fromkeys(entry.split('+'), number if number < len(config.classes) else 255)
-    if '*' in table and '255' not in config.values:
-        del table['255']
-    values, place = np.unique(mask, return_inverse=True)
-    numbers = {value: table.get(f'{value:g}', table.get('*')) for value in values.tolist()}
-    if strange := [value for value, number in numbers.items() if number is None]:
-        raise ValueError(f'values {strange[:9]}, while --classes and --values know {[*table]}')
-    return np.uint8([*numbers.values()])[place].reshape(mask.shape)
+def number_of(value):
+    """The number that stands for a value of --values: of a colour (#rrggbb) that is not grey 0x1rrggbb."""
+    if value[0] != '#':
+        return float(value)
+    colour = int(value[1:], 16)
+    return colour & 255 if colour % 0x010101 == 0 else colour + 0x1000000
+
+def classify(mask, o, lossy=False):
+    """Mask (H, W) or (H, W, 3) as classes uint8 (H, W) by --values, and the values that only * names. A class may have
+    several (420+421, #ff0000) or all others (*); what stands after the last class is not scored, nor is 255, unless it
+    is given a class. NaN and infinity are 0. In a lossy file the nearest of those named counts, where * is white."""
+    table, rest = {}, None
+    for number, entry in enumerate(o.values or map(str, range(len(o.classes)))):
+        number = number if number < len(o.classes) else 255
+        rest = number if '*' in entry else rest
+        table |= {number_of(value): number for value in entry.split('+') if value not in ('', '*')}
+    if rest is None:
+        table.setdefault(255, 255)
+    if mask.ndim == 3:
+        packed = mask.astype(np.int32) @ np.int32((0x010000, 0x000100, 1))
+        mask = np.where(np.ptp(mask, 2) > 0, packed + 0x1000000, mask[..., 0])
+    values, place = np.unique(np.nan_to_num(mask, posinf=0, neginf=0), return_inverse=True)
+    if lossy and o.values:
+        known = np.array([*table, *[255] * (rest is not None)])
+        red_green_blue = [np.where(n > 0xffffff, n, n * 0x010101)[:, None] >> (16, 8, 0) & 255
+                          for n in (np.int64(values), np.int64(known))]
+        distance = ((red_green_blue[0][:, None] - red_green_blue[1]) ** 2).sum(2)
+        if distance.min(1).max() > 3 * 128 ** 2:
+            raise ValueError('it has other colours than --values name')
+        values = known[distance.argmin(1)]
+    others = {*values.tolist()} - {*table}
+    if others and (rest is None or len(others) > 1 and max(others) > 0xffffff):  # * is not for several colours
+        names = [f'#{value - 0x1000000:06x}' if value > 0xffffff else f'{value:g}' for value in sorted(others)[:9]]
+        raise ValueError(f'values or colours {", ".join(names)}, while --classes and --values know {[*table]}')
+    numbers = np.uint8([table.get(value, rest) for value in values.tolist()])
+    return numbers[place].reshape(mask.shape), others
 
 def fill(outline):
-    """bool (H, W) of a closed convex outline -> with its inside: all that has outline on both sides in its row or column."""
+    """bool (H, W) of a closed convex outline -> with its inside: what has outline on both sides in a row or column."""
     run = np.logical_or.accumulate
     rows, columns = (run(outline, axis) & np.flip(run(np.flip(outline, axis), axis), axis) for axis in (0, 1))
     return rows | columns
 
-def labelled(raw, frames, answer, config):
-    """In a worker: yield (pixels uint8 (S, S, c), mask uint8 (S, S) or number of the class) for each image or slice."""
-    try:
-        images = [[image for volume in read(raw / frame) for image in normalize(volume, config.modality)] for frame in frames]
-        images = [np.minimum.reduce(same) for same in zip(*images)]  # of several frames, the darkest of each pixel
-        if isinstance(answer, str):
-            yield from ((resize(image, config.size), config.classes.index(answer)) for image in images)
-            return
-        layers = [read_masks(raw / path, images[0].shape) if path else [None] * len(images) for path in answer]
-        for image, *masks in zip(images, *layers, strict=True):
-            if len(masks) == 1:
-                mask = classify(masks[0], config)
-                mask = np.uint8(fill(mask > 0)) if config.outline else mask
-                if mask.shape != image.shape[:2]:
-                    raise ValueError(f'a mask of {mask.shape} for an image of {image.shape}')
-            else:  # a file for each class, painted in their order
-                shown = {number: layer > 0 for number, layer in enumerate(masks, 1) if layer is not None}
-                mask = np.zeros(next(iter(shown.values())).shape, np.uint8)
-                for number, place in shown.items():
-                    mask[place] = number
-            square = Image.fromarray(mask).resize((config.size, config.size), Image.Resampling.NEAREST)
-            yield resize(image, config.size), np.asarray(square)
-    except Exception as error:  # decoders fail in every way there is
-        sys.exit(f'{raw / frames[0]}: cannot be read with {answer} ({type(error).__name__}: {error}); mend or remove them')
+def turn_of(path):  # EXIF's, of a picture
+    if not path.name.lower().endswith(PICTURES):
+        return 1
+    with Image.open(path) as image:
+        check_size(image)
+        return image.getexif().get(0x0112, 1)
 
-def prepare_task(config, raw, folder, pool):
-    """Write the labelled images below RAW to `folder`: {train,val,test}/images.npy and masks.npy or labels.npy, meta.json,
-    and split.json with the files of each split."""
+def common_affine(image, mask):
+    """Affine of a NIfTI image, by which its mask is cut too. ValueError where they are not on one grid, within half a
+    voxel, or where EXIF turns one of two pictures."""
+    if has_affine(image) != has_affine(mask):
+        raise ValueError('only one of them says how it lies; save both as NIfTI')
+    if has_affine(image):
+        (one, A), (other, B) = (((*file.shape, 1)[:4], file.affine) for file in map(nib.load, (image, mask)))
+        drift = np.abs(A - B) @ (*one[:3], 1)  # at most, of any corner, mm
+        if one != other or drift.max() > nib.affines.voxel_sizes(A).min() / 2:
+            raise ValueError(f'their grids differ: {one} and {other}, {A.round(3).tolist()} and {B.round(3).tolist()}')
+        return A
+    if turn_of(image) != turn_of(mask):
+        raise ValueError('EXIF turns the image and not the mask, or the reverse; save both without this tag')
+
+def labelled(path, frames, masks, label, o):
+    """In a worker: yield (pixels uint8 (S, S, c), mask uint8 (S, S) or number of the class, values that only * names)
+    for each image of a file, or of several frames."""
+    try:
+        with tempfile.TemporaryDirectory() as new:
+            files = series(path, new) if path.is_dir() else frames
+            images = [[image for array in read(file) for image in normalize(array, o.modality)] for file in files]
+            images = [np.minimum.reduce(same) for same in zip(*images, strict=True)] if o.frames else sum(images, [])
+            layers = [read_masks(mask, images[0].shape, o, common_affine(files[0], mask)) if mask
+                      else ([None] * len(images), False) for mask in masks]
+        for image, *found in zip(images, *(layer for layer, _ in layers), strict=True):
+            if strange := [mask.shape for mask in found if mask is not None and mask.shape[:2] != image.shape[:2]]:
+                raise ValueError(f'a mask of {strange[0]} for an image of {image.shape}')
+            mask, others = np.zeros(image.shape[:2], np.uint8), ()
+            if len(masks) == 1:
+                mask, others = classify(found[0], o, layers[0][1])
+                mask = np.uint8(fill(mask > 0)) if o.outline else mask
+            for number, layer in enumerate(found if len(masks) > 1 else (), 1):  # one a class, painted in their order
+                if layer is not None:
+                    mask[(layer.max(2) if layer.ndim == 3 else layer) > 127 * layers[number - 1][1]] = number
+            square = np.asarray(Image.fromarray(mask).resize((o.size, o.size), Image.Resampling.NEAREST))
+            yield resize(image, o.size), square if masks else o.classes.index(label), others
+    except Exception as error:  # decoders fail in every way there is
+        answer = label or ', '.join(str(mask) for mask in masks if mask)
+        sys.exit(f'{path}: cannot be used with {answer} ({type(error).__name__}: {error}); mend or remove them')
+
+def prepare_task(raw, folder, o, pool):
+    """Write the labelled images below RAW to `folder`: {train,val,test}/images.npy and masks.npy or labels.npy,
+    meta.json, and split.json with the files of each split."""
     if folder.exists():
         sys.exit(f'{folder}: this task is prepared; delete it to prepare it again, or choose another --out')
-    files = find_labelled(raw, config)
-    kinds = {answer for _, answer, _ in files.values() if isinstance(answer, str)}
-    config.classes = config.classes or (tuple(sorted(kinds)) if kinds else config.values if len(config.values) > 2 else
-                                        ('background', 'foreground'))
-    if len(config.classes) < 2:
-        sys.exit(f'{raw}: {config.classes[0]} is the only class, so there is nothing to learn; give --masks or --labels')
-    answers = ('labels', (), np.int64) if kinds else ('masks', (config.size, config.size), np.uint8)
-    splits, counts, shown = split(files, raw, config), {}, set()
+    samples = find_samples(raw, o)
+    kinds = sorted({sample.label for sample in samples.values() if not sample.masks})
+    o.classes = o.classes or kinds or (o.values if len(o.values) > 2 else ('background', 'foreground'))
+    if len(o.classes) < 2:
+        sys.exit(f'{raw}: {o.classes[0]} is the only class, so there is nothing to learn; give --masks or --labels')
+    kind, *form = ('labels', (), np.int64) if kinds else ('masks', (o.size, o.size))
+    splits = split(samples, raw, o)
+    shown, counts, holders, others = {part: Counter() for part in splits}, {}, {}, set()
     with whole(folder, pool) as part:
         for name, chosen in splits.items():
             (part / name).mkdir()
-            calls = [(raw, *files[file][:2], config) for file in chosen]
-            paths = [*in_order(pool, config.workers, part, labelled, calls, name)]
-            # Grey images get three channels where others are in colour.
-            channels = max((pixels.shape[2] for path in paths for pixels, _ in items(path)), default=1)
-            images = ('images', (config.size, config.size, channels), np.uint8)
-            stacks = [Stack(part / name / f'{kind}.npy', *form) for kind, *form in (images, answers)]
-            for pixels, answer in (pair for path in paths for pair in items(path)):
-                stacks[0].append(pixels)
-                stacks[1].append(answer)
-                shown.update(np.unique(answer).tolist())
-            for stack in stacks:
-                stack.close()
-            for path in paths:
+            calls = [(raw / path, [raw / frame for frame in samples[path].frames],
+                      [mask and raw / mask for mask in samples[path].masks], samples[path].label, o) for path in chosen]
+            spilled = [*in_order(pool, o.workers, part, labelled, calls, name)]
+            # Grey images have three channels where others are in colour.
+            channels = max((pixels.shape[2] for path in spilled for pixels, *_ in items(path)), default=1)
+            images = Stack(part / name / 'images.npy', (o.size, o.size, channels))
+            answers = Stack(part / name / f'{kind}.npy', *form)
+            for path in spilled:
+                for pixels, answer, values in items(path):
+                    images.append(pixels)
+                    answers.append(answer)
+                    shown[name].update(np.unique(answer).tolist())
+                    others.update(values)
+                    if np.ptp(pixels):  # black slices are alike
+                        holders.setdefault(hash(pixels.tobytes()), set()).add(name)
                 path.unlink()
-            counts[name] = stacks[0].count
-        meta = {'kind': 'classification' if kinds else 'segmentation', 'classes': config.classes, 'modality': config.modality,
-                'size': config.size, 'counts': counts}
+            images.close()
+            answers.close()
+            counts[name] = images.count
+        meta = {'kind': 'classification' if kinds else 'segmentation', 'classes': o.classes, 'modality': o.modality,
+                'size': o.size, 'counts': counts}
         (part / 'split.json').write_text(json.dumps(splits, indent=1))
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
-        if missing := [name for number, name in enumerate(config.classes) if number not in shown]:
-            text = f'no image shows {", ".join(missing)}; mend --classes or --values (255 counts where named: --values 0 255)'
-            if len(missing) > len(config.classes) - 2:
-                sys.exit(f'{raw}: {text}')
-            print(f'warning: {text}?', file=sys.stderr)
-        from data import Task
-        Task(part)
-    paper = TASKS[config.task].count if config.task in TASKS else ''
-    print(f'{folder}: {meta["kind"]} into {", ".join(config.classes)}; images: {counts}'
-          + f', in the paper {paper}' * bool(paper))
+        missing = [name for number, name in enumerate(o.classes) if not any(seen[number] for seen in shown.values())]
+        unseen = {number for number in shown['test'] if number != 255} - {*shown['train']}
+        if len(missing) > len(o.classes) - 2:
+            sys.exit(f'{raw}: no image shows {", ".join(missing)}; mend --classes or --values (255 counts where named)')
+        if not counts['train'] or not counts['test']:
+            sys.exit(f'{raw}: the train or test split is empty; mend --split')
+        if unseen:
+            names = ', '.join(o.classes[number] for number in unseen)
+            sys.exit(f'{raw}: no training image shows {names}, but a test image does; mend --split')
+    for parts, times in Counter(' and '.join(sorted(parts)) for parts in holders.values() if len(parts) > 1).items():
+        print(f'warning: {times} images are the same in {parts}', file=sys.stderr)
+    if len(others) > 3:
+        print(f'note: the * of --values stands for {sorted(others)[:20]}')
+    print(f'{"images that show":<26}' + ''.join(f'{part:>8}' for part in shown))
+    for number, name in enumerate(o.classes):
+        print(f'{name:<26}' + ''.join(f'{seen[number]:>8}' for seen in shown.values()))
+    paper = f', in the paper {TASKS[o.task].count}' if o.task in TASKS else ''
+    print(f'{folder}: {meta["kind"]} into {", ".join(o.classes)}; images: {counts}{paper}')
 
-# --- phantoms: ten modalities simulated from their physics, with masks and classes ---------------------------------------
+# --- phantoms: ten modalities simulated from their physics, with masks and classes -----------------------------------
 # Tissues = mask classes: air 0, fat 1, muscle 2, gut 3, lung 4, liver 5, kidney 6, spleen 7, bone 8, blood 9, lesion 10
 HOUNSFIELD = np.array([-1000, -100, 50, 20, -820, 80, 130, 100, 600, 140, 40])  # attenuation of X-rays
 T1 = np.array([1, 350, 1000, 1600, 1200, 650, 1250, 1150, 450, 1500, 1300])  # relaxation times, ms
@@ -792,11 +946,11 @@ def zoom(picture, side):  # to (side, side) by cubic interpolation, averaged whe
 def field(rng, side, *details):  # a smooth random picture around 0, of so many details down and across
     return zoom(rng.standard_normal(details), side)
 
-def plane(rng, side, shake=0.0):  # the pixels as complex numbers, x + iy from -1 to 1, shaken smoothly out of their places
+def plane(rng, side, shake=0.0):  # the pixels as complex numbers, x + iy from -1 to 1, shaken smoothly
     line = np.linspace(-1, 1, side)
     return line + 1j * line[:, None] + shake * (field(rng, side, 6, 6) + 1j * field(rng, side, 6, 6))
 
-def light(*layers):  # RGB of white light after layers, each an amount (S, S) times what it absorbs of red, green and blue
+def light(*layers):  # RGB of white light after layers: each an amount (S, S), and what that absorbs of red, green, blue
     return 255 * np.exp(-sum(np.multiply.outer(*layer) for layer in layers))
 
 def torso(rng, shape, sick):
@@ -804,7 +958,8 @@ def torso(rng, shape, sick):
     x, y, z = np.ogrid[-20:20:shape[0] * 1j, -20:20:shape[1] * 1j, -20:20:shape[2] * 1j]
     z += rng.uniform(0, 6)  # bodies lie higher or lower
     tissue = np.zeros(shape, np.uint8)
-    ellipsoid = lambda a, b, c, p, q, r: ((x - a) / p) ** 2 + ((y - b) / q) ** 2 + ((z - c) / r) ** 2  # 1 on its surface
+    def ellipsoid(a, b, c, p, q, r):  # 1 on its surface
+        return ((x - a) / p) ** 2 + ((y - b) / q) ** 2 + ((z - c) / r) ** 2
     for organ, *place in ORGANS:
         tissue[ellipsoid(*place * rng.normal(1, 0.07, 6)) < 1] = organ
     tissue[(abs(ellipsoid(0, 0, 6, 14, 9.5, 20) - 1) < 0.1) & (np.cos(2.2 * z + y) > 0) & (z > -8)] = 8  # sloping ribs
@@ -812,19 +967,25 @@ def torso(rng, shape, sick):
         tissue[ellipsoid(x.flat[i], y.flat[j], z.flat[k], *rng.uniform(1, 3, 3)) < 1] = 10
     return tissue
 
-def ct(rng, side, tissue):  # attenuation in Hounsfield units (air -1000, water 0), with the noise of the detector
+def ct(rng, side, sick):  # attenuation in Hounsfield units (air -1000, water 0), with the noise of the detector
+    tissue = torso(rng, (side, side, 8), sick)
     return np.int16(HOUNSFIELD[tissue] + rng.normal(0, 20, tissue.shape).round()), tissue
 
-def pet(rng, side, tissue):  # tracer uptake in SUV; the coarse bins of the detector count decays (Poisson)
+def pet(rng, side, sick):  # tracer uptake in SUV; the coarse bins of the detector count decays (Poisson)
+    tissue = torso(rng, (side, side, 8), sick)
     uptake = (UPTAKE * rng.uniform(0.6, 1.6, len(UPTAKE)))[tissue]
     return np.stack([zoom(rng.poisson(50 * abs(zoom(image, side // 4))) / 50, side) for image in uptake.T]).T, tissue
 
-def mr(rng, side, tissue):  # spin echo: (1 - exp(-TR / T1)) exp(-TE / T2), under a smooth coil bias, with Rician noise
+def mr(rng, side, sick):  # spin echo: (1 - exp(-TR / T1)) exp(-TE / T2), under a smooth coil bias, with Rician noise
+    tissue = torso(rng, (side, side, 8), sick)
     repetition, echo = rng.choice(((500, 12), (3000, 70))) * rng.uniform(0.7, 1.4, 2)  # T1- or T2-weighted, ms
-    signal = ((1 - np.exp(-repetition / T1)) * np.exp(-echo / T2))[tissue] * np.exp(0.3 * field(rng, side, 3, 3))[..., None]
-    return np.float32(abs(1000 * signal + rng.normal(0, 15, (*tissue.shape, 2)) @ (1, 1j)) * (tissue > 0)), tissue
+    bias = np.exp(0.3 * field(rng, side, 3, 3))[..., None]
+    signal = 1000 * bias * ((1 - np.exp(-repetition / T1)) * np.exp(-echo / T2))[tissue]
+    noise = rng.normal(0, 15, (*tissue.shape, 2)) @ (1, 1j)
+    return np.float32(abs(signal + noise) * (tissue > 0)), tissue
 
-def xray(rng, side, tissue):  # photons fall as exp(-attenuation from back to front); the film shows -log of them
+def xray(rng, side, sick):  # photons fall as exp(-attenuation from back to front); the film shows -log of them
+    tissue = torso(rng, (side // 2, 40, side // 2), sick)
     tissue = tissue.T[::-1, :, ::-1]  # from head to foot, back to front, the patient's right to left
     film = zoom((1 + HOUNSFIELD / 1000)[tissue].sum(1), side).clip(0)
     mask = np.select([(tissue == organ).sum(1) > 4 for organ in (9, 4)], (9, 4))
@@ -833,7 +994,8 @@ def xray(rng, side, tissue):  # photons fall as exp(-attenuation from back to fr
 def ultrasound(rng, side, sick):  # log of echoes, with Rayleigh speckle, which fade along each beam; shown as a fan
     lesion = sick & (abs(plane(rng, side, 0.06) - rng.uniform(-0.4, 0.3, 2) @ (1, 1j)) < rng.uniform(0.2, 0.35))
     echo = np.where(lesion, rng.choice((-3.5, -1.4, 1.6)), 0.8 * field(rng, side, 16, 4))  # a cyst, a tumour or a stone
-    echo += np.log(rng.rayleigh(1, echo.shape)) - np.cumsum(2 * np.exp(echo), 0) / side  # what scatters more absorbs more
+    shade = np.cumsum(2 * np.exp(echo), 0) / side  # what scatters more absorbs more
+    echo += np.log(rng.rayleigh(1, echo.shape)) - shade
     z = plane(rng, side) + 1.3j  # from the probe
     fan = tuple(np.int64(side * np.clip((abs(z) / 1.9 - 0.2, np.angle(z / 1j) / 1.1 + 0.5), 0, 0.999)))
     return np.pad(210 + 46 * echo[1:-1, 1:-1], 1)[fan], lesion[fan]  # black borders, so outside the fan
@@ -847,21 +1009,22 @@ def fundus(rng, side, sick):  # blood absorbs green and blue; its vessels follow
     return light((blood, (0.3, 1, 0.8)), (white, (-0.2, -0.8, -0.9)), (1, rng.uniform((-0.1, 0.7, 1.5), (0.3, 1.4, 3))),
                  (0.6 * abs(z) ** 2 + 0.1 * field(rng, side, 5, 5) + 9 * ~eye, (1, 1, 1))), eye & vessels
 
-def oct_scan(rng, side, sick):  # reflectivity of the retina's layers around the pit, with speckle; drusen lift the lowest
+def oct_scan(rng, side, sick):  # reflectivity of the retina's layers around the pit; drusen lift the lowest
     z, floor = plane(rng, side), 0.2 + 0.1 * field(rng, side, 1, 3)
     top = floor - 0.7 + 0.35 * np.exp(-abs((z.real - rng.uniform(-0.4, 0.4)) / rng.uniform(0.15, 0.35)) ** 2)
     layer = (z.imag - top) / (floor - sick * 0.12 * field(rng, side, 1, 16).clip(0) - top)  # from 0, the top, to 1
-    echo = np.interp(10 * layer, range(18), (0, 180, 100, 120, 60, 130, 50, 50, 190, 80, 230, 120, 110, 90, 70, 50, 20, 0))
+    levels = (0, 180, 100, 120, 60, 130, 50, 50, 190, 80, 230, 120, 110, 90, 70, 50, 20, 0)
+    echo = np.interp(10 * layer, range(18), levels)
     return echo * rng.rayleigh(1, echo.shape) ** 0.5, (layer > 0) & (layer < 1)
 
-def pathology(rng, side, sick):  # haematoxylin stains nuclei blue, eosin the rest pink; glands have a lumen and a dense wall
+def pathology(rng, side, sick):  # haematoxylin stains nuclei blue, eosin the rest pink; glands have a dense wall
     gland, z = field(rng, side, 7, 7), rng.uniform(17, 23) * plane(rng, side, 0.05)
     level = np.select([gland > 1.3, gland > 0.2], [9, 0.45], 0.9 - 0.4 * sick) + 0.2 * field(rng, side, 16, 16)
     nuclei = np.cos(z.real) * np.cos(z.imag) > level.clip(0.3)  # the bumps of a warped egg crate
     blue, pink = rng.uniform(0.7, 1.4, (2, 1)) * ((0.9, 0.95, 0.4), (0.1, 0.9, 0.3))
     return light((nuclei, blue), ((gland < 1.3) * (0.5 + 0.15 * field(rng, side, 60, 10)), pink)), nuclei
 
-def endoscope(rng, side, sick):  # light from the camera fades with distance into a wet tube; folds ring it, water glints
+def endoscope(rng, side, sick):  # light of the camera fades into a wet tube; folds ring it, water glints
     z, lumen, polyp = plane(rng, side, 0.05), *rng.uniform(-0.4, 0.4, (2, 2)) @ (1, 1j)
     tube, bump = abs(z - lumen), abs(z - polyp) / rng.uniform(0.25, 0.5)
     folds = 0.4 * tube * np.cos(rng.uniform(9, 16) * tube ** 0.6 + rng.uniform(0, 6))
@@ -874,91 +1037,91 @@ def photo(rng, side, sick):  # melanin absorbs blue most; in melanoma it is ragg
     z, lesion = plane(rng, side), abs(plane(rng, side, 0.03 + 0.07 * sick)) / rng.uniform(0.3, 0.65)
     melanin = (1.2 + (0.1 + 0.3 * sick) * field(rng, side, 10, 10)) / (1 + np.exp(12 * (lesion - 1)))
     hue, skin = melanin * sick * field(rng, side, 6, 6), rng.uniform(0.3, 0.8) + 0.1 * field(rng, side, 3, 3)
-    hairs = sum(abs(abs(z - 4 * np.exp(1j * a)) - r) < 0.01 for a, r in rng.uniform((0, 3), (6, 5), (rng.integers(9), 2)))
+    arcs = rng.uniform((0, 3), (6, 5), (rng.integers(9), 2))  # direction of their centres, radii
+    hairs = sum(abs(abs(z - 4 * np.exp(1j * angle)) - radius) < 0.01 for angle, radius in arcs)
     return light((melanin + skin, (0.6, 1, 1.2)), (hue, (0.2, 0, -0.2)), (hairs, (1, 1, 1))), lesion < 1
 
+PHANTOMS = {  # images in a file, and what draws it for (rng, side, sick): the image or volume, and its mask
+    'CT': (8, ct), 'PET': (8, pet), 'MR': (8, mr), 'X-ray': (1, xray), 'Ultrasound': (1, ultrasound),
+    'Fundus': (1, fundus), 'OCT': (1, oct_scan), 'Pathology': (1, pathology), 'Endoscope': (1, endoscope),
+    'Photo': (1, photo)}
+
 def write_phantom(folder, modality, n, seed, side=160):
-    """Subject n, every other one sick: an image, or of CT, PET and MR a volume of 8 slices, to folder/raw/<Modality>/
-    <source>/<class>; its mask to folder/labels/<Modality>/<class>. CT, PET, MR and X-ray see the same body."""
-    number, sick, rng = MODALITIES.index(modality), n % 2, np.random.default_rng((seed, n))
-    shape = (side // 2, 40, side // 2) if modality == 'X-ray' else (side, side, 8)
-    draw = (ct, pet, mr, xray, ultrasound, fundus, oct_scan, pathology, endoscope, photo)[number]
-    image, mask = draw(rng, side, torso(rng, shape, sick) if number < 4 else sick)
-    kind = (('naevus', 'melanoma') if modality == 'Photo' else ('normal', 'lesion'))[sick]
+    """Subject n, every other one sick: an image or volume to folder/raw/<Modality>/<source>/<class>, its mask to
+    folder/labels/<Modality>/<class>. CT, PET, MR and X-ray see the same body."""
+    depth, draw = PHANTOMS[modality]
+    image, mask = draw(np.random.default_rng((seed, n)), side, n % 2)
+    kind = (('naevus', 'melanoma') if modality == 'Photo' else ('normal', 'lesion'))[n % 2]
     source = 'phantom-' + modality.lower() + '-suv' * (modality == 'PET')
-    for place, array in ((folder / 'raw' / modality / source / kind, image), (folder / 'labels' / modality / kind, mask)):
+    for place, array in ((f'raw/{modality}/{source}', image), (f'labels/{modality}', mask)):
+        place = folder / place / kind
         place.mkdir(parents=True, exist_ok=True)
-        if number < 3:
+        if depth > 1:
             nib.save(nib.Nifti1Image(array, np.diag((400 / side, 400 / side, 50, 1))), place / f'{n:04d}.nii.gz')  # mm
         else:
             Image.fromarray(np.uint8(np.clip(array, 0, 255))).save(place / f'{n:04d}.png')
 
-# --- the command ----------------------------------------------------------------------------------------------------------
-
-def report_overlaps(home):
-    """Tell which prepared tasks below `home` test on images of prepared sources, which a network would have seen before."""
-    for task, source in (('fhu', 'HC18'), *(('autopet-org', f'AutoPET-{kind}') for kind in ('CT', 'PET', 'SUV'))):
-        if (home / task).exists() and (home / 'medverse' / source).exists():
-            print(f'note: the images of {home / task} are also in {home / "medverse" / source}, so a network pretrained '
-                  'there has seen the test images, though not their masks')
+# --- the command -----------------------------------------------------------------------------------------------------
 
 def print_counts(rows, metas):
     """Print a table of what was read, kept and dropped of each source, beside what the paper kept."""
     table = [(m['modality'], m['source'], m['files'], m['read'], m['count'], *m['dropped'].values()) for m in metas]
-    papers = [f'{int(row.count):>10}{m["count"] - int(row.count):>+10}' if row.count else '' for row, m in zip(rows, metas)]
+    papers = [f'{row.count:>10}{m["count"] - int(row.count):>+10}' if row.count else '' for row, m in zip(rows, metas)]
     titles = ('modality', 'source', 'files', 'read', 'kept', *REASONS)
     total = ('all', f'{len(table)} sources', *map(sum, list(zip(*table))[2:]))
     for line, paper in zip((titles, *table, total), (f'{"paper":>10}{"more":>10}' * any(papers), *papers, '')):
         print(f'{line[0]:<11}{line[1]:<30}' + ''.join(f'{cell:>10}' for cell in line[2:]) + paper)
-    print('every file accounted for: read = kept + dropped')
+
+def check_options(o):
+    """End the program where an option cannot be meant."""
+    if o.modality and not modality_of(o.modality):
+        sys.exit(f'--modality {o.modality}: it must be SUV or one of {", ".join(MODALITIES)}')
+    if o.size < 1 or o.workers < 0:
+        sys.exit('--size must be 1 or more, --workers 0 or more')
+    if len(o.split) not in (0, 3) or any(re.fullmatch(r'\d*\.\d+', rule) for rule in o.split):
+        sys.exit('--split takes three whole shares, rules or lists: for train, val and test')
+    if not o.phantoms and not (o.raw and Path(o.raw).is_dir()):
+        sys.exit(f'--raw "{o.raw}": there is no such folder of <Modality>/<source>/** or of a task')
 
 def main():
     """Simulate the phantoms if they are asked for, then prepare a task or every source below RAW."""
-    config = parse_options(Config())
-    if row := TASKS.get(config.task):  # its rules, then the command line again over them
-        defaults = replace(Config(), modality=row.modality, split=('50', '20', '30'))
-        config = parse_options(parse_options(defaults, shlex.split(row.images)))
-    if config.modality not in ('', 'SUV', *MODALITIES):
-        sys.exit(f'--modality {config.modality}: it must be SUV or one of {", ".join(MODALITIES)}')
-    if config.size < 1 or config.workers < 0:
-        sys.exit('--size must be 1 or more, --workers 0 or more')
-    if len(config.split) not in (0, 3):
-        sys.exit('--split takes three globs, lists or shares: for train, val and test')
-    if config.list:
-        return list_tables(Path(config.raw))
-    if config.raw and not config.phantoms and not Path(config.raw).is_dir():
-        sys.exit(f'--raw {config.raw}: there is no such folder')
-    if not (config.raw or config.phantoms or config.task.startswith('phantom-')):
-        sys.exit('where are the images? give --raw RAW, a folder of <Modality>/<source>/** or of a task, or --phantoms N')
-    config.workers = config.workers or os.cpu_count()
-    out, home = Path(config.out or f'data/{config.task or "medverse"}'), Path(config.raw or 'data/phantoms')
-    if config.task.startswith('phantom-'):
-        config.phantoms = config.phantoms or 200 * (not config.raw)  # anew: an earlier run may have been stopped half-way
-    pool = ProcessPoolExecutor(config.workers, initializer=follow_parent)
+    o = parse_options(Options())
+    row = TASKS.get(o.task)
+    if row:  # its rules, then the command line again over them
+        defaults = replace(Options(), modality=row.modality, split=('50', '20', '30'))
+        o = parse_options(parse_options(defaults, shlex.split(row.images)))
+    if o.list:
+        return list_tables(Path(o.raw))
+    o.phantoms = o.phantoms or 200 * (o.task.startswith('phantom-') and not o.raw)
+    check_options(o)
+    o.workers, o.modality = o.workers or os.cpu_count(), modality_of(o.modality) or ''
+    out, raw = Path(o.out or f'data/{o.task or "medverse"}'), Path(o.raw or 'data/phantoms')
+    pool = ProcessPoolExecutor(o.workers, initializer=follow_parent)
     try:
-        calls = [(home, modality, n, config.seed) for modality in MODALITIES
-                 for n in range(-(-config.phantoms // (8 if modality in RULES else 1)))]
-        deque(tqdm(pool.map(write_phantom, *zip(*calls)), 'phantoms', len(calls), disable=not calls), 0)  # runs them all
-        if config.task:
-            prepare_task(config, home, out, pool)
-        else:
-            found = [(row, prepare(row, folder, out / name, config, pool))
-                     for row, folder, name in find_sources(home / 'raw' if config.phantoms else home, config)]
-            if not (done := [pair for pair in found if pair[1]]):
-                sys.exit(1)
-            print_counts(*zip(*done))
-    except BrokenProcessPool:
-        sys.exit('a worker was killed, most likely for its memory: start again with fewer --workers; finished sources stay')
+        calls = [(raw, modality, n, o.seed) for modality in ([row.modality] if row else MODALITIES)
+                 for n in range(-(-o.phantoms // PHANTOMS[modality][0]))]
+        for _ in tqdm(pool.map(write_phantom, *zip(*calls)), 'phantoms', len(calls), disable=not calls):
+            pass
+        if o.task:
+            return prepare_task(raw, out, o, pool)
+        sources = find_sources(raw / 'raw' if o.phantoms else raw, o)
+        metas = [prepare(row, home, out / name, o, pool) for row, home, name in sources]
     except OSError as error:
-        sys.exit(f'{error}: make room in {out} or choose another --out, and start again; finished sources stay')
+        full = 'the disk is full: make room' if error.errno == errno.ENOSPC else error
+        sys.exit(f'{out}: {full}; start again, finished sources stay')
     except re.error as error:
-        sys.exit(f'--patient {config.patient}: no regular expression ({error})')
+        sys.exit(f'{error.pattern}: is no regular expression ({error}), in which any text is .* and a dot \\.')
     except KeyboardInterrupt:
         print('stopped: start again to go on with the unfinished sources', file=sys.stderr)
         sys.exit(130)
     finally:
         pool.shutdown(cancel_futures=True)
-    report_overlaps(out.parent)
+    done = [(row, meta) for (row, *_), meta in zip(sources, metas) if meta]
+    if done:
+        print_counts(*zip(*done))
+    if left := [name for (*_, name), meta in zip(sources, metas) if not meta]:
+        sys.exit(f'left out, as told above: {", ".join(left)}')
+    print('every file accounted for: read = kept + dropped')
 
 if __name__ == '__main__':
     main()

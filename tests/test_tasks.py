@@ -62,7 +62,7 @@ def test_split_by_patient(tmp_path, n):
         for eye in 'LR':
             save(tmp_path / f'raw/img{i:02d}{eye}.png', texture(i))
             save(tmp_path / f'raw/img{i:02d}{eye}_truth.png', blob(i) * 200)
-    rules = ('--images', '*.png', '--masks', '*_truth.png', '--values', '0', '200', '--patient', r'img\d+')
+    rules = ('--images', r'(.*)\.png', '--masks', '(.*)_truth', '--values', '0', '200', '--patient', r'img\d+')
     task, split = prepared(tmp_path / 'raw', tmp_path / 'out', *rules)
     patients = {part: {re.search(r'img\d+', name)[0] for name in names} for part, names in split.items()}
     test, val = -(-3 * n // 10), 2 * n // 10
@@ -80,7 +80,7 @@ def test_slices_of_volumes_and_their_masks_agree(tmp_path):
         mask = (grey > 150).astype(np.uint8) * 2
         save_nifti(tmp_path / f'raw/p{i}/scan.nii.gz', grey, (1, 1, 3), axes)
         save_nifti(tmp_path / f'raw/p{i}/truth.nii.gz', mask, (1, 1, 3), axes)
-    task, _ = prepared(tmp_path / 'raw', tmp_path / 'out', '--images', '*/scan**', '--masks', '*/truth**', '--values', '0', '2',
+    task, _ = prepared(tmp_path / 'raw', tmp_path / 'out', '--images', '(.*)/scan', '--masks', '(.*)/truth', '--values', '0', '2',
                        '--modality', 'MR')
     assert [len(answers) for answers in task.answers.values()] == [10, 0, 10]
     for images, masks in zip(task.images.values(), task.answers.values()):
@@ -144,19 +144,19 @@ def test_bad_folders_end_in_a_sentence(tmp_path):
     save(pairs('sizes') / 'masks/1.png', blob(1, 90))
     assert re.search(r'masks/1.png.*90, 90.*96, 96', failed(tmp_path / 'sizes', out))
     save(pairs('values') / 'masks/1.png', blob(1) * 7)
-    assert re.search(r'masks/1.png.*\[7\]', failed(tmp_path / 'values', out))
+    assert re.search(r'masks/1.png.*values or colours 7,', failed(tmp_path / 'values', out))
     (pairs('corrupt') / 'images/0.png').write_bytes(b'no picture')
-    assert 'images/0.png: cannot be read' in failed(tmp_path / 'corrupt', out)
+    assert 'images/0.png: cannot be used' in failed(tmp_path / 'corrupt', out)
     for part, kinds in (('train', 'cat'), ('test', 'dog')):
         write_classes(tmp_path / 'unseen', part + '/{kind}/{i}.png', kinds.split(), 2)
     assert 'no training image shows dog' in failed(tmp_path / 'unseen', out)
     write_classes(tmp_path / 'halves', 'train/{kind}/{i}.png', n=2)
-    assert 'test split is empty' in failed(tmp_path / 'halves', out, '--split', '**', '', '')
+    assert 'test split is empty' in failed(tmp_path / 'halves', out, '--split', '.', '', '')
     prepared(tmp_path / 'halves', tmp_path / 'drawn')       # a folder alone that is called train is none of three
-    assert '8 images, 0 masks' in failed(pairs('rule'), out, '--masks', 'nowhere/*')
+    assert '8 images, 0 masks' in failed(pairs('rule'), out, '--masks', 'nowhere/(.*)')
     (tmp_path / 'rule/masks').rename(tmp_path / 'rule/truth')
     assert '8 images, 0 masks' in failed(tmp_path / 'rule', out, '--values', '0', '1')      # no classification by these folders
-    assert 'images is the only class' in failed(tmp_path / 'rule', out, '--images', 'images/**')
+    assert 'images is the only class' in failed(tmp_path / 'rule', out, '--images', 'images/')
     assert str(tmp_path / 'none') in failed(tmp_path / 'none', out)
     pairs('fine')
     prepared(tmp_path / 'fine', out)
@@ -185,11 +185,11 @@ def test_a_view_of_slices_is_written_through(tmp_path):
 @pytest.mark.skipif(not REAL.is_dir(), reason='no real images beside the repository')
 def test_real_outlines_and_one_bit_masks(tmp_path):
     tasks = REAL.parent / 'tasks'
-    heads, _ = prepared(tasks / 'HC18', tmp_path / 'heads', '--images', '*.png', '--masks', '*_Annotation.png', '--values',
+    heads, _ = prepared(tasks / 'HC18', tmp_path / 'heads', '--images', r'(.*)\.png', '--masks', '(.*)_Annotation', '--values',
                         '0', '255', '--outline')
     assert heads.meta['counts'] == dict(train=30, val=12, test=18)
     assert all(0.02 < mask.mean() < 0.7 for mask in heads.answers['train'])
-    vessels, split = prepared(tasks / 'CHASEDB1', tmp_path / 'vessels', '--images', '*.jpg', '--masks', '*_1stHO.png',
+    vessels, split = prepared(tasks / 'CHASEDB1', tmp_path / 'vessels', '--images', r'(.*)\.jpg', '--masks', '(.*)_1stHO',
                               '--values', '0', '255', '--patient', r'Image_\d+')
     assert vessels.meta['counts'] == dict(train=14, val=4, test=10)
     assert 0.05 < vessels.answers['test'].mean() < 0.12
@@ -206,9 +206,10 @@ def test_masks_that_show_none_of_a_class_are_told(tmp_path):
         save(tmp_path / f'raw/images/{i}.png', texture(i))
         save(tmp_path / f'raw/masks/{i}.png', blob(i) * 255)     # which is not scored where --values do not name it
     printed = failed(tmp_path / 'raw', tmp_path / 'out')
-    assert 'no image shows foreground' in printed and '--values 0 255' in printed
+    assert 'no image shows foreground' in printed and '255 counts where named' in printed
     code, printed = call(tmp_path / 'raw', tmp_path / 'out', '--task', 'mini', '--values', '0', '255', '7', '--classes', *'abc')
-    assert code == 0 and 'warning: no image shows c;' in printed
+    line = next(line for line in printed.splitlines() if line.startswith('c '))
+    assert code == 0 and line.split() == ['c', '0', '0', '0']     # how many images of each split show it
     assert 'no image shows' not in call(tmp_path / 'raw', tmp_path / 'other', '--task', 'mini', '--values', '0', '255')[1]
 
 def test_a_palette_gives_numbers_to_its_colours(tmp_path):
@@ -223,7 +224,7 @@ def test_a_palette_gives_numbers_to_its_colours(tmp_path):
             (tmp_path / f'raw/{kind}').mkdir(exist_ok=True)
             mask.save(tmp_path / f'raw/{kind}/{i}.png')
     for kind, values, number in (('colours', '0123', lambda mask: mask), ('greys', '09', lambda mask: mask > 0)):
-        task, split = prepared(tmp_path / 'raw', tmp_path / kind, '--masks', f'*{kind}/*.**', '--values', *values)
+        task, split = prepared(tmp_path / 'raw', tmp_path / kind, '--images', '(.*)images/(.*)', '--masks', f'(.*){kind}/(.*)', '--values', *values)
         for name, mask in zip(split['train'], task.answers['train']):
             i = int(name[7])
             assert np.array_equal(mask, nearest(number(numbers(i))))
@@ -233,7 +234,7 @@ def test_masks_of_fewer_slices_than_the_image_are_refused(tmp_path):
         save_nifti(tmp_path / f'raw/{i}/scan.nii', np.repeat(texture(i)[..., None], 4, 2).astype(np.int16), (1, 1, 3))
         for kind in 'ab':
             save_nifti(tmp_path / f'raw/{i}/{kind}.nii', np.repeat(blob(i)[..., None], 3, 2), (1, 1, 3))
-    assert 'shorter' in failed(tmp_path / 'raw', tmp_path / 'out', '--images', '*/scan.nii', '--masks', '*/a.nii', '*/b.nii',
+    assert 'their grids differ' in failed(tmp_path / 'raw', tmp_path / 'out', '--images', '(.*)/scan', '--masks', '(.*)/a', '(.*)/b',
                                '--classes', 'none', 'a', 'b')
 
 def test_bad_tables_and_splits_end_in_a_sentence(tmp_path):
@@ -246,12 +247,12 @@ def test_bad_tables_and_splits_end_in_a_sentence(tmp_path):
     (raw / 'semicolons.csv').write_text('file;kind\n' + '\n'.join(rows).replace(',', ';'))
     prepared(raw, tmp_path / 'excel', '--labels', 'semicolons.csv')
     assert 'none.csv' in failed(raw, out, '--labels', 'none.csv')
-    assert re.search("no breed.*'kind'", failed(raw, out, '--labels', 'answers.csv', 'file', 'breed'))
-    (raw / 'twice.csv').write_text('\n'.join(['file,kind', *rows, 'a/0-dog.png,cat']))
-    assert '0-dog.png has' in failed(raw, out, '--labels', 'twice.csv')
-    (raw / 'train.txt').write_text('0-dog 0-cat')
+    assert re.search("'kind'.*no breed", failed(raw, out, '--labels', 'answers.csv', 'file', 'breed'))
+    (raw / 'twice.csv').write_text('\n'.join(['file,kind', *rows, '0-dog.png,cat']))
+    assert '0-dog.png' in failed(raw, out, '--labels', 'twice.csv')
+    (raw / 'train.txt').write_text('0-dog\n0-cat')
     for rules in ('none.txt', 'train.txt', 'train.txt'), ('train.txt',) * 3, ('0.5', '0.2', '0.3'), ('0', '0', '0'):
-        assert re.search('none.txt|no rule of --split', failed(raw, out, '--split', *rules))
+        assert re.search('none.txt|no rule of --split|three whole', failed(raw, out, '--split', *rules))
 
 def test_a_patient_is_what_the_group_of_the_expression_finds_and_must_be_found(tmp_path):
     for i in range(10):
@@ -262,4 +263,4 @@ def test_a_patient_is_what_the_group_of_the_expression_finds_and_must_be_found(t
     patients = [{re.search(r'\d', name)[0] for name in names} for names in split.values()]
     assert sum(map(len, patients)) == len(set.union(*patients)) == 10
     assert 'is found in no path' in failed(tmp_path / 'raw', tmp_path / 'other', '--patient', 'chld[0-9]')
-    assert 'three globs' in failed(tmp_path / 'raw', tmp_path / 'other', '--split', '70', '30')
+    assert 'three' in failed(tmp_path / 'raw', tmp_path / 'other', '--split', '70', '30')

@@ -389,7 +389,7 @@ def read_checkpoint(path, token='cls_token', heads=0, normalization=''):
             state, config = translate(state, heads, normalization or layout)
             print(f'{path}: read as {config.heads} heads, images z-scored as {normalization or layout}')
     except KeyError as error:
-        kind = 'a fine-tuned run' if token != 'cls_token' else 'a ViT as MAE or timm names it (see the README for others)'
+        kind = 'a fine-tuned run' if token != 'cls_token' else 'a ViT as MAE or timm names it (README: others)'
         raise SystemExit(f'{path}: it has no {error}, so is not {kind}')
     if not all(value.isfinite().all() for value in state.values()):
         raise SystemExit(f'{path}: its weights hold NaN or infinity; the run that wrote it diverged')

@@ -607,6 +607,7 @@ def test_an_encoder_of_the_user_is_tuned_resumed_and_applied(task, tasks, tmp_pa
     assert found['sha256'] == hashlib.sha256(file.read_bytes()).hexdigest() and found['method'] == 'DEX-D-own'
     assert (found['config']['patch'], found['config']['width'], found['config']['depth']) == (16, 24, 4)
 
+    assert not finetune.own_encoder(str(file), SIDE).training      # no dropout
     stopped = tmp_path / 'stopped'
     monkeypatch.setattr(finetune, 'stop_signals', lambda: [15])     # after the first step
     assert script(out=stopped, **run) == 143

@@ -34,7 +34,7 @@ import data
 import prepare_medverse
 from model import NORMALIZATIONS, Config, ViT, load_weights, named_config, read_checkpoint
 from pretrain import MAX_SKIPPED, check_numbers, draw_grid, learning_rate, make_optimizer, open_run, save, seed_step
-from pretrain import setup, simulate, stop_signals, strips, write_line
+from pretrain import resume, setup, simulate, stop_signals, strips, write_line
 from unetr import UNETR
 
 PRETRAINED = 'out/pretrain/ckpt.pt', 'out/demo/ckpt.pt'     # for --init the first that exists
@@ -197,15 +197,6 @@ def evaluate(net, task, split, batch, device, autocast):
     table = torch.cat(tables).cpu().numpy()
     return dice_scores(table) if task.segments else class_scores(table), table
 
-def resume(path, about, model, optimizer):
-    """Load a run, if it is the one that `about` describes: steps done, best validation, minutes, steps skipped."""
-    state, _, file = read_checkpoint(path, 'head.weight')
-    if others := [name for name in about if about[name] != file.get('about', {}).get(name)]:
-        raise SystemExit(f'{path}: a run goes on as it began, but task and options now give other {", ".join(others)}')
-    model.load_state_dict(state)
-    optimizer.load_state_dict(file['optimizer'])
-    return [file[name] for name in ('step', 'best', 'minutes', 'skipped')]
-
 def train(o):
     """Train on the training images, choose the epoch by validation (or the last), score the test images once."""
     *_, device = setup(o.device)
@@ -241,7 +232,9 @@ def train(o):
     checkpoint, best_file, results_file = products = [out / name for name in ('ckpt.pt', 'best.pt', 'results.json')]
     first, best, minutes, skipped, in_a_row = 0, -1.0, 0.0, 0, 0
     if o.resume and checkpoint.exists():
-        first, best, minutes, skipped = resume(checkpoint, about, model, optimizer)
+        file = resume(checkpoint, about, model, optimizer, 'head.weight')
+        first, best, minutes, skipped = (file[name] for name in ('step', 'best', 'minutes', 'skipped'))
+        del file        # gigabytes
     if o.resume and results_file.exists():
         return print(f'{out}: this run is finished; its scores are in results.json')
     log = open_run(out, o, first, about | dict(options=asdict(o)))

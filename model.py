@@ -382,7 +382,7 @@ def read_checkpoint(path, token='cls_token', heads=0, normalization=''):
             state, config = translate(state, heads, normalization or layout)
             print(f'{path}: read as {config.heads} heads, images z-scored as {normalization or layout}')
     except KeyError as error:
-        raise SystemExit(f'{path}: it has no {error}, so it is not what was asked for (see Other encoders in the README)')
+        raise SystemExit(f'{path}: it has no {error}, so is not a ViT as MAE or timm names it, nor a fine-tuned run')
     if not all(value.isfinite().all() for value in state.values()):
         raise SystemExit(f'{path}: its weights hold NaN or infinity; the run that wrote it diverged')
     return state, config, file

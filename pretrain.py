@@ -85,6 +85,8 @@ DEMO = dict(data='data/phantoms-64', out='out/demo', model='tiny', depth=4, size
             lr=8e-3, val_share=0.2, val_every=100)
 PEAK = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, '4090': 165}     # bfloat16 TFLOP/s
 MAX_SKIPPED = 10        # steps in a row that are not finite end a training
+FREE = ('data', 'out', 'init', 'resume', 'overwrite', 'batch', 'accumulate', 'device', 'bf16', 'log_every', 'val_every',
+        'save_minutes')     # options with which a resumed run gives the same numbers
 
 # --- shared with finetune.py ------------------------------------------------------------------------------------------
 
@@ -135,6 +137,17 @@ def make_optimizer(model, lr, weight_decay):
             decays = name.endswith('.weight') and 'norm' not in name
             groups[not decays]['params'].append(parameter)
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
+
+def resume(path, about, model, optimizer, token='cls_token'):
+    """Load a run into model and optimizer, if it is the one that `about` describes; returns all that its file holds."""
+    state, _, file = read_checkpoint(path, token)
+    was = file.get('about', {})
+    if changed := [f'{name} {was.get(name)!s:.40} (not {value!s:.40})' for name, value in about.items()
+                   if was.get(name) != value]:
+        raise SystemExit(f'{path}: a run goes on as it began, with {", ".join(changed)}; a new one can --init from it')
+    model.load_state_dict(state)
+    optimizer.load_state_dict(file['optimizer'])
+    return file
 
 def simulate(folder, *options):
     """Have prepare_medverse.py simulate phantoms: the sources or the task of a folder."""
@@ -271,21 +284,6 @@ def draw_reconstructions(path, model, images, noise, names):
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
-def resume(path, o, numbers, model, optimizer):
-    """Load a checkpoint into model and optimizer, if its options and numbers are this run's: (steps, skipped)."""
-    state, _, file = read_checkpoint(path)
-    now, was = vars(o) | numbers, file['options'] | file.get('numbers', {})
-    for name in ('data', 'out', 'init', 'resume', 'overwrite', 'batch', 'accumulate', 'device', 'bf16', 'log_every',
-                 'val_every', 'save_minutes'):
-        del now[name]       # which change no number, or only with another one here
-    if changed := [f'{name} {was.get(name)} (not {value})' for name, value in now.items() if was.get(name) != value]:
-        raise SystemExit(f'{path}: a run goes on as it began, with {", ".join(changed)}; a new one can --init from it')
-    if file['step'] == numbers['steps']:
-        raise SystemExit(f'{path}: this run is finished, all {file["step"]} steps')
-    model.load_state_dict(state)
-    optimizer.load_state_dict(file['optimizer'])
-    return file['step'], file['skipped']
-
 def set_up(o, rank, world, local, device):
     """All that a training works with: data, schedule, network and optimizer, new or as --out's checkpoint has them."""
     gpu, out = device.type == 'cuda', Path(o.out)
@@ -303,10 +301,14 @@ def set_up(o, rank, world, local, device):
     model = MAE(named_config(o.model, o.depth, size=o.size, patch=o.patch, experts=o.experts, top_k=o.top_k,
                              routing=o.routing)).to(device)
     optimizer = make_optimizer(model, peak, o.weight_decay)
-    numbers = dict(steps=steps, global_batch=global_batch, training_images=len(shards.train))
+    about = {name: value for name, value in vars(o).items() if name not in FREE}
+    about |= dict(steps=steps, global_batch=global_batch, training_images=len(shards.train))
     first = skipped = 0
     if o.resume and (out / 'ckpt.pt').exists():
-        first, skipped = resume(out / 'ckpt.pt', o, numbers, model, optimizer)
+        file = resume(out / 'ckpt.pt', about, model, optimizer)
+        first, skipped = file['step'], file['skipped']
+        if first == steps:
+            raise SystemExit(f'{out}: this run is finished, all {steps} steps')
     elif o.init:
         load_weights(model, read_checkpoint(o.init)[0], o.init)
     # by block: one graph serves all of a kind, and DDP need not wait for the gradients of the whole network
@@ -334,14 +336,14 @@ def set_up(o, rank, world, local, device):
     return SimpleNamespace(
         o=o, rank=rank, world=world, device=device, out=out, log=log, signals=stop_signals(),
         shards=shards, batches=batches, model=model, net=net, optimizer=optimizer,
-        autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16), numbers=numbers, warmup=warmup, peak=peak,
+        autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16), about=about, warmup=warmup, peak=peak,
         chip_flops=next((1e12 * value for name, value in PEAK.items() if name in chip), math.inf),
         first=first, last=steps, skipped=torch.tensor(skipped, device=device))
 
 def save_run(run, step):
     save(run.out / 'ckpt.pt', dict(
         model=run.model.state_dict(), optimizer=run.optimizer.state_dict(), step=step, skipped=run.skipped.item(),
-        config=asdict(run.model.config), options=asdict(run.o), numbers=run.numbers))
+        config=asdict(run.model.config), options=asdict(run.o), about=run.about))
 
 def pack(mae, routing, signals):
     """What a step adds up over its ranks as one table (L, 3 R + 3); a row for each layer."""
@@ -358,7 +360,7 @@ def unpack(table):
 def train(run):
     """The steps from run.first to run.last: losses (Eq. 8), AdamW, GEMA (Eq. 7). Returns how many steps are done."""
     o, model, optimizer, master, gpu = run.o, run.model, run.optimizer, run.rank == 0, run.device.type == 'cuda'
-    steps, global_batch, _ = run.numbers.values()
+    steps, global_batch = run.about['steps'], run.about['global_batch']
     trained = [p for p in model.parameters() if p.requires_grad]
     in_a_row = torch.zeros_like(run.skipped)
     logged, logged_at, saved_at = run.first, time.perf_counter(), time.perf_counter()
@@ -436,7 +438,7 @@ def main():
         if world > 1:
             dist.barrier()
         run = set_up(o, rank, world, local, device)
-        done, steps = train(run), run.numbers['steps']
+        done, steps = train(run), run.about['steps']
     except OSError as error:        # a full disk, say
         raise SystemExit(f'{error}; the last checkpoint is whole')
     except KeyboardInterrupt:       # before the first step, when there is nothing to save

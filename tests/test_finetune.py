@@ -388,7 +388,7 @@ def test_no_run_goes_on_with_other_images(tasks, pretrained, tmp_path, monkeypat
         (task / 'split.json').write_text(json.dumps(split | dict(train=['b.png'], test=['a.png'])))
     else:
         np.save(task / 'test' / 'labels.npy', np.array([1, 0, 1, 0, 0]))
-    assert 'other split' in script('--resume', **run)
+    assert 'with split ' in script('--resume', **run)
 
 def test_a_run_goes_on_as_it_began_or_anew(tasks, pretrained, tmp_path, monkeypatch):
     run = dict(TINY, task='tell', data=tasks, init=pretrained, out=tmp_path / 'out', epochs=1)
@@ -399,7 +399,7 @@ def test_a_run_goes_on_as_it_began_or_anew(tasks, pretrained, tmp_path, monkeypa
     assert before == {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other' / 'ckpt.pt').write_bytes(pretrained.read_bytes())
-    assert 'not a fine-tuned run' in script('--resume', **dict(run, out=tmp_path / 'other'))      # of pretraining
+    assert 'nor a fine-tuned run' in script('--resume', **dict(run, out=tmp_path / 'other'))      # of pretraining
     (tmp_path / 'out' / 'ckpt.pt').unlink()       # big, and no longer needed; what it left is not given up for that
     assert 'holds a run' in script(**run) and (tmp_path / 'out' / 'results.json').exists()
     monkeypatch.setattr(finetune, 'learning_rate', lambda *_: 1 / 0)        # as if killed at the first step

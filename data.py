@@ -22,9 +22,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # ImageNet's, as
 
 class Shards:
     """The images of all prepared sources below a folder, numbered through; the tail of each source is for validation.
-
-    Files are mapped into memory, never read whole, and only when first touched, so after a fork.
-    """
+    Files are mapped into memory when first touched, never read whole."""
     def __init__(self, folder, val_share=0.05, val_most=200):
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192) if hard > 0 else 8192, hard))
@@ -37,14 +35,13 @@ class Shards:
                 files = sorted(source.glob('*.npy'))
                 arrays = [np.load(file, mmap_mode='r') for file in files]
                 sides |= {side for array in arrays for side in array.shape[1:3]}
-                if len(sides) > 1 or any(array.dtype != np.uint8 or array.ndim != 4 for array in arrays):
-                    raise ValueError(f'not all uint8 (n, S, S, c) with one side S, but {sorted(sides)}')
-                if sum(map(len, arrays)) != meta['count']:
-                    raise ValueError(f'{sum(map(len, arrays))} images, {meta["count"]} by meta.json')
+                count = sum(len(array) for array in arrays if array.dtype == np.uint8 and array.ndim == 4)
+                if count != meta['count'] or len(sides) > 1:
+                    raise ValueError(f'{count} images uint8 (n, S, S, c) of {meta["count"]}, sides S {sorted(sides)}')
                 self.files += files
                 lengths += map(len, arrays)
                 modalities.append(meta['modality'])
-                counts.append(meta['count'])
+                counts.append(count)
             except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
                 raise SystemExit(f'{source}: damaged, cut short, or of another size than the sources before it '
                                  f'({error!r}); move it away, or delete it and prepare it again')
@@ -81,10 +78,8 @@ class Shards:
         return images.permute(0, 3, 1, 2)
 
     def plan(self, seed, number, batch, rank, world, steps_in_epoch):
-        """The images of one rank's micro-batch `number`, sorted: a slice of the epoch's permutation.
-
-        It follows from its arguments alone, so a resumed run goes on alike; no image comes twice in an epoch.
-        """
+        """The images of one rank's micro-batch `number`, sorted, a slice of the epoch's permutation: it follows from the
+        arguments alone, so a resumed run goes on alike, and no image comes twice in an epoch."""
         epoch, slot = divmod(number, steps_in_epoch)
         first = (slot * world + rank) * batch
         return np.sort(self.permutation(seed, epoch)[first:first + batch])
@@ -110,8 +105,8 @@ class Task:
         for split, answers in self.answers.items():
             if len(answers) != len(self.images[split]) or max(seen[split], default=0) >= len(self.classes):
                 raise SystemExit(f'{folder}: its {split} images, answers and classes do not agree; prepare it again')
-            if not len(answers) and split != 'val':
-                raise SystemExit(f'{folder}: its {split} split is empty; prepare it again with another --split')
+        if not len(self.images['train']) or not len(self.images['test']):
+            raise SystemExit(f'{folder}: its train or test split is empty; prepare it again with another --split')
         if unseen := sorted(seen['test'] - seen['train']):
             raise SystemExit(f'{folder}: no training image shows {", ".join(self.classes[c] for c in unseen)}, but a '
                              'test image does; prepare it again with another --split, or more images')
@@ -122,10 +117,8 @@ class Task:
         return torch.from_numpy(images).permute(0, 3, 1, 2).expand(-1, 3, -1, -1), torch.from_numpy(answers)
 
 def prefetch(load, numbers, threads=2, ahead=4):
-    """Yield load(number) for each of `numbers` in order, while threads prepare the next `ahead` of them.
-
-    Threads, not processes: gathering from a memory map is one copy, during which numpy releases the lock.
-    """
+    """Yield load(number) for each of `numbers` in order, while threads prepare the next `ahead` of them. Threads, not
+    processes: gathering from a memory map is one copy, during which numpy releases the lock."""
     pool, numbers = ThreadPoolExecutor(threads), iter(numbers)
     try:
         queue = [pool.submit(load, number) for number in islice(numbers, 1 + ahead)]

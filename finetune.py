@@ -230,11 +230,10 @@ def train(o):
 
     out = Path(o.out or f'out/{o.task}-{source["method"]}-{o.seed}')
     checkpoint, best_file, results_file = products = [out / name for name in ('ckpt.pt', 'best.pt', 'results.json')]
-    first, best, minutes, skipped, in_a_row = 0, -1.0, 0.0, 0, 0
+    first, best, skipped, in_a_row = 0, -1.0, 0, 0
     if o.resume and checkpoint.exists():
         file = resume(checkpoint, about, model, optimizer, 'head.weight')
-        first, best, minutes, skipped = (file[name] for name in ('step', 'best', 'minutes', 'skipped'))
-        del file        # gigabytes
+        first, best, skipped = file['step'], file['best'], file['skipped']
     if o.resume and results_file.exists():
         return print(f'{out}: this run is finished; its scores are in results.json')
     log = open_run(out, o, first, about | dict(options=asdict(o)))
@@ -248,7 +247,7 @@ def train(o):
         return task.gather('train', np.array_split(order, epoch_steps)[slot])
 
     run = dict(model=model.state_dict(), config=asdict(config), meta=task.meta, pool=o.pool, **source)
-    began, saved, stop = time.perf_counter() - 60 * minutes, minutes, stop_signals()
+    saved_at, signals = time.perf_counter(), stop_signals()
     batches = data.prefetch(load, range(first, steps))
     bar = tqdm(range(first, steps), initial=first, total=steps, unit='step')
     for step in bar:
@@ -276,14 +275,13 @@ def train(o):
                 best = value
                 save(best_file, run)
             bar.set_postfix_str(f'loss {loss.item():.3f}' + ('' if value is None else f', validation {value:.3f}'))
-        minutes = (time.perf_counter() - began) / 60
-        if stop or done == steps or minutes > saved + 1:
-            save(checkpoint, run | dict(about=about, optimizer=optimizer.state_dict(), step=done, best=best,
-                                        minutes=minutes, skipped=skipped))
-            saved = minutes
-        if stop:
+        if signals or done == steps or time.perf_counter() - saved_at > 60:
+            progress = dict(about=about, optimizer=optimizer.state_dict(), step=done, best=best, skipped=skipped)
+            save(checkpoint, run | progress)
+            saved_at = time.perf_counter()
+        if signals:
             print(f'\n{checkpoint}: saved after {done} of {steps} steps; go on with --resume')
-            sys.exit(128 + stop[0])
+            sys.exit(128 + signals[0])
 
     model.load_state_dict(read_checkpoint(best_file, 'head.weight')[0])
     scores, table = evaluate(model, task, 'test', o.batch, device, autocast)
@@ -293,8 +291,7 @@ def train(o):
         shares = F.normalize(torch.tensor(scores['confusion']).float(), 1, 1)       # rows are the truth
         head = f'predicted class, 0 to {len(task.classes) - 1}'
         draw_grid(out / 'confusion.png', strips(shares)[:, None], task.classes, [head], (24, 24 * len(task.classes)))
-    results = about | dict(scores=scores, validation=best, skipped=skipped, minutes=minutes, options=asdict(o))
-    save(results_file, json.dumps(results, indent=1))
+    save(results_file, json.dumps(about | dict(scores=scores, validation=best, skipped=skipped, options=asdict(o)), indent=1))
     print(f'{out}: test {"Dice" if task.segments else "macro-F1"} {headline(scores):.4f}; all are in results.json')
 
 def overlay(image, mask):

@@ -216,9 +216,7 @@ class ViT(nn.Module):
 
     def forward(self, images, sigma=None, kept=None):
         """images (B, 3, size, size), normalised; kept (B, n) numbers the patches to look at, None is all N-1 of them.
-
-        Returns tokens (B, 1 + n, C), the stacked Routing or None, and the outputs of all blocks before the last norm.
-        """
+        Returns tokens (B, 1 + n, C), the stacked Routing or None, and the outputs of all blocks before the last norm."""
         x = self.patch_embed['proj'](images).flatten(2).mT + self.pos_embed[:, 1:]
         if kept is not None:
             x = x.take_along_dim(kept[:, :, None], 1)
@@ -262,11 +260,9 @@ class MAE(ViT):
         return (patches - mean) / std, mean, std
 
     def forward(self, images, sigma=0.0, noise=None):
-        """Hide patches of images (B, 3, S, S), encode those whose noise (B, N-1) is lowest, predict the hidden.
-
-        Returns L_self (B,), the mean squared error of each image's hidden patches, the stacked Routing or None, the
-        prediction (B, N-1, P * P * 3) and the mask (B, N-1), 1 where hidden.
-        """
+        """Hide patches of images (B, 3, S, S), encode those whose noise (B, N-1) is lowest, predict the hidden. Returns
+        L_self (B,), the mean squared error of each image's hidden patches, the stacked Routing or None, the
+        prediction (B, N-1, P * P * 3) and the mask (B, N-1), 1 where hidden."""
         if noise is None:
             noise = torch.rand(len(images), self.pos_embed.shape[1] - 1, device=images.device)
         kept = noise.argsort(1)[:, :int(noise.shape[1] * (1 - self.config.mask_ratio))]
@@ -315,16 +311,12 @@ NORMALIZATIONS = {      # mean and deviation of red, green and blue by which an 
 RENAMES = {     # regular expressions of published names, and ours or what `translate` folds
     r'(ls1\.gamma|gamma_1)$': 'attn.proj.gamma',        # LayerScale, in DINOv2; DeiT III, BEiT
     r'(ls2\.gamma|gamma_2)$': 'mlp.fc2.gamma',
-    r'DEX\.router\.linear\.weight$': 'dex.gate.half',   # the authors' DEX
-    r'DEX\.(router\.)?expert_activation_count$': 'dex.count',
-    r'DEX\.(director|experts)\.': r'dex.\1.',
 }
 
 def translate(state, heads, normalization):
     """State dict of a published ViT -> (that of a ViT of ours with the same features, its Config)."""
     for published, ours in RENAMES.items():
         state = {re.sub(published, ours, name): value for name, value in state.items()}
-    experts = len(state.get('blocks.0.dex.gate.half', ()))
     for name in list(state):
         if name.endswith('.gamma'):
             gamma, weight, bias = state.pop(name), name.replace('gamma', 'weight'), name.replace('gamma', 'bias')
@@ -332,13 +324,6 @@ def translate(state, heads, normalization):
         elif name.endswith('q_bias'):       # keys have none
             q, v = state.pop(name), state.pop(name.replace('q_bias', 'v_bias'))
             state[name.replace('q_bias', 'qkv.bias')] = torch.cat([q, torch.zeros_like(q), v])
-        elif name.endswith('gate.half'):    # of softmax((logits + noise) / 0.5): --sigma 2 goes on with their noise
-            state[name.replace('half', 'weight')] = 2 * state.pop(name)
-        elif name.endswith('dex.count'):
-            state[name.replace('count', 'usage')] = F.normalize(state.pop(name) + 1e-6, 1, 0)
-        elif '.experts.0.' in name:
-            stack = [state.pop(name.replace('.0.fc', f'.{expert}.fc')) for expert in range(experts)]
-            state[name.replace('.experts.0.', '.experts.')] = torch.stack(stack)
     if 'decoder_embed.weight' not in state:
         state.pop('mask_token', None)       # the encoder's; ours is the decoder's
     kernel, positions = state['patch_embed.proj.weight'], state['pos_embed']
@@ -351,9 +336,8 @@ def translate(state, heads, normalization):
     shift, scale = (ours[0] - theirs[0]) / theirs[1], ours[1] / theirs[1]
     state['patch_embed.proj.bias'] = state['patch_embed.proj.bias'] + (kernel * shift).sum((1, 2, 3))
     state['patch_embed.proj.weight'] = kernel * scale
-    hidden = state.get('blocks.0.mlp.fc1.bias', state.get('blocks.0.dex.director.fc1.bias', ()))
     return state, Config(
-        size=P * side, patch=P, width=C, mlp_ratio=len(hidden) // C, experts=experts,
+        size=P * side, patch=P, width=C, mlp_ratio=len(state['blocks.0.mlp.fc1.bias']) // C, experts=0,
         depth=sum(name.startswith('blocks.') and name.endswith('.norm1.bias') for name in state),
         heads=heads or (16 if C == 1280 else max(1, C // 64)))      # 64 channels each, but for ViT-H
 
@@ -396,7 +380,6 @@ def resize_positions(positions, height, width):
 
 def load_weights(model, state, path):
     """Put a state dict, read from `path`, into a ViT or MAE, with or without experts on either side.
-
     Positions and patch kernels are resized; a plain MLP becomes the director and every expert, a director a plain MLP.
     A line names decoder, head, gate and experts that only one side has; what else does not fit ends the program.
     """

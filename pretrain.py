@@ -139,7 +139,7 @@ def make_optimizer(model, lr, weight_decay):
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
 
 def resume(path, about, model, optimizer, token='cls_token'):
-    """Load a run into model and optimizer, if it is the one that `about` describes; returns all that its file holds."""
+    """Load a run into model and optimizer, if it is the one that `about` describes; returns what else its file holds."""
     state, _, file = read_checkpoint(path, token)
     was = file.get('about', {})
     if changed := [f'{name} {was.get(name)!s:.40} (not {value!s:.40})' for name, value in about.items()
@@ -147,7 +147,7 @@ def resume(path, about, model, optimizer, token='cls_token'):
         raise SystemExit(f'{path}: a run goes on as it began, with {", ".join(changed)}; a new one can --init from it')
     model.load_state_dict(state)
     optimizer.load_state_dict(file['optimizer'])
-    return file
+    return {name: value for name, value in file.items() if name not in ('model', 'optimizer')}      # gigabytes less
 
 def simulate(folder, *options):
     """Have prepare_medverse.py simulate phantoms: the sources or the task of a folder."""

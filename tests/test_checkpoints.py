@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import authors_dex
 import data
 from model import MAE, NORMALIZATIONS, ViT, load_weights, read_checkpoint, resize_positions
 
@@ -126,7 +127,6 @@ LAYOUTS = {     # the encoder, the file that holds it, and how its publishers no
     'PanDerm': (encoder('gamma_{}', qkv_bias=False), lambda s: dict(model=under('encoder.', s) | {
         'encoder.mask_token': random(1, 1, C), 'decoder.norm.bias': random(C),
         'teacher.cls_token': random(1, 1, C)}), 'imagenet'),
-    "the authors' DEX": (encoder(mlp=dex_of), lambda s: dict(model=under('module.', s | decoder())), 'imagenet'),
     'DDP': (encoder(), lambda s: dict(state_dict=under('module.', under('backbone.', s)), epoch=1), 'imagenet'),
     'float16': ({name: value.float() for name, value in half.items()}, lambda s: half, 'imagenet'),
 }
@@ -174,9 +174,12 @@ def test_an_option_names_the_heads(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match='width must be a multiple of heads'):
         read_checkpoint(tmp_path / 'timm.pth', heads=3)
 
-def test_the_authors_usage_is_a_share(tmp_path):
-    torch.save(encoder(mlp=dex_of), tmp_path / 'dex.pth')
-    torch.testing.assert_close(load(tmp_path / 'dex.pth').blocks[1].dex.usage, torch.tensor([0.25, 0.5, 0.25]))
+def test_the_authors_dex_is_converted(tmp_path):
+    state, config = authors_dex.convert(under('module.', encoder(mlp=dex_of) | decoder()))
+    torch.save(dict(model=state, config=vars(config)), tmp_path / 'dex.pt')
+    model, pixels = load(tmp_path / 'dex.pt'), torch.rand(3, 3, SIZE, SIZE)
+    torch.testing.assert_close(model(pixels)[0], features(encoder(mlp=dex_of), pixels), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.blocks[1].dex.usage, torch.tensor([0.25, 0.5, 0.25]))
 
 @pytest.mark.parametrize('layout', ['MAE', 'DINOv2', 'PanDerm'])
 def test_pretraining_starts_from_a_published_encoder(layout, tmp_path, capsys):

@@ -6,7 +6,7 @@
     python finetune.py --predict a.png b.nii.gz --out out/fives   masks or class probabilities of new images
 
 A task is a folder data/<task> that prepare_medverse.py --task wrote. Writes to --out: results.json, log.jsonl, best.pt,
-ckpt.pt and a picture, cases.png or confusion.png. Ctrl-C and SIGTERM save first; --resume goes on from there.
+ckpt.pt and, of a segmentation, cases.png. Ctrl-C and SIGTERM save first; --resume goes on from there.
 
 Letters: B images, S side in pixels, C classes; in masks 0 is the background, 255 is left out of loss and scores.
 """
@@ -34,10 +34,8 @@ import data
 import prepare_medverse
 from model import NORMALIZATIONS, Config, ViT, load_weights, named_config, read_checkpoint
 from pretrain import MAX_SKIPPED, check_numbers, draw_grid, learning_rate, make_optimizer, open_run, save, seed_step
-from pretrain import resume, setup, simulate, stop_signals, strips, write_line
+from pretrain import resume, setup, simulate, stop_signals, write_line
 from unetr import UNETR
-
-PRETRAINED = 'out/pretrain/ckpt.pt', 'out/demo/ckpt.pt'     # for --init the first that exists
 
 @dataclass
 class Options:
@@ -99,25 +97,23 @@ def build(vit, meta, pool):
 def own_encoder(path, size):
     """The encoder of a user's Python file, whose function encoder(size) returns a module with the integers patch, width
     and depth. It maps images (B, 3, size, size), z-scored by ImageNet's mean and deviation, to what our ViT returns:
-    tokens (B, 1 + n, width), the class token and then n patches row by row; None; the same of each of `depth` blocks.
-    """
+    tokens (B, 1 + n, width), the class token and then n patches row by row; None; the same of each of `depth` blocks."""
     try:
         vit = runpy.run_path(path)['encoder'](size).eval()      # without dropout
         vit.config = Config(size=size, patch=vit.patch, width=vit.width, depth=vit.depth, heads=1, experts=0)
         tokens, _, outputs = vit(torch.zeros(2, 3, size, size))
-        found = [tuple(x.shape) for x in (tokens, *outputs)]
+        shapes, wanted = [tuple(x.shape) for x in (tokens, *outputs)], (2, 1 + (size // vit.patch) ** 2, vit.width)
+        if shapes != [wanted] * (1 + vit.depth):
+            raise ValueError(f'tokens and outputs of blocks are {shapes}, not 1 + {vit.depth} times {wanted}')
     except Exception as error:      # it may be any code
         raise SystemExit(f'{path}: {error!r}; the README shows what encoder(size) returns')
-    wanted = 2, 1 + (size // vit.patch) ** 2, vit.width
-    if found != [wanted] * (1 + vit.depth):
-        raise SystemExit(f'{path}: tokens and outputs of blocks are {found}, not 1 + {vit.depth} times {wanted}')
     return vit
 
 def encoder(o, size):
     """The encoder that --init, --adapt and --top_k ask for at `size` pixels (0: as pretrained); where it is from."""
-    path = o.init or next(filter(os.path.exists, PRETRAINED), None)
+    path = o.init or next(filter(os.path.exists, ('out/pretrain/ckpt.pt', 'out/demo/ckpt.pt')), None)
     if not path:
-        raise SystemExit(f'neither {" nor ".join(PRETRAINED)} is here: pretrain first, or give --init FILE or scratch')
+        raise SystemExit('no out/pretrain/ckpt.pt and no out/demo/ckpt.pt: pretrain first, or give --init FILE or scratch')
     if path.endswith('.py'):
         if o.adapt == 'experts' or o.top_k or o.patch or o.tune_blocks >= 0:
             raise SystemExit(f'{path}: needs --adapt director, and takes no --top_k, --patch and --tune_blocks')
@@ -135,9 +131,8 @@ def encoder(o, size):
     sha256 = None if path == 'scratch' else hashlib.sha256(Path(path).read_bytes()).hexdigest()
     file = Path(path).absolute()
     method = f'DEX-{"E" if experts else "D"}-{file.parent.name if file.name == "ckpt.pt" else file.stem}'
-    for option in ('fraction', 'tune_blocks', 'top_k', 'pool', 'patch', 'heads', 'normalization'):
-        if getattr(o, option) != getattr(Options, option):
-            method += f'-{option}-{getattr(o, option)}'
+    for name in ('fraction', 'tune_blocks', 'top_k', 'pool', 'patch', 'heads', 'normalization'):
+        method += f'-{name}-{getattr(o, name)}' if getattr(o, name) != getattr(Options, name) else ''
     return vit, dict(method=method, init=path, sha256=sha256)
 
 def segmentation_loss(logits, masks):
@@ -287,11 +282,8 @@ def train(o):
     scores, table = evaluate(model, task, 'test', o.batch, device, autocast)
     if task.segments:
         draw_cases(out / 'cases.png', model, task, table, device)
-    else:
-        shares = F.normalize(torch.tensor(scores['confusion']).float(), 1, 1)       # rows are the truth
-        head = f'predicted class, 0 to {len(task.classes) - 1}'
-        draw_grid(out / 'confusion.png', strips(shares)[:, None], task.classes, [head], (24, 24 * len(task.classes)))
-    save(results_file, json.dumps(about | dict(scores=scores, validation=best, skipped=skipped, options=asdict(o)), indent=1))
+    results = about | dict(scores=scores, validation=best, skipped=skipped, options=asdict(o))
+    save(results_file, json.dumps(results, indent=1))
     print(f'{out}: test {"Dice" if task.segments else "macro-F1"} {headline(scores):.4f}; all are in results.json')
 
 def overlay(image, mask):
@@ -324,8 +316,7 @@ def predict(o):
     if not o.out or not best.exists():
         raise SystemExit(f'--predict needs --out, the folder of a fine-tuned (not a pretrained) run, with {best}')
     state, config, file = read_checkpoint(best, 'head.weight')
-    meta, (*_, device) = file['meta'], setup(o.device)
-    path = file.get('init', '')
+    meta, path, (*_, device) = file['meta'], file.get('init', ''), setup(o.device)
     if path.endswith('.py') and hashlib.sha256(Path(path).read_bytes()).hexdigest() != file['sha256']:
         raise SystemExit(f'{path}: is not what {best} was fine-tuned with')
     vit = own_encoder(path, config.size) if path.endswith('.py') else ViT(config)
@@ -341,8 +332,6 @@ def predict(o):
                     images = [image for volume in prepare_medverse.read(path)
                               for image in prepare_medverse.normalize(volume, meta['modality'])]
                     answers = [apply(net, image, meta['size'], device) for image in images]
-                    if not answers:
-                        raise ValueError('it holds no image')
                     if meta['kind'] == 'segmentation':
                         write_masks(target / os.path.abspath(label)[1:], path, images, answers)
                     else:

@@ -246,8 +246,7 @@ class MAE(ViT):
         P = self.config.patch
         return images.unfold(2, P, P).unfold(3, P, P).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
 
-    def unpatchify(self, patches):
-        """Inverse of patchify."""
+    def unpatchify(self, patches):      # the inverse of patchify
         P, side = self.config.patch, self.config.size // self.config.patch
         patches = patches.unflatten(2, (P, P, 3)).unflatten(1, (side, side))
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
@@ -336,8 +335,9 @@ def translate(state, heads, normalization):
     shift, scale = (ours[0] - theirs[0]) / theirs[1], ours[1] / theirs[1]
     state['patch_embed.proj.bias'] = state['patch_embed.proj.bias'] + (kernel * shift).sum((1, 2, 3))
     state['patch_embed.proj.weight'] = kernel * scale
+    hidden = next((bias.shape[-1] for name, bias in state.items() if name.endswith('fc1.bias')), 4 * C)
     return state, Config(
-        size=P * side, patch=P, width=C, mlp_ratio=len(state['blocks.0.mlp.fc1.bias']) // C, experts=0,
+        size=P * side, patch=P, width=C, mlp_ratio=hidden // C, experts=0,
         depth=sum(name.startswith('blocks.') and name.endswith('.norm1.bias') for name in state),
         heads=heads or (16 if C == 1280 else max(1, C // 64)))      # 64 channels each, but for ViT-H
 

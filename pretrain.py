@@ -106,8 +106,7 @@ def learning_rate(step, steps, warmup, peak):
     """Linear from above 0 to the peak in `warmup` steps, then half a cosine towards 0."""
     return peak * min((step + 1) / warmup, cosine(1, 0, max(0, step - warmup) / max(1, steps - warmup)))
 
-def seed_step(seed, step, rank):
-    """Every draw of a step (augmentation, mask, gate noise) follows from these three numbers alone."""
+def seed_step(seed, step, rank):    # from which alone every draw of a step follows: augmentation, mask, gate noise
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
 
 def setup(kind):
@@ -213,8 +212,8 @@ def mutual_information(counts):
 @torch.compiler.set_stance('force_eager')       # its shapes are not worth compiling for
 def validate(model, shards, o, device, autocast):
     """Look at the whole held-out images without gate noise: draw recon.png, experts.png; print and return the rest."""
-    present, picks, kinds = np.unique(shards.modality[shards.val], return_index=True, return_inverse=True)
-    names = [shards.modalities[d] for d in present]
+    names = np.array(shards.modalities)[shards.modality[shards.val]]
+    names, picks, kinds = np.unique(names, return_index=True, return_inverse=True)
     kinds = F.one_hot(torch.from_numpy(kinds)).T.float()        # (D, images)
     # one fixed draw (images, N - 1), so that each image has the same mask at every validation
     noise = torch.rand(kinds.shape[1], (o.size // o.patch) ** 2, generator=torch.Generator().manual_seed(o.seed))
@@ -238,16 +237,16 @@ def validate(model, shards, o, device, autocast):
         text += f'; modality in the first expert, by layer: {" ".join(f"{b:.2f}" for b in bits)} of {most:.2f} bits; '
         text += f'experts (layer.number) that no image activates: {" ".join(dead) or "none"}'
         heads = [f'layer {layer}: {b:.2f} bits' for layer, b in enumerate(bits, 1)]
-        rows = map(strips, F.normalize(kinds @ usage, 1, 2).unbind(1))      # Fig. 9: a row a modality, a strip a layer
-        note = f'in each strip experts 0 to {usage.shape[2] - 1}: the bluer, the larger their mean weight, up to 1'
+        shares = 0.94 - 0.94 * F.normalize(kinds @ usage, 1, 2)     # Fig. 9: a row a modality, a strip a layer
+        rows = shares.movedim(1, 0)[:, :, None, None].expand(-1, -1, 3, -1, -1)
+        note = f'in each strip experts 0 to {usage.shape[2] - 1}: the darker, the larger their mean weight, up to 1'
         draw_grid(Path(o.out, 'experts.png'), rows, names, heads, (24, 96), note)
     images = data.center(shards.gather(shards.val[picks]).to(device), o.size)
     draw_reconstructions(Path(o.out, 'recon.png'), model, images, noise[picks].to(device), names)
     tqdm.write(text)
     return entry
 
-def brightness(images):
-    """What to multiply images (B, 3, S, S) in [0, 1] by, so that dark ones, as PET, are seen."""
+def brightness(images):     # what to multiply images (B, 3, S, S) in [0, 1] by, so that dark ones, as PET, are seen
     return 1 / images.flatten(1).quantile(0.99, 1).clamp(min=0.1)[:, None, None, None]
 
 def draw_grid(path, rows, names, heads, size=(96, 96), note=''):
@@ -263,11 +262,6 @@ def draw_grid(path, rows, names, heads, size=(96, 96), note=''):
         draw.text((94 + (size[1] + 4) * number, 14), head, 'black', anchor='lm')
     draw.text((94, picture.height - 12), note, 'gray', anchor='lm')
     picture.quantize(palette=picture.quantize(method=Image.Quantize.MAXCOVERAGE)).save(path)    # a third of the bytes
-
-def strips(shares):
-    """Shares (n, R) from 0, pale grey, to 1, blue, as tiles (n, 3, 1, R)."""
-    pale = 0.94 * (1 - shares.nan_to_num()[:, None, None])
-    return torch.cat([pale, pale, 0.75 + 0.2 * pale], 1)
 
 def draw_reconstructions(path, model, images, noise, names):
     """Of images (B, 3, S, S) with mask noise (B, N - 1) each image, what the encoder sees, and the prediction in place
@@ -325,11 +319,10 @@ def set_up(o, rank, world, local, device):
         if not first:
             (out / 'ckpt.pt').unlink(missing_ok=True)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-        print(f'{o.model}: {len(model.blocks)} blocks, {trained:.1f} M parameters, on {world} x {device.type} in '
-              f'{"bfloat16" if bf16 else "float32"}; {o.data}: {len(shards.train)} + {len(shards.val)} images of '
-              f'{len(shards.modalities)} modalities, {shards.side} pixels, seen at {o.size}\n{steps} steps '
-              f'({steps / epoch_steps:.1f} epochs) of {o.batch} x {o.accumulate} x {world} = {global_batch} images, '
-              f'learning rate up to {peak:.2e} after {warmup} steps')
+        print(f'{o.model}: {len(model.blocks)} blocks, {trained:.1f} M parameters, {world} x {device.type}, '
+              f'{"bfloat16" if bf16 else "float32"}; {len(shards.train)} + {len(shards.val)} images of {shards.side} '
+              f'pixels, seen at {o.size}; {steps} steps ({steps / epoch_steps:.1f} epochs) of {o.batch} x {o.accumulate}'
+              f' x {world} = {global_batch} images, learning rate up to {peak:.2e} after {warmup} steps')
     batches = data.batches(shards, o.seed, range(first * o.accumulate, steps * o.accumulate), o.batch, rank, world,
                            epoch_steps * o.accumulate, device)
     chip = torch.cuda.get_device_name() if gpu else ''
@@ -446,9 +439,9 @@ def main():
     if world > 1:
         dist.destroy_process_group()
     if rank == 0:       # other ranks leave with 0 in any case, or torchrun would kill this one while it saves
-        print(f'{o.out}: {done} of {steps} steps; ckpt.pt is the network, *.png are its pictures')
-        if done < steps:
-            print('stopped; go on with --resume')
+        stopped = '; go on with --resume' if done < steps else ''
+        print(f'{o.out}: {done} of {steps} steps; ckpt.pt is the network, *.png are its pictures{stopped}')
+        if stopped:
             sys.exit(128 + (run.signals or [signal.SIGTERM])[0])
 
 if __name__ == '__main__':

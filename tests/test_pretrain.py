@@ -190,12 +190,6 @@ def test_mutual_information_of_known_tables():
     assert pretrain.mutual_information(torch.eye(8).repeat_interleave(2, 1)) == pytest.approx((3, 3))
     assert pretrain.mutual_information(torch.eye(2).repeat(4, 1)) == pytest.approx((1, 1))       # two columns
 
-def test_strips_go_from_grey_to_blue():
-    strip = pretrain.strips(torch.tensor([[1.0, 0], [0.2, 0.8]]))
-    assert strip.shape == (2, 3, 1, 2)
-    torch.testing.assert_close(strip[0, :, 0].T, torch.tensor([[0, 0, 0.75], [0.94, 0.94, 0.938]]))
-    torch.testing.assert_close(strip[1, :, 0, 0], torch.tensor([0.752, 0.752, 0.9004]))
-
 def test_every_trained_parameter_is_in_one_optimizer_group():
     model = MAE(MODEL)
     optimizer = pretrain.make_optimizer(model, 1e-3, 0.1)

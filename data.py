@@ -78,8 +78,8 @@ class Shards:
         return images.permute(0, 3, 1, 2)
 
     def plan(self, seed, number, batch, rank, world, steps_in_epoch):
-        """The images of one rank's micro-batch `number`, sorted, a slice of the epoch's permutation: it follows from the
-        arguments alone, so a resumed run goes on alike, and no image comes twice in an epoch."""
+        """The images of one rank's micro-batch `number`, sorted, a slice of the epoch's permutation: it follows from
+        the arguments alone, so a resumed run goes on alike, and no image comes twice in an epoch."""
         epoch, slot = divmod(number, steps_in_epoch)
         first = (slot * world + rank) * batch
         return np.sort(self.permutation(seed, epoch)[first:first + batch])
@@ -184,8 +184,7 @@ def denormalize(images):    # the inverse of normalize
     mean, std = scale(images.device)
     return images * std + mean
 
-def center(images, size):
-    """uint8 (B, 3, S, S) -> the whole images, normalised, (B, 3, size, size)."""
+def center(images, size):       # uint8 (B, 3, S, S) -> the whole images, normalised, (B, 3, size, size)
     return normalize(views(images, size, torch.eye(2, 3, device=images.device).expand(len(images), 2, 3)))
 
 def augment(images, size):

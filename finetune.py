@@ -97,7 +97,7 @@ def build(vit, meta, pool):
 def own_encoder(path, size):
     """The encoder of a user's Python file, whose function encoder(size) returns a module with the integers patch, width
     and depth. It maps images (B, 3, size, size), z-scored by ImageNet's mean and deviation, to what our ViT returns:
-    tokens (B, 1 + n, width), the class token and then n patches row by row; None; the same of each of `depth` blocks."""
+    tokens (B, 1 + n, width), the class token, then n patches row by row; None; the same of each of `depth` blocks."""
     try:
         vit = runpy.run_path(path)['encoder'](size).eval()      # without dropout
         vit.config = Config(size=size, patch=vit.patch, width=vit.width, depth=vit.depth, heads=1, experts=0)
@@ -113,7 +113,7 @@ def encoder(o, size):
     """The encoder that --init, --adapt and --top_k ask for at `size` pixels (0: as pretrained); where it is from."""
     path = o.init or next(filter(os.path.exists, ('out/pretrain/ckpt.pt', 'out/demo/ckpt.pt')), None)
     if not path:
-        raise SystemExit('no out/pretrain/ckpt.pt and no out/demo/ckpt.pt: pretrain first, or give --init FILE or scratch')
+        raise SystemExit('no out/pretrain/ckpt.pt or out/demo/ckpt.pt: pretrain first, or give --init FILE or scratch')
     if path.endswith('.py'):
         if o.adapt == 'experts' or o.top_k or o.patch or o.tune_blocks >= 0:
             raise SystemExit(f'{path}: needs --adapt director, and takes no --top_k, --patch and --tune_blocks')

@@ -59,8 +59,7 @@ def named_config(model, depth=0, **others):
         raise SystemExit(f"--model {model}: there is no such size; choose from {', '.join(SIZES)}")
     return Config(**SIZES[model] | (dict(depth=depth) if depth else {}) | others)
 
-class Linear(nn.Linear):
-    """nn.Linear that starts as MAE's do."""
+class Linear(nn.Linear):    # which starts as MAE's do
     def reset_parameters(self):
         nn.init.xavier_uniform_(self.weight)
         if self.bias is not None:
@@ -216,7 +215,7 @@ class ViT(nn.Module):
 
     def forward(self, images, sigma=None, kept=None):
         """images (B, 3, size, size), normalised; kept (B, n) numbers the patches to look at, None is all N-1 of them.
-        Returns tokens (B, 1 + n, C), the stacked Routing or None, and the outputs of all blocks before the last norm."""
+        Returns tokens (B, 1 + n, C), the stacked Routing or None, and all blocks' outputs, before the last norm."""
         x = self.patch_embed['proj'](images).flatten(2).mT + self.pos_embed[:, 1:]
         if kept is not None:
             x = x.take_along_dim(kept[:, :, None], 1)

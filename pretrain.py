@@ -98,8 +98,7 @@ def check_numbers(o):
     if o.batch < 1 or not (o.steps or o.epochs):
         raise SystemExit('--batch must be 1 or more, and --epochs or --steps above 0')
 
-def cosine(start, end, progress):
-    """Half a cosine from `start` at progress 0 to `end` at 1."""
+def cosine(start, end, progress):       # half of one, from start at progress 0 to end at 1
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 def learning_rate(step, steps, warmup, peak):
@@ -138,7 +137,7 @@ def make_optimizer(model, lr, weight_decay):
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
 
 def resume(path, about, model, optimizer, token='cls_token'):
-    """Load a run into model and optimizer, if it is the one that `about` describes; returns what else its file holds."""
+    """Load a run into model and optimizer, if it is the one that `about` describes; returns what else the file holds."""
     state, _, file = read_checkpoint(path, token)
     was = file.get('about', {})
     if changed := [f'{name} {was.get(name)!s:.40} (not {value!s:.40})' for name, value in about.items()
@@ -321,8 +320,8 @@ def set_up(o, rank, world, local, device):
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
         print(f'{o.model}: {len(model.blocks)} blocks, {trained:.1f} M parameters, {world} x {device.type}, '
               f'{"bfloat16" if bf16 else "float32"}; {len(shards.train)} + {len(shards.val)} images of {shards.side} '
-              f'pixels, seen at {o.size}; {steps} steps ({steps / epoch_steps:.1f} epochs) of {o.batch} x {o.accumulate}'
-              f' x {world} = {global_batch} images, learning rate up to {peak:.2e} after {warmup} steps')
+              f'pixels, seen at {o.size}; {steps} steps ({steps / epoch_steps:.1f} epochs) of {o.batch} x '
+              f'{o.accumulate} x {world} = {global_batch} images, learning rate up to {peak:.2e} after {warmup} steps')
     batches = data.batches(shards, o.seed, range(first * o.accumulate, steps * o.accumulate), o.batch, rank, world,
                            epoch_steps * o.accumulate, device)
     chip = torch.cuda.get_device_name() if gpu else ''

@@ -43,7 +43,7 @@ class UNETR(nn.Module):
             raise SystemExit(f'UNETR takes patches of 8, 16 or 32 pixels and 4 blocks or more, not {P} and {L}')
         self.vit, self.taps, first = vit, [L * quarter // 4 for quarter in (1, 2, 3)], P // 8
         self.skips = nn.ModuleList([ladder(C, features * 8, 0, first), ladder(C, features * 4, 1, first),
-                                    ladder(C, features * 2, 2, first), ResidualBlock(3, features)])    # S/8, S/4, S/2, S
+                                    ladder(C, features * 2, 2, first), ResidualBlock(3, features)])   # S/8, S/4, S/2, S
         widths = [C, features * 8, features * 4, features * 2, features]
         self.up = nn.ModuleList(map(upsample, widths, widths[1:], [first, 2, 2, 2]))
         self.mix = nn.ModuleList(ResidualBlock(2 * width, width) for width in widths[1:])

@@ -137,7 +137,7 @@ def make_optimizer(model, lr, weight_decay):
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
 
 def resume(path, about, model, optimizer, token='cls_token'):
-    """Load a run into model and optimizer, if it is the one that `about` describes; returns what else the file holds."""
+    """Load a run into model and optimizer, if it is the one that `about` describes; returns what else its file has."""
     state, _, file = read_checkpoint(path, token)
     was = file.get('about', {})
     if changed := [f'{name} {was.get(name)!s:.40} (not {value!s:.40})' for name, value in about.items()

@@ -125,7 +125,7 @@ def draw_features(out, model, shards, k=6):
         groups = [f'alike, {number}' for number in range(1, k + 1)]
         draw_grid(out / 'layout.png', torch.stack(layout, 1), groups, names, (72, 72))
         like = 'redder: more\nlike the patch\nin the square'
-        draw_grid(out / 'attention.png', torch.stack(maps, 1), ['image', like, like, like], names)
+        draw_grid(out / 'attention.png', torch.stack(maps, 1), ['image', like, like, like], names, (88, 88))
 
 if __name__ == '__main__':
     for out in map(Path, sys.argv[1:]):

@@ -7,17 +7,16 @@ r"""Prepare images for pretraining (paper, C.1.1) and labelled tasks for fine-tu
     python prepare_medverse.py --task mine --raw MINE --images '(.*)\.png' --masks '(.*)_truth' --values 0 255
 
 RAW/<name>/** holds a data set of Table 2 as it was unpacked, RAW/<Modality>/<source>/** any others: PNG JPEG TIFF BMP
-GIF PGM PPM, NIfTI, DICOM series, .npy, AVI and MP4. OUT/<source>/ gets 00000.npy ... (uint8 (n, S, S, c), c = 1 grey or
-3 RGB), meta.json and dropped.csv (what was dropped and why), all at once: a command that was stopped can be started
-again. A task is images in pairs with masks (segmentation) or in folders named after their classes.
+GIF PGM PPM, NIfTI, DICOM series, .npy, AVI and MP4. OUT/<source>/ gets, when it is whole, 00000.npy ... (uint8
+(n, S, S, c): n images of side S, c = 1 grey or 3 RGB; H, W are sides as published, n also slices of a volume),
+meta.json and dropped.csv (what was dropped and why). A stopped command can be started again. A task is images in pairs
+with masks (segmentation) or in folders named after their classes.
 
 Rules on names are regular expressions, searched in the path below RAW in any case. An image and its mask are a pair
 where the groups ( ) of both rules find the same text: above, a/12 in a/12.png and in a/12_truth.png.
 
 Parquet and HDF5 are not read. Eyepacs is also on Kaggle as JPEG. Save Thyroid-Cine-clip's image[::10] by h5py as .npy,
 and MoNuSAC's rows by pandas as <split>/images/<row>.png and <split>/masks/<row>.png: each instance, its category.
-
-Letters: H, W sides as published, S side as stored, c channels, n slices of a volume or images of a shard.
 """
 import argparse
 import contextlib
@@ -93,10 +92,9 @@ def boolean(text):
 
 def parse_options(defaults, words=None):
     """The dataclass instance `defaults` with what the command line, or `words`, changes: --name value, --name=value,
-    --flag or --flag false. The help of an option is the comment beside its field; wrong words end the program."""
+    --flag, --flag false. An option's help is the comment beside its field. Errors are one line, without the usage."""
     cls = type(defaults)
     comments = dict(re.findall(r'^    (\w+): .*?  # (.*)$', inspect.getsource(cls), re.M))
-    # Without the usage, an error is one line.
     parser = argparse.ArgumentParser(description=inspect.getmodule(cls).__doc__, usage=argparse.SUPPRESS,
                                      allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, kind in cls.__annotations__.items():
@@ -925,8 +923,7 @@ def plane(rng, side, shake=0.0):  # the pixels as complex numbers, x + iy from -
 def light(*layers):  # RGB of white light after layers: each an amount (S, S), and what that absorbs of red, green, blue
     return 255 * np.exp(-sum(np.multiply.outer(*layer) for layer in layers))
 
-def torso(rng, shape, sick):
-    """Tissue of each voxel of a random body, 40 cm along each axis; the sick have lesions in lung, liver or spleen."""
+def torso(rng, shape, sick):  # tissues of a random body, 40 cm a side; the sick have lesions in lung, liver or spleen
     x, y, z = np.ogrid[-20:20:shape[0] * 1j, -20:20:shape[1] * 1j, -20:20:shape[2] * 1j]
     z += rng.uniform(0, 6)  # bodies lie higher or lower
     tissue = np.zeros(shape, np.uint8)
@@ -953,8 +950,7 @@ def mr(rng, side, sick):  # spin echo: (1 - exp(-TR / T1)) exp(-TE / T2), under 
     repetition, echo = rng.choice(((500, 12), (3000, 70))) * rng.uniform(0.7, 1.4, 2)  # T1- or T2-weighted, ms
     bias = np.exp(0.3 * field(rng, side, 3, 3))[..., None]
     signal = 1000 * bias * ((1 - np.exp(-repetition / T1)) * np.exp(-echo / T2))[tissue]
-    noise = rng.normal(0, 15, (*tissue.shape, 2)) @ (1, 1j)
-    return np.float32(abs(signal + noise) * (tissue > 0)), tissue
+    return np.float32(abs(signal + rng.normal(0, 15, (*tissue.shape, 2)) @ (1, 1j)) * (tissue > 0)), tissue
 
 def xray(rng, side, sick):  # photons fall as exp(-attenuation from back to front); the film shows -log of them
     tissue = torso(rng, (side // 2, 40, side // 2), sick).T[::-1, :, ::-1]  # head to foot, back to front, right to left
@@ -1012,10 +1008,9 @@ def photo(rng, side, sick):  # melanin absorbs blue most; in melanoma it is ragg
     hairs = sum(abs(abs(z - 4 * np.exp(1j * angle)) - radius) < 0.01 for angle, radius in arcs)
     return light((melanin + skin, (0.6, 1, 1.2)), (hue, (0.2, 0, -0.2)), (hairs, (1, 1, 1))), lesion < 1
 
-PHANTOMS = {  # images in a file, and what draws it for (rng, side, sick): the image or volume, and its mask
-    'CT': (8, ct), 'PET': (8, pet), 'MR': (8, mr), 'X-ray': (1, xray), 'Ultrasound': (1, ultrasound),
-    'Fundus': (1, fundus), 'OCT': (1, oct_scan), 'Pathology': (1, pathology), 'Endoscope': (1, endoscope),
-    'Photo': (1, photo)}
+PHANTOMS = {'CT': (8, ct), 'PET': (8, pet), 'MR': (8, mr), 'X-ray': (1, xray), 'Ultrasound': (1, ultrasound),
+            'Fundus': (1, fundus), 'OCT': (1, oct_scan), 'Pathology': (1, pathology), 'Endoscope': (1, endoscope),
+            'Photo': (1, photo)}  # images in a file, and what draws its image or volume, and mask, by (rng, side, sick)
 
 def write_phantom(folder, modality, n, seed, side=160):
     """Subject n, every other one sick: an image or volume to folder/raw/<Modality>/<source>/<class>, its mask to
@@ -1045,10 +1040,8 @@ def main():
         return list_tables(Path(o.raw))
     if o.modality:
         o.modality = modality_of(o.modality) or sys.exit(f'--modality {o.modality}: is none of {MODALITIES}, SUV')
-    if o.size < 1:
-        sys.exit('--size must be 1 or more')
-    if len(o.split) not in (0, 3) or any(re.fullmatch(r'\d*\.\d+', rule) for rule in o.split):
-        sys.exit('--split takes three whole shares, rules or lists: for train, val and test')
+    if o.size < 1 or len(o.split) not in (0, 3) or any(re.fullmatch(r'\d*\.\d+', rule) for rule in o.split):
+        sys.exit('--size takes 1 or more, --split takes three whole shares, rules or lists: for train, val and test')
     o.phantoms = o.phantoms or 200 * (o.task.startswith('phantom-') and not o.raw)
     if not o.phantoms and not (o.raw and Path(o.raw).is_dir()):
         sys.exit(f'--raw "{o.raw}": there is no such folder of <Modality>/<source>/** or of a task')
@@ -1061,7 +1054,7 @@ def main():
             if o.task:
                 return prepare_task(raw, out, o, pool)
             sources = find_sources(raw / 'raw' if o.phantoms else raw, o)
-            metas = {name: prepare(row, home, out / name, o, pool) for row, home, name in sources}
+            metas = [prepare(row, home, out / name, o, pool) for row, home, name in sources]
     except OSError as error:
         sys.exit(f'{out}: {error}; start again, finished sources stay')
     except re.error as error:
@@ -1069,13 +1062,12 @@ def main():
     except KeyboardInterrupt:
         print('stopped: start again to go on with the unfinished sources', file=sys.stderr)
         sys.exit(130)
-    table = [(m['modality'], m['source'], m['files'], m['read'], m['count'], *m['dropped'].values())
-             for m in metas.values() if m]
-    for modality, source, *counts in (('modality', 'source', 'files', 'read', 'kept', *REASONS), *table):
+    rows = [(m['modality'], m['source'], m['files'], m['read'], m['count'], *m['dropped'].values()) for m in metas if m]
+    for modality, source, *counts in (('modality', 'source', 'files', 'read', 'kept', *REASONS), *rows):
         print(f'{modality:<11}{source:<30}' + ''.join(f'{count:>10}' for count in counts))
-    if left := [name for name, meta in metas.items() if not meta]:
+    if left := [name for (*_, name), meta in zip(sources, metas) if not meta]:
         sys.exit(f'left out, as told above: {", ".join(left)}')
-    print(f'{len(table)} sources, every file accounted for: read = kept + dropped')
+    print(f'{len(rows)} sources, every file accounted for: read = kept + dropped')
 
 if __name__ == '__main__':
     main()

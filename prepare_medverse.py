@@ -7,35 +7,20 @@ r"""Prepare images for pretraining (paper, C.1.1) and labelled tasks for fine-tu
     python prepare_medverse.py --task mine --raw MINE --images '(.*)\.png' --masks '(.*)_truth' --values 0 255
 
 RAW/<name>/** holds a data set of Table 2 as it was unpacked, RAW/<Modality>/<source>/** any others: PNG JPEG TIFF BMP
-GIF PGM PPM, NIfTI, DICOM series, .npy, AVI and MP4, of the MODALITIES below. OUT/<source>/ gets 00000.npy ... (uint8
-(n, S, S, c), c = 1 grey or 3 RGB), meta.json and dropped.csv (what was dropped and why). Until whole it is
-OUT/<source>.part: stopped at any moment, the command can be started again. A task is images in pairs with masks
-(segmentation) or in folders named after their classes.
+GIF PGM PPM, NIfTI, DICOM series, .npy, AVI and MP4. OUT/<source>/ gets, when it is whole, 00000.npy ... (uint8
+(n, S, S, c): n images of side S, c = 1 grey or 3 RGB; H, W are sides as published, n also slices of a volume),
+meta.json and dropped.csv (what was dropped and why). A stopped command can be started again. A task is images in pairs
+with masks (segmentation) or in folders named after their classes.
 
 Rules on names are regular expressions, searched in the path below RAW in any case. An image and its mask are a pair
 where the groups ( ) of both rules find the same text: above, a/12 in a/12.png and in a/12_truth.png.
 
-Parquet and HDF5 are not read. Eyepacs is also on Kaggle as JPEG; of Thyroid-Cine-clip, numpy.save('clips.npy',
-h5py.File('dataset.hdf5')['image'][::10]) makes a file that is; MoNuSAC becomes pictures in its folder by
-
-    import io, os, numpy, pandas; from PIL import Image
-    def pixels(png):
-        return numpy.array(Image.open(io.BytesIO(png['bytes'] if isinstance(png, dict) else png)).convert('RGB'))
-    for split in ('train', 'test'):
-        os.makedirs(f'{split}/images'), os.makedirs(f'{split}/masks')
-        for i, row in pandas.read_parquet(f'{split}.parquet').iterrows():
-            mask = numpy.zeros_like(pixels(row.image)[..., 0])
-            for nucleus, category in zip(row.instances, row.categories):
-                mask[pixels(nucleus)[..., 0] > 0] = category
-            for kind, array in (('images', pixels(row.image)), ('masks', mask)):
-                Image.fromarray(array).save(f'{split}/{kind}/{i}.png')
-
-Letters: H, W sides as published, S side as stored, c channels, n slices of a volume or images of a shard.
+Parquet and HDF5 are not read. Eyepacs is also on Kaggle as JPEG. Save Thyroid-Cine-clip's image[::10] by h5py as .npy,
+and MoNuSAC's rows by pandas as <split>/images/<row>.png and <split>/masks/<row>.png: each instance, its category.
 """
 import argparse
 import contextlib
 import csv
-import errno
 import fcntl
 import inspect
 import json
@@ -52,7 +37,7 @@ import tempfile
 import threading
 from collections import Counter, deque, namedtuple
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
@@ -64,15 +49,13 @@ MODALITIES = ('CT', 'PET', 'MR', 'X-ray', 'Ultrasound', 'Fundus', 'OCT', 'Pathol
 RULES = {  # for what is not 8 bits: values that become 0 and 255, or percentiles; least share above 0.02; in words
     'CT': ((-200, 400), (), 0.05, 'HU clipped to [-200, 400]; of what is unsigned, and so not HU, minimum..maximum'),
     'MR': ((), (1, 99), 0.05, '1st..99th percentile'),
-    # The paper's z-score of PET cancels in its min-max.
-    'PET': ((), (1, 99), 0.01, '1st..99th percentile; SUV in [0, 20] where the path has suv'),
+    'PET': ((), (1, 99), 0.01, '1st..99th percentile; SUV in [0, 20] where the path has suv'),  # its z-score cancels
     'SUV': ((0, 20), (), 0.01, 'SUV in [0, 20]'),  # PET in standardized uptake values
     '': ((), (0, 100), 0, 'minimum..maximum')}
 PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm')
 VIDEOS, NIFTI = ('.avi', '.mp4'), ('.nii.gz', '.nii')
 IMAGES = (*PICTURES, *VIDEOS, *NIFTI, '.npy', '.img')
-FOLDERS = {  # of official splits
-    'train': '(^|/)(train|training)/', 'val': '(^|/)(val|valid|validation)/', 'test': '(^|/)(test|testing)/'}
+FOLDERS = {'train': '(^|/)train(ing)?/', 'val': '(^|/)val(id|idation)?/', 'test': '(^|/)test(ing)?/'}  # official splits
 REASONS = ('corrupt', 'small', 'blank', 'duplicate', 'other')
 SHARD = 256 << 20  # bytes of a full shard
 LARGEST = 200_000_000  # pixels of a picture, up to 1.4 GB; a file of few bytes can claim any number
@@ -87,7 +70,7 @@ class Options:
     source: str = ''  # prepare only this source; --images and --skip then replace those of its row
     size: int = 256  # side of the stored images, px
     min_side: int = 32  # images whose shorter side is below this are dropped, px
-    workers: int = 0  # processes, 0 = one per core
+    workers: int = os.cpu_count()  # processes
     phantoms: int = 0  # simulate so many images a modality in RAW/raw, their masks in RAW/labels, and prepare them
     seed: int = 0  # of the phantoms and of a task's split; preparing sources draws nothing
     # a labelled task: those of Table 3 and the phantom tasks bring their own rules, which these options replace
@@ -109,25 +92,20 @@ def boolean(text):
 
 def parse_options(defaults, words=None):
     """The dataclass instance `defaults` with what the command line, or `words`, changes: --name value, --name=value,
-    --flag. The help of an option is the comment beside its field; unknown names and wrong types end the program."""
+    --flag, --flag false. An option's help is the comment beside its field. Errors are one line, without the usage."""
     cls = type(defaults)
     comments = dict(re.findall(r'^    (\w+): .*?  # (.*)$', inspect.getsource(cls), re.M))
-    parser = argparse.ArgumentParser(description=inspect.getmodule(cls).__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    # The one useful line, without the usage, which hides it.
-    parser.error = lambda message: parser.exit(2, f'{parser.prog}: error: {message} (see --help)\n')
+    parser = argparse.ArgumentParser(description=inspect.getmodule(cls).__doc__, usage=argparse.SUPPRESS,
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, kind in cls.__annotations__.items():
         reading = {bool: dict(type=boolean, nargs='?', const=True), tuple: dict(nargs='+')}.get(kind, dict(type=kind))
-        text = comments.get(name, '').replace('%', '%%')
-        text += ' (default: %(default)s)' * (getattr(defaults, name) not in ('', ()))
-        word = 'ITEM' if kind is tuple else kind.__name__.upper()
-        parser.add_argument('--' + name, metavar=word, help=text, **reading)
-    parser.set_defaults(**vars(defaults))
+        default = getattr(defaults, name)
+        text = comments.get(name, '') + f' (default: {default})' * (default not in ('', ()))
+        parser.add_argument('--' + name, default=default, help=text.replace('%', '%%'), **reading)
     return cls(**vars(parser.parse_args(words)))
 
-# A data set of Table 2, below RAW/<name>/, or any RAW/<Modality>/<name>/; or a task of Table 3. count: images that the
-# paper keeps, or of train, val and test. access: open, account or form (an application); with ? where the layout could
-# not be confirmed. images: rule of its files; of a task, options of this script. skip: masks, crops, copies among them.
+# A data set of Table 2 or a task of Table 3. count: images in the paper. access: open, account or form (to apply); with
+# ? where the layout is not confirmed. images: rule of its files, or a task's options. skip: masks, crops and copies.
 Row = namedtuple('Row', 'name modality content count access link images skip', defaults=('', '', '', '', '.', ''))
 
 SOURCES = [Row(*line.split(' | ')) for line in r'''
@@ -182,10 +160,9 @@ whs-ct | CT | heart structures | 5176 0 4096 | form | zmiclab.github.io/zxh/0/mm
     --classes background myocardium left-atrium left-ventricle right-atrium right-ventricle aorta pulmonary-artery
 kipa22 | CT | kidney cancer structures | 13846 5864 5959 | account | kipa22.grand-challenge.org
     --images '(.*)image/(.*)' --masks '(.*)label/(.*)' --classes background renal-vein kidney renal-artery tumour
-sisvse | Endoscope | surgical scene | 2718 336 1456 | form | sisvse.github.io
-    --images 'images/real/(.*)\.jpg' --masks 'masks/real_(?:train|val)_1/(.*)\.png' --split 2718 336 real_val_1/
+sisvse | Endoscope | surgical scene | 2718 336 1456 | form | sisvse.github.io | --split 2718 336 real_val_1/
+    --images 'images/real/(.*)\.jpg' --masks 'masks/real_.*_1/(.*)\.png' --patient '[^/_]+(?=_[^/]*$)'
     --classes 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31
-    --patient '[^/_]+(?=_[^/]*$)'
 cholecseg8k | Endoscope | cholecystectomy | 4320 1120 2640 | account | kaggle.com/datasets/newslab/cholecseg8k
     --images '(.*)_endo\.png' --masks '(.*)_endo_watershed_mask' --values 0+50+255 11 21 13 12 31 23 24 25 32 22 33 5
     --patient 'video\d+' --classes background abdominal-wall liver gastrointestinal-tract fat grasper connective-tissue
@@ -214,19 +191,16 @@ bcss | Pathology | tissues | 75 30 46 | open | github.com/PathologyDataScience/B
     --images '(?:images|rgbs_colorNormalized)/(.*)' --masks 'masks/(.*)' --patient 'TCGA-[^-]+-[^-]+'
     --classes background tumour stroma inflammatory necrosis other --values '' 1+19+20 2 3+10+11 4 * 0
 monusac | Pathology | nuclei | 167 42 101 | open | huggingface.co/datasets/RationAI/MoNuSAC
-    --images '(.*)images/(.*)' --masks '(.*)masks/(.*)' --classes background epithelial lymphocyte macrophage neutrophil
-    --split 167 42 test/
-scr | X-ray | chest structures | 25 47 175 | form | jsrt.or.jp and isi.uu.nl/Research/Databases/SCR
-    --images 'All247images/(.*)\.IMG' --classes background left-lung right-lung heart left-clavicle right-clavicle
-    --masks 'left lung/(.*)\.gif' 'right lung/(.*)\.gif' 'heart/(.*)\.gif' 'left clavicle/(.*)\.gif'
-    'right clavicle/(.*)\.gif' --split 25 47 175
+    --split 167 42 test/ --classes background epithelial lymphocyte macrophage neutrophil
+scr | X-ray | chest structures | 25 47 175 | form | jsrt.or.jp and isi.uu.nl/Research/Databases/SCR | --split 25 47 175
+    --images 'All247images/(.*)\.' --classes background left-lung right-lung heart left-clavicle right-clavicle
+    --masks 'left lung/(.*)\.' 'right lung/(.*)\.' 'heart/(.*)\.' 'left clavicle/(.*)\.' 'right clavicle/(.*)\.'
 pdcxr | X-ray | pneumonia | 3659 1573 624 | open | data.mendeley.com/datasets/rscbjbr9sj
     --images 'chest_xray/.*\.jpeg' --patient 'person\d+' --split 3659 1573 chest_xray/test/
 dca1 | X-ray | coronary arteries | 25 25 84 | account? | kaggle.com/datasets/bard2024 dca1
     --images '(.*)\.pgm' --masks '(.*)_gt\.pgm' --values 0 * --split 25 25 84
-dias | X-ray | brain arteries | 30 10 20 | open? | zenodo.org/records/11637181
-    --images '(.*)images/image_s(.*)_i' --masks '(.*)labels/label_s(.*)\.png' --values 0 * --frames
-    --split training/ validation/ test/
+dias | X-ray | brain arteries | 30 10 20 | open? | zenodo.org/records/11637181 | --values 0 * --frames
+    --images '(.*)images/image_s(.*)_i' --masks '(.*)labels/label_s(.*)\.png' --split training/ validation/ test/
 dsca | X-ray | brain arteries | 112 44 68 | open? | zenodo.org/records/11255024
     --images 'images/(.*)/' --masks 'labels/(.*)\.' --values 0 * --frames
 sts-tooth-2d | X-ray | teeth | 100 100 700 | open? | toothfairychallenges.github.io/miccai2023
@@ -243,14 +217,10 @@ autopet-org | PET | organs | 18076 6386 10465 | form | github.com/YichiZhang98/S
     --patient 'PETCT_[^/_]+' --modality SUV --classes background liver left-kidney right-kidney heart spleen aorta
     left-lower-lobe right-lower-lobe left-upper-lobe right-upper-lobe right-middle-lobe
 slsc-s | Photo | skin lesion | 6675 1911 964 | open | huggingface.co/datasets/makhresearch
-    --images '(.*)images/(.*)\.jpg' --masks '(.*)labels/(.*)\.txt' --split train/ valid/ test/
+    --masks '(.*)labels/(.*)\.txt' --split train/ valid/ test/
 slsc-c | Photo | 7 skin diseases | 6675 1911 964 | open | huggingface.co/datasets/makhresearch
-    --images '(.*)images/(.*)\.jpg' --labels '(.*)labels/(.*)\.txt' --classes BKL NV DF MEL VASC BCC AKIEC
-    --split train/ valid/ test/
-phantom-vessels | Fundus | vessels | - | | this script
-    --images 'raw/Fundus/phantom-fundus/(.*)' --masks 'labels/Fundus/(.*)'
-phantom-organs | CT | organs | - | | this script | --images 'raw/CT/phantom-ct/(.*)' --masks 'labels/CT/(.*)'
-    --classes air fat muscle gut lung liver kidney spleen bone blood lesion
+    --labels '(.*)labels/(.*)\.txt' --classes BKL NV DF MEL VASC BCC AKIEC --split train/ valid/ test/
+phantom-vessels | Fundus | vessels | - | | this script | --images 'phantom-fundus/(.*)' --masks 'labels/Fundus/(.*)'
 phantom-lesion | Photo | naevus or melanoma | - | | this script | --images raw/Photo/'''.strip())}
 
 def find(rule, name):  # a match of a rule in a path, or nothing
@@ -953,8 +923,7 @@ def plane(rng, side, shake=0.0):  # the pixels as complex numbers, x + iy from -
 def light(*layers):  # RGB of white light after layers: each an amount (S, S), and what that absorbs of red, green, blue
     return 255 * np.exp(-sum(np.multiply.outer(*layer) for layer in layers))
 
-def torso(rng, shape, sick):
-    """Tissue of each voxel of a random body, 40 cm along each axis; the sick have lesions in lung, liver or spleen."""
+def torso(rng, shape, sick):  # tissues of a random body, 40 cm a side; the sick have lesions in lung, liver or spleen
     x, y, z = np.ogrid[-20:20:shape[0] * 1j, -20:20:shape[1] * 1j, -20:20:shape[2] * 1j]
     z += rng.uniform(0, 6)  # bodies lie higher or lower
     tissue = np.zeros(shape, np.uint8)
@@ -981,12 +950,10 @@ def mr(rng, side, sick):  # spin echo: (1 - exp(-TR / T1)) exp(-TE / T2), under 
     repetition, echo = rng.choice(((500, 12), (3000, 70))) * rng.uniform(0.7, 1.4, 2)  # T1- or T2-weighted, ms
     bias = np.exp(0.3 * field(rng, side, 3, 3))[..., None]
     signal = 1000 * bias * ((1 - np.exp(-repetition / T1)) * np.exp(-echo / T2))[tissue]
-    noise = rng.normal(0, 15, (*tissue.shape, 2)) @ (1, 1j)
-    return np.float32(abs(signal + noise) * (tissue > 0)), tissue
+    return np.float32(abs(signal + rng.normal(0, 15, (*tissue.shape, 2)) @ (1, 1j)) * (tissue > 0)), tissue
 
 def xray(rng, side, sick):  # photons fall as exp(-attenuation from back to front); the film shows -log of them
-    tissue = torso(rng, (side // 2, 40, side // 2), sick)
-    tissue = tissue.T[::-1, :, ::-1]  # from head to foot, back to front, the patient's right to left
+    tissue = torso(rng, (side // 2, 40, side // 2), sick).T[::-1, :, ::-1]  # head to foot, back to front, right to left
     film = zoom((1 + HOUNSFIELD / 1000)[tissue].sum(1), side).clip(0)
     mask = np.select([(tissue == organ).sum(1) > 4 for organ in (9, 4)], (9, 4))
     return 255 * (film / film.max()) ** rng.uniform(1, 2), mask.repeat(2, 0).repeat(2, 1)
@@ -1041,10 +1008,9 @@ def photo(rng, side, sick):  # melanin absorbs blue most; in melanoma it is ragg
     hairs = sum(abs(abs(z - 4 * np.exp(1j * angle)) - radius) < 0.01 for angle, radius in arcs)
     return light((melanin + skin, (0.6, 1, 1.2)), (hue, (0.2, 0, -0.2)), (hairs, (1, 1, 1))), lesion < 1
 
-PHANTOMS = {  # images in a file, and what draws it for (rng, side, sick): the image or volume, and its mask
-    'CT': (8, ct), 'PET': (8, pet), 'MR': (8, mr), 'X-ray': (1, xray), 'Ultrasound': (1, ultrasound),
-    'Fundus': (1, fundus), 'OCT': (1, oct_scan), 'Pathology': (1, pathology), 'Endoscope': (1, endoscope),
-    'Photo': (1, photo)}
+PHANTOMS = {'CT': (8, ct), 'PET': (8, pet), 'MR': (8, mr), 'X-ray': (1, xray), 'Ultrasound': (1, ultrasound),
+            'Fundus': (1, fundus), 'OCT': (1, oct_scan), 'Pathology': (1, pathology), 'Endoscope': (1, endoscope),
+            'Photo': (1, photo)}  # images in a file, and what draws its image or volume, and mask, by (rng, side, sick)
 
 def write_phantom(folder, modality, n, seed, side=160):
     """Subject n, every other one sick: an image or volume to folder/raw/<Modality>/<source>/<class>, its mask to
@@ -1053,8 +1019,8 @@ def write_phantom(folder, modality, n, seed, side=160):
     image, mask = draw(np.random.default_rng((seed, n)), side, n % 2)
     kind = (('naevus', 'melanoma') if modality == 'Photo' else ('normal', 'lesion'))[n % 2]
     source = 'phantom-' + modality.lower() + '-suv' * (modality == 'PET')
-    for place, array in ((f'raw/{modality}/{source}', image), (f'labels/{modality}', mask)):
-        place = folder / place / kind
+    raw, labels = folder / 'raw' / modality / source / kind, folder / 'labels' / modality / kind
+    for place, array in ((raw, image), (labels, mask)):
         place.mkdir(parents=True, exist_ok=True)
         if depth > 1:
             nib.save(nib.Nifti1Image(array, np.diag((400 / side, 400 / side, 50, 1))), place / f'{n:04d}.nii.gz')  # mm
@@ -1063,65 +1029,45 @@ def write_phantom(folder, modality, n, seed, side=160):
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
-def print_counts(rows, metas):
-    """Print a table of what was read, kept and dropped of each source, beside what the paper kept."""
-    table = [(m['modality'], m['source'], m['files'], m['read'], m['count'], *m['dropped'].values()) for m in metas]
-    papers = [f'{row.count:>10}{m["count"] - int(row.count):>+10}' if row.count else '' for row, m in zip(rows, metas)]
-    titles = ('modality', 'source', 'files', 'read', 'kept', *REASONS)
-    total = ('all', f'{len(table)} sources', *map(sum, list(zip(*table))[2:]))
-    for line, paper in zip((titles, *table, total), (f'{"paper":>10}{"more":>10}' * any(papers), *papers, '')):
-        print(f'{line[0]:<11}{line[1]:<30}' + ''.join(f'{cell:>10}' for cell in line[2:]) + paper)
-
-def check_options(o):
-    """End the program where an option cannot be meant."""
-    if o.modality and not modality_of(o.modality):
-        sys.exit(f'--modality {o.modality}: it must be SUV or one of {", ".join(MODALITIES)}')
-    if o.size < 1 or o.workers < 0:
-        sys.exit('--size must be 1 or more, --workers 0 or more')
-    if len(o.split) not in (0, 3) or any(re.fullmatch(r'\d*\.\d+', rule) for rule in o.split):
-        sys.exit('--split takes three whole shares, rules or lists: for train, val and test')
-    if not o.phantoms and not (o.raw and Path(o.raw).is_dir()):
-        sys.exit(f'--raw "{o.raw}": there is no such folder of <Modality>/<source>/** or of a task')
-
 def main():
     """Simulate the phantoms if they are asked for, then prepare a task or every source below RAW."""
     o = parse_options(Options())
     row = TASKS.get(o.task)
     if row:  # its rules, then the command line again over them
-        defaults = replace(Options(), modality=row.modality, split=('50', '20', '30'))
-        o = parse_options(parse_options(defaults, shlex.split(row.images)))
+        rules = ['--modality', row.modality, '--split', '50', '20', '30', *shlex.split(row.images)]
+        o = parse_options(Options(), rules + sys.argv[1:])
     if o.list:
         return list_tables(Path(o.raw))
+    if o.modality:
+        o.modality = modality_of(o.modality) or sys.exit(f'--modality {o.modality}: is none of {MODALITIES}, SUV')
+    if o.size < 1 or len(o.split) not in (0, 3) or any(re.fullmatch(r'\d*\.\d+', rule) for rule in o.split):
+        sys.exit('--size takes 1 or more, --split takes three whole shares, rules or lists: for train, val and test')
     o.phantoms = o.phantoms or 200 * (o.task.startswith('phantom-') and not o.raw)
-    check_options(o)
-    o.workers, o.modality = o.workers or os.cpu_count(), modality_of(o.modality) or ''
+    if not o.phantoms and not (o.raw and Path(o.raw).is_dir()):
+        sys.exit(f'--raw "{o.raw}": there is no such folder of <Modality>/<source>/** or of a task')
     out, raw = Path(o.out or f'data/{o.task or "medverse"}'), Path(o.raw or 'data/phantoms')
-    pool = ProcessPoolExecutor(o.workers, initializer=follow_parent)
     try:
-        calls = [(raw, modality, n, o.seed) for modality in ([row.modality] if row else MODALITIES)
-                 for n in range(-(-o.phantoms // PHANTOMS[modality][0]))]
-        for _ in tqdm(pool.map(write_phantom, *zip(*calls)), 'phantoms', len(calls), disable=not calls):
-            pass
-        if o.task:
-            return prepare_task(raw, out, o, pool)
-        sources = find_sources(raw / 'raw' if o.phantoms else raw, o)
-        metas = [prepare(row, home, out / name, o, pool) for row, home, name in sources]
+        with ProcessPoolExecutor(o.workers, initializer=follow_parent) as pool:
+            calls = [(raw, modality, n, o.seed) for modality in ([row.modality] if row else MODALITIES)
+                     for n in range(-(-o.phantoms // PHANTOMS[modality][0]))]
+            list(tqdm(pool.map(write_phantom, *zip(*calls)), 'phantoms', len(calls), disable=not calls))
+            if o.task:
+                return prepare_task(raw, out, o, pool)
+            sources = find_sources(raw / 'raw' if o.phantoms else raw, o)
+            metas = [prepare(row, home, out / name, o, pool) for row, home, name in sources]
     except OSError as error:
-        full = 'the disk is full: make room' if error.errno == errno.ENOSPC else error
-        sys.exit(f'{out}: {full}; start again, finished sources stay')
+        sys.exit(f'{out}: {error}; start again, finished sources stay')
     except re.error as error:
         sys.exit(f'{error.pattern}: is no regular expression ({error}), in which any text is .* and a dot \\.')
     except KeyboardInterrupt:
         print('stopped: start again to go on with the unfinished sources', file=sys.stderr)
         sys.exit(130)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    done = [(row, meta) for (row, *_), meta in zip(sources, metas) if meta]
-    if done:
-        print_counts(*zip(*done))
+    rows = [(m['modality'], m['source'], m['files'], m['read'], m['count'], *m['dropped'].values()) for m in metas if m]
+    for modality, source, *counts in (('modality', 'source', 'files', 'read', 'kept', *REASONS), *rows):
+        print(f'{modality:<11}{source:<30}' + ''.join(f'{count:>10}' for count in counts))
     if left := [name for (*_, name), meta in zip(sources, metas) if not meta]:
         sys.exit(f'left out, as told above: {", ".join(left)}')
-    print('every file accounted for: read = kept + dropped')
+    print(f'{len(rows)} sources, every file accounted for: read = kept + dropped')
 
 if __name__ == '__main__':
     main()

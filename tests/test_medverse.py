@@ -403,12 +403,11 @@ def check_task(out, name, expected, by=None):
 
 @pytest.mark.parametrize('name', SOURCES)
 def test_source(tmp_path, name):
-    _, paper, _, _, _, *options = SOURCES[name]
+    options = SOURCES[name][5:]
     keep = put_source(tmp_path / 'raw' / name, name)
     printed = prepare(tmp_path / 'raw', tmp_path / 'out', *(options and ['--source', name, *options]))
     count = check_source(tmp_path / 'out', name, keep)
-    numbers = [re.findall(r'\d+', line) for line in printed.replace(',', '').splitlines() if name in line.split()]
-    assert any({str(count), str(paper)} <= {*line} for line in numbers), printed  # beside that of Table 2
+    assert any(name in line.split() and str(count) in line.split() for line in printed.splitlines()), printed
 
 @pytest.mark.parametrize('name', TASKS)
 def test_task(tmp_path, name):

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import data
 import prepare_medverse
 from model import NORMALIZATIONS, Config, ViT, load_weights, named_config, read_checkpoint
-from pretrain import MAX_SKIPPED, check_numbers, draw_grid, learning_rate, make_optimizer, open_run, save, seed_step
+from pretrain import MAX_SKIPPED, draw_grid, learning_rate, make_optimizer, open_run, save, seed_step
 from pretrain import resume, setup, simulate, stop_signals, write_line
 from unetr import UNETR
 
@@ -73,7 +73,8 @@ class Options:
     bf16: bool = True               # bfloat16 autocast, on CUDA only
 
     def __post_init__(self):
-        check_numbers(self)
+        if self.batch < 1 or not (self.steps or self.epochs):
+            raise SystemExit('--batch, and --epochs or --steps, must be 1 or more')
         if self.adapt not in ('experts', 'director') or self.pool not in ('cls', 'mean') or not 0 < self.fraction <= 1:
             raise SystemExit('--adapt is experts or director, --pool cls or mean, --fraction above 0 and at most 1')
         if self.normalization not in ('', *NORMALIZATIONS):

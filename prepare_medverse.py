@@ -2,7 +2,6 @@ r"""Prepare images for pretraining (paper, C.1.1) and labelled tasks for fine-tu
 
     python prepare_medverse.py --list --raw RAW         the data sets of Tables 2 and 3, and which of them lie below RAW
     python prepare_medverse.py --raw RAW --out data/medverse
-    python prepare_medverse.py --phantoms 200 --out data/phantoms-64 --size 64
     python prepare_medverse.py --task fives --raw RAW/fives
     python prepare_medverse.py --task mine --raw MINE --images '(.*)\.png' --masks '(.*)_truth' --values 0 255
 
@@ -64,16 +63,15 @@ Image.MAX_IMAGE_PIXELS = None  # so that LARGEST decides
 @dataclass
 class Options:
     """The options; the comment beside each is its --help."""
-    raw: str = ''  # folder of the downloads, RAW/<Modality>/<source>/**, or of one task, or to write phantoms to
+    raw: str = ''  # folder of the downloads, RAW/<Modality>/<source>/**, or of one task
     out: str = ''  # folder of the prepared sources, by default data/medverse, or of the task, by default data/<task>
     list: bool = False  # print the tables of data sets instead
     source: str = ''  # prepare only this source; --images and --skip then replace those of its row
     size: int = 256  # side of the stored images, px
     min_side: int = 32  # images whose shorter side is below this are dropped, px
     workers: int = os.cpu_count()  # processes
-    phantoms: int = 0  # simulate so many images a modality in RAW/raw, their masks in RAW/labels, and prepare them
-    seed: int = 0  # of the phantoms and of a task's split; preparing sources draws nothing
-    # a labelled task: those of Table 3 and the phantom tasks bring their own rules, which these options replace
+    seed: int = 0  # of a task's split; preparing sources draws nothing
+    # a labelled task: those of Table 3 bring their own rules, which these options replace
     task: str = ''  # its name
     modality: str = ''  # sets the intensity window of its volumes
     images: str = ''  # rule of the images (default, where masks are found, (.*)images/(.*), extensions apart)
@@ -92,7 +90,8 @@ def boolean(text):
 
 def parse_options(defaults, words=None):
     """The dataclass instance `defaults` with what the command line, or `words`, changes: --name value, --name=value,
-    --flag, --flag false. An option's help is the comment beside its field. Errors are one line, without the usage."""
+    --flag, --flag false. An option's help is the comment beside its field. Errors are one line, without the usage; a
+    number that is negative, infinite or none at all is one, unless it is so by default."""
     cls = type(defaults)
     comments = dict(re.findall(r'^    (\w+): .*?  # (.*)$', inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(description=inspect.getmodule(cls).__doc__, usage=argparse.SUPPRESS,
@@ -102,7 +101,11 @@ def parse_options(defaults, words=None):
         default = getattr(defaults, name)
         text = comments.get(name, '') + f' (default: {default})' * (default not in ('', ()))
         parser.add_argument('--' + name, default=default, help=text.replace('%', '%%'), **reading)
-    return cls(**vars(parser.parse_args(words)))
+    values = vars(parser.parse_args(words))
+    for name, value in values.items():
+        if isinstance(value, (int, float)) and not 0 <= value < float('inf') and value != getattr(defaults, name):
+            sys.exit(f'--{name} {value}: must be a number of 0 or more')
+    return cls(**values)
 
 # A data set of Table 2 or a task of Table 3. count: images in the paper. access: open, account or form (to apply); with
 # ? where the layout is not confirmed. images: rule of its files, or a task's options. skip: masks, crops and copies.
@@ -219,9 +222,7 @@ autopet-org | PET | organs | 18076 6386 10465 | form | github.com/YichiZhang98/S
 slsc-s | Photo | skin lesion | 6675 1911 964 | open | huggingface.co/datasets/makhresearch
     --masks '(.*)labels/(.*)\.txt' --split train/ valid/ test/
 slsc-c | Photo | 7 skin diseases | 6675 1911 964 | open | huggingface.co/datasets/makhresearch
-    --labels '(.*)labels/(.*)\.txt' --classes BKL NV DF MEL VASC BCC AKIEC --split train/ valid/ test/
-phantom-vessels | Fundus | vessels | - | | this script | --images 'phantom-fundus/(.*)' --masks 'labels/Fundus/(.*)'
-phantom-lesion | Photo | naevus or melanoma | - | | this script | --images raw/Photo/'''.strip())}
+    --labels '(.*)labels/(.*)\.txt' --classes BKL NV DF MEL VASC BCC AKIEC --split train/ valid/ test/'''.strip())}
 
 def find(rule, name):  # a match of a rule in a path, or nothing
     return rule and re.search(rule, name, re.IGNORECASE | re.DOTALL)
@@ -898,139 +899,10 @@ def prepare_task(raw, folder, o, pool):
     paper = f', in the paper {TASKS[o.task].count}' if o.task in TASKS else ''
     print(f'{folder}: {meta["kind"]} into {", ".join(o.classes)}; images: {counts}{paper}')
 
-# --- phantoms: ten modalities simulated from their physics, with masks and classes -----------------------------------
-# Tissues = mask classes: air 0, fat 1, muscle 2, gut 3, lung 4, liver 5, kidney 6, spleen 7, bone 8, blood 9, lesion 10
-HOUNSFIELD = np.array([-1000, -100, 50, 20, -820, 80, 130, 100, 600, 140, 40])  # attenuation of X-rays
-T1 = np.array([1, 350, 1000, 1600, 1200, 650, 1250, 1150, 450, 1500, 1300])  # relaxation times, ms
-T2 = np.array([1, 90, 40, 130, 8, 45, 95, 85, 15, 150, 110])  # short in lung and bone, which are dark
-UPTAKE = np.array([0, 0.4, 0.8, 1.5, 0.5, 2.5, 6, 2, 1.5, 2.2, 10])  # of FDG, SUV
-# Organs as ellipsoids, in painting order: tissue, centre, radii in cm (x to the right, y anterior, z superior)
-ORGANS = ((1, 0, 0, 0, 17, 12, 99), (2, 0, 0, 0, 15, 10, 99), (1, 0, 2, -16, 13, 7, 9), (3, 3, 4, -15, 5, 3, 4),
-          (4, 8, 0, 10, 7, 8, 14), (4, -8, 0, 10, 7, 8, 14), (5, 5, 2, -4, 9, 7, 7), (7, -11, -3, -4, 3, 5, 5),
-          (3, -6, 3, -4, 5, 5, 4), (6, 6, -4, -10, 3, 4, 6), (6, -6, -4, -9, 3, 4, 6), (9, -3, 3, 4, 6, 5, 6),
-          (8, 0, -6, 0, 4, 2, 99), (9, -2, -2, 0, 1.4, 1.4, 99))
-
-def zoom(picture, side):  # to (side, side) by cubic interpolation, averaged where it shrinks
-    return np.asarray(Image.fromarray(np.float32(picture)).resize((side, side), Image.BICUBIC))
-
-def field(rng, side, *details):  # a smooth random picture around 0, of so many details down and across
-    return zoom(rng.standard_normal(details), side)
-
-def plane(rng, side, shake=0.0):  # the pixels as complex numbers, x + iy from -1 to 1, shaken smoothly
-    line = np.linspace(-1, 1, side)
-    return line + 1j * line[:, None] + shake * (field(rng, side, 6, 6) + 1j * field(rng, side, 6, 6))
-
-def light(*layers):  # RGB of white light after layers: each an amount (S, S), and what that absorbs of red, green, blue
-    return 255 * np.exp(-sum(np.multiply.outer(*layer) for layer in layers))
-
-def torso(rng, shape, sick):  # tissues of a random body, 40 cm a side; the sick have lesions in lung, liver or spleen
-    x, y, z = np.ogrid[-20:20:shape[0] * 1j, -20:20:shape[1] * 1j, -20:20:shape[2] * 1j]
-    z += rng.uniform(0, 6)  # bodies lie higher or lower
-    tissue = np.zeros(shape, np.uint8)
-    def ellipsoid(a, b, c, p, q, r):  # 1 on its surface
-        return ((x - a) / p) ** 2 + ((y - b) / q) ** 2 + ((z - c) / r) ** 2
-    for organ, *place in ORGANS:
-        tissue[ellipsoid(*place * rng.normal(1, 0.07, 6)) < 1] = organ
-    tissue[(abs(ellipsoid(0, 0, 6, 14, 9.5, 20) - 1) < 0.1) & (np.cos(2.2 * z + y) > 0) & (z > -8)] = 8  # sloping ribs
-    for i, j, k in rng.choice(np.argwhere(np.isin(tissue, (4, 5, 7))), sick * rng.integers(1, 4)):
-        tissue[ellipsoid(x.flat[i], y.flat[j], z.flat[k], *rng.uniform(1, 3, 3)) < 1] = 10
-    return tissue
-
-def ct(rng, side, sick):  # attenuation in Hounsfield units (air -1000, water 0), with the noise of the detector
-    tissue = torso(rng, (side, side, 8), sick)
-    return np.int16(HOUNSFIELD[tissue] + rng.normal(0, 20, tissue.shape).round()), tissue
-
-def pet(rng, side, sick):  # tracer uptake in SUV; the coarse bins of the detector count decays (Poisson)
-    tissue = torso(rng, (side, side, 8), sick)
-    uptake = (UPTAKE * rng.uniform(0.6, 1.6, len(UPTAKE)))[tissue]
-    return np.stack([zoom(rng.poisson(50 * abs(zoom(image, side // 4))) / 50, side) for image in uptake.T]).T, tissue
-
-def mr(rng, side, sick):  # spin echo: (1 - exp(-TR / T1)) exp(-TE / T2), under a smooth coil bias, with Rician noise
-    tissue = torso(rng, (side, side, 8), sick)
-    repetition, echo = rng.choice(((500, 12), (3000, 70))) * rng.uniform(0.7, 1.4, 2)  # T1- or T2-weighted, ms
-    bias = np.exp(0.3 * field(rng, side, 3, 3))[..., None]
-    signal = 1000 * bias * ((1 - np.exp(-repetition / T1)) * np.exp(-echo / T2))[tissue]
-    return np.float32(abs(signal + rng.normal(0, 15, (*tissue.shape, 2)) @ (1, 1j)) * (tissue > 0)), tissue
-
-def xray(rng, side, sick):  # photons fall as exp(-attenuation from back to front); the film shows -log of them
-    tissue = torso(rng, (side // 2, 40, side // 2), sick).T[::-1, :, ::-1]  # head to foot, back to front, right to left
-    film = zoom((1 + HOUNSFIELD / 1000)[tissue].sum(1), side).clip(0)
-    mask = np.select([(tissue == organ).sum(1) > 4 for organ in (9, 4)], (9, 4))
-    return 255 * (film / film.max()) ** rng.uniform(1, 2), mask.repeat(2, 0).repeat(2, 1)
-
-def ultrasound(rng, side, sick):  # log of echoes, with Rayleigh speckle, which fade along each beam; shown as a fan
-    lesion = sick & (abs(plane(rng, side, 0.06) - rng.uniform(-0.4, 0.3, 2) @ (1, 1j)) < rng.uniform(0.2, 0.35))
-    echo = np.where(lesion, rng.choice((-3.5, -1.4, 1.6)), 0.8 * field(rng, side, 16, 4))  # a cyst, a tumour or a stone
-    shade = np.cumsum(2 * np.exp(echo), 0) / side  # what scatters more absorbs more
-    echo += np.log(rng.rayleigh(1, echo.shape)) - shade
-    z = plane(rng, side) + 1.3j  # from the probe
-    fan = tuple(np.int64(side * np.clip((abs(z) / 1.9 - 0.2, np.angle(z / 1j) / 1.1 + 0.5), 0, 0.999)))
-    return np.pad(210 + 46 * echo[1:-1, 1:-1], 1)[fan], lesion[fan]  # black borders, so outside the fan
-
-def fundus(rng, side, sick):  # blood absorbs green and blue; its vessels follow circles through the disc
-    eye, z, disc = abs(plane(rng, side)) < 0.95, plane(rng, side, 0.03), rng.choice((-0.5, 0.5))
-    centres = disc + np.exp(1j * rng.normal(0, 0.5, 9)) / rng.uniform(-1.4, 1.4, 9)
-    vessels = np.min([abs(abs(z - c) - abs(disc - c)) for c in centres], 0) < 0.025 - 0.015 * abs(z - disc)
-    blood = vessels + 0.6 * np.exp(-abs(4 * z + disc) ** 2)  # the macula is dark
-    white = np.exp(-abs((z - disc) / 0.2) ** 4) + sick * (field(rng, side, 30, 30) > 1.8)  # exudates
-    return light((blood, (0.3, 1, 0.8)), (white, (-0.2, -0.8, -0.9)), (1, rng.uniform((-0.1, 0.7, 1.5), (0.3, 1.4, 3))),
-                 (0.6 * abs(z) ** 2 + 0.1 * field(rng, side, 5, 5) + 9 * ~eye, (1, 1, 1))), eye & vessels
-
-def oct_scan(rng, side, sick):  # reflectivity of the retina's layers around the pit; drusen lift the lowest
-    z, floor = plane(rng, side), 0.2 + 0.1 * field(rng, side, 1, 3)
-    top = floor - 0.7 + 0.35 * np.exp(-abs((z.real - rng.uniform(-0.4, 0.4)) / rng.uniform(0.15, 0.35)) ** 2)
-    layer = (z.imag - top) / (floor - sick * 0.12 * field(rng, side, 1, 16).clip(0) - top)  # from 0, the top, to 1
-    levels = (0, 180, 100, 120, 60, 130, 50, 50, 190, 80, 230, 120, 110, 90, 70, 50, 20, 0)
-    echo = np.interp(10 * layer, range(18), levels)
-    return echo * rng.rayleigh(1, echo.shape) ** 0.5, (layer > 0) & (layer < 1)
-
-def pathology(rng, side, sick):  # haematoxylin stains nuclei blue, eosin the rest pink; glands have a dense wall
-    gland, z = field(rng, side, 7, 7), rng.uniform(17, 23) * plane(rng, side, 0.05)
-    level = np.select([gland > 1.3, gland > 0.2], [9, 0.45], 0.9 - 0.4 * sick) + 0.2 * field(rng, side, 16, 16)
-    nuclei = np.cos(z.real) * np.cos(z.imag) > level.clip(0.3)  # the bumps of a warped egg crate
-    blue, pink = rng.uniform(0.7, 1.4, (2, 1)) * ((0.9, 0.95, 0.4), (0.1, 0.9, 0.3))
-    return light((nuclei, blue), ((gland < 1.3) * (0.5 + 0.15 * field(rng, side, 60, 10)), pink)), nuclei
-
-def endoscope(rng, side, sick):  # light of the camera fades into a wet tube; folds ring it, water glints
-    z, lumen, polyp = plane(rng, side, 0.05), *rng.uniform(-0.4, 0.4, (2, 2)) @ (1, 1j)
-    tube, bump = abs(z - lumen), abs(z - polyp) / rng.uniform(0.25, 0.5)
-    folds = 0.4 * tube * np.cos(rng.uniform(9, 16) * tube ** 0.6 + rng.uniform(0, 6))
-    shade = -np.log(np.where(sick & (bump < 1), 0.85 - 0.5 * bump ** 2, tube / (tube + 0.4) * (1.1 + folds)))
-    view = 9 * (abs(plane(rng, side)) > 1.2) - 2 * (field(rng, side, 50, 50) > 2)  # dark corners, glints
-    tint = rng.uniform((-0.2, 0.4, 0.5), (0, 0.8, 1))
-    return light((shade, (1, 1.4, 1.5)), (view, (1, 1, 1)), (1, tint)), sick & (bump < 1)
-
-def photo(rng, side, sick):  # melanin absorbs blue most; in melanoma it is ragged and of several colours
-    z, lesion = plane(rng, side), abs(plane(rng, side, 0.03 + 0.07 * sick)) / rng.uniform(0.3, 0.65)
-    melanin = (1.2 + (0.1 + 0.3 * sick) * field(rng, side, 10, 10)) / (1 + np.exp(12 * (lesion - 1)))
-    hue, skin = melanin * sick * field(rng, side, 6, 6), rng.uniform(0.3, 0.8) + 0.1 * field(rng, side, 3, 3)
-    arcs = rng.uniform((0, 3), (6, 5), (rng.integers(9), 2))  # direction of their centres, radii
-    hairs = sum(abs(abs(z - 4 * np.exp(1j * angle)) - radius) < 0.01 for angle, radius in arcs)
-    return light((melanin + skin, (0.6, 1, 1.2)), (hue, (0.2, 0, -0.2)), (hairs, (1, 1, 1))), lesion < 1
-
-PHANTOMS = {'CT': (8, ct), 'PET': (8, pet), 'MR': (8, mr), 'X-ray': (1, xray), 'Ultrasound': (1, ultrasound),
-            'Fundus': (1, fundus), 'OCT': (1, oct_scan), 'Pathology': (1, pathology), 'Endoscope': (1, endoscope),
-            'Photo': (1, photo)}  # images in a file, and what draws its image or volume, and mask, by (rng, side, sick)
-
-def write_phantom(folder, modality, n, seed, side=160):
-    """Subject n, every other one sick: an image or volume to folder/raw/<Modality>/<source>/<class>, its mask to
-    folder/labels/<Modality>/<class>. CT, PET, MR and X-ray see the same body."""
-    depth, draw = PHANTOMS[modality]
-    image, mask = draw(np.random.default_rng((seed, n)), side, n % 2)
-    kind = (('naevus', 'melanoma') if modality == 'Photo' else ('normal', 'lesion'))[n % 2]
-    source = 'phantom-' + modality.lower() + '-suv' * (modality == 'PET')
-    raw, labels = folder / 'raw' / modality / source / kind, folder / 'labels' / modality / kind
-    for place, array in ((raw, image), (labels, mask)):
-        place.mkdir(parents=True, exist_ok=True)
-        if depth > 1:
-            nib.save(nib.Nifti1Image(array, np.diag((400 / side, 400 / side, 50, 1))), place / f'{n:04d}.nii.gz')  # mm
-        else:
-            Image.fromarray(np.uint8(np.clip(array, 0, 255))).save(place / f'{n:04d}.png')
-
 # --- the command -----------------------------------------------------------------------------------------------------
 
 def main():
-    """Simulate the phantoms if they are asked for, then prepare a task or every source below RAW."""
+    """Prepare a task, or every source below RAW."""
     o = parse_options(Options())
     row = TASKS.get(o.task)
     if row:  # its rules, then the command line again over them
@@ -1042,18 +914,14 @@ def main():
         o.modality = modality_of(o.modality) or sys.exit(f'--modality {o.modality}: is none of {MODALITIES}, SUV')
     if o.size < 1 or len(o.split) not in (0, 3) or any(re.fullmatch(r'\d*\.\d+', rule) for rule in o.split):
         sys.exit('--size takes 1 or more, --split takes three whole shares, rules or lists: for train, val and test')
-    o.phantoms = o.phantoms or 200 * (o.task.startswith('phantom-') and not o.raw)
-    if not o.phantoms and not (o.raw and Path(o.raw).is_dir()):
+    if not (o.raw and Path(o.raw).is_dir()):
         sys.exit(f'--raw "{o.raw}": there is no such folder of <Modality>/<source>/** or of a task')
-    out, raw = Path(o.out or f'data/{o.task or "medverse"}'), Path(o.raw or 'data/phantoms')
+    out, raw = Path(o.out or f'data/{o.task or "medverse"}'), Path(o.raw)
     try:
         with ProcessPoolExecutor(o.workers, initializer=follow_parent) as pool:
-            calls = [(raw, modality, n, o.seed) for modality in ([row.modality] if row else MODALITIES)
-                     for n in range(-(-o.phantoms // PHANTOMS[modality][0]))]
-            list(tqdm(pool.map(write_phantom, *zip(*calls)), 'phantoms', len(calls), disable=not calls))
             if o.task:
                 return prepare_task(raw, out, o, pool)
-            sources = find_sources(raw / 'raw' if o.phantoms else raw, o)
+            sources = find_sources(raw, o)
             metas = [prepare(row, home, out / name, o, pool) for row, home, name in sources]
     except OSError as error:
         sys.exit(f'{out}: {error}; start again, finished sources stay')

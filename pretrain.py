@@ -77,9 +77,8 @@ class Options:
     save_minutes: float = 15.0      # between checkpoints
 
     def __post_init__(self):
-        check_numbers(self)
-        if min(self.accumulate, self.log_every) < 1 or self.clip <= 0:
-            raise SystemExit('--accumulate and --log_every must be 1 or more, --clip above 0')
+        if min(self.batch, self.accumulate, self.log_every) < 1 or not self.clip or not (self.steps or self.epochs):
+            raise SystemExit('--batch, --accumulate, --log_every, and --epochs or --steps are 1 or more, --clip above 0')
 
 DEMO = dict(data='data/phantoms-64', out='out/demo', model='tiny', depth=4, size=64, patch=8, batch=64, steps=400,
             lr=8e-3, val_share=0.2, val_every=100)
@@ -89,14 +88,6 @@ FREE = ('data', 'out', 'init', 'resume', 'overwrite', 'batch', 'accumulate', 'de
         'save_minutes')     # options with which a resumed run gives the same numbers
 
 # --- shared with finetune.py ------------------------------------------------------------------------------------------
-
-def check_numbers(o):
-    """End the program where an option is negative, infinite or no number, and is not so by default."""
-    for name, value in vars(o).items():
-        if isinstance(value, (int, float)) and not 0 <= value < math.inf and value != getattr(type(o), name):
-            raise SystemExit(f'--{name} {value}: must be a number of 0 or more')
-    if o.batch < 1 or not (o.steps or o.epochs):
-        raise SystemExit('--batch must be 1 or more, and --epochs or --steps above 0')
 
 def cosine(start, end, progress):       # half of one, from start at progress 0 to end at 1
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
@@ -148,8 +139,8 @@ def resume(path, about, model, optimizer, token='cls_token'):
     return {name: value for name, value in file.items() if name not in ('model', 'optimizer')}      # gigabytes less
 
 def simulate(folder, *options):
-    """Have prepare_medverse.py simulate phantoms: the sources or the task of a folder."""
-    script = Path(__file__).with_name('prepare_medverse.py')
+    """Have tests/phantoms.py simulate the sources or the task of a folder."""
+    script = Path(__file__).with_name('tests') / 'phantoms.py'
     if subprocess.run([sys.executable, script, '--out', folder, *options]).returncode:
         raise SystemExit(f'{folder}: its phantoms are not finished; start again')
 
@@ -426,7 +417,7 @@ def main():
     rank, world, local, device = setup(o.device)
     try:
         if o.demo and rank == 0 and len([*Path(o.data).glob('phantom-*/meta.json')]) < 10:
-            simulate(o.data, '--phantoms', '200', '--size', str(o.size))
+            simulate(o.data, '--size', str(o.size))
         if world > 1:
             dist.barrier()
         run = set_up(o, rank, world, local, device)

@@ -520,7 +520,7 @@ def test_real_volumes(tmp_path):
             ('BraTS-GLI', tmp_path / f'raw/BraTS-GLI/{name}/{name}-t1c.nii.gz', 'MR/niivue-images/MR_Gd.nii.gz', 0.05)]:
         path.parent.mkdir(parents=True, exist_ok=True)
         nib.save(nib.load(REAL / real), path)
-        prepare(tmp_path / 'raw', tmp_path / 'out')  # those before are finished
+        prepare(tmp_path / 'raw', tmp_path / 'out', '--source', name)
         volume = nib.as_closest_canonical(nib.load(path)).get_fdata()
         low, high = (-200, 400) if name == 'AutoPET-CT' else np.percentile(volume, (1, 99))
         share = np.mean((volume - low) / (high - low) > 0.02, (0, 1))

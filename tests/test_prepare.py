@@ -21,6 +21,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import phantoms as simulated  # noqa: E402
 import prepare_medverse as prep  # noqa: E402
 
 REAL = ROOT.parent / 'shared' / 'real' / 'pretrain'
@@ -484,7 +485,7 @@ def phantoms(tmp_path_factory):
     folder = tmp_path_factory.mktemp('phantoms')
     for modality in prep.MODALITIES:
         for n in (0, 1):
-            prep.write_phantom(folder, modality, n, seed=3, side=96)
+            simulated.write_phantom(folder, modality, n, seed=3, side=96)
     return folder
 
 def pixels_of(path):
@@ -518,8 +519,8 @@ def erode(mask):
 
 def test_a_phantom_follows_from_its_seed_and_number(phantoms, tmp_path):
     for modality in ('MR', 'Fundus'):
-        prep.write_phantom(tmp_path, modality, 1, seed=3, side=96)
-        prep.write_phantom(tmp_path / 'other', modality, 1, seed=4, side=96)
+        simulated.write_phantom(tmp_path, modality, 1, seed=3, side=96)
+        simulated.write_phantom(tmp_path / 'other', modality, 1, seed=4, side=96)
         again, other, first = (pixels_of(next((folder / 'raw' / modality).rglob('0001*')))
                                for folder in (tmp_path, tmp_path / 'other', phantoms))
         assert np.array_equal(again, first) and not np.array_equal(other, first)
@@ -529,10 +530,10 @@ def test_four_modalities_see_the_same_body(tmp_path):
     def spy(rng, shape, sick):
         bodies.append(torso(copy.deepcopy(rng), (20, 20, 20), 0).tobytes())
         return torso(rng, shape, sick)
-    torso = prep.torso
-    with mock.patch.object(prep, 'torso', spy):
+    torso = simulated.torso
+    with mock.patch.object(simulated, 'torso', spy):
         for modality in prep.MODALITIES[:4]:
-            prep.write_phantom(tmp_path, modality, 1, seed=3, side=64)
+            simulated.write_phantom(tmp_path, modality, 1, seed=3, side=64)
     assert len(bodies) == 4 and len(set(bodies)) == 1
 
 def test_an_eleventh_modality_takes_its_rows_and_a_function(tmp_path, monkeypatch):
@@ -540,8 +541,10 @@ def test_an_eleventh_modality_takes_its_rows_and_a_function(tmp_path, monkeypatc
         return np.float32(rng.integers(0, 101, (side, side, 2))), np.zeros((side, side, 2), np.uint8)
     monkeypatch.setattr(prep, 'MODALITIES', (*prep.MODALITIES, 'Sonar'))
     monkeypatch.setitem(prep.RULES, 'Sonar', ((0, 50), (), 0, 'echoes in [0, 50]'))
-    monkeypatch.setitem(prep.PHANTOMS, 'Sonar', (2, sonar))
-    code, printed = call(tmp_path / 'phantoms', tmp_path / 'out', '--phantoms', 1)
+    monkeypatch.setitem(simulated.PHANTOMS, 'Sonar', (2, sonar))
+    for modality in prep.MODALITIES:
+        simulated.write_phantom(tmp_path, modality, 0, seed=3, side=64)
+    code, printed = call(tmp_path / 'raw', tmp_path / 'out')
     assert code == 0 and '11 sources' in printed, printed
     meta = meta_of(tmp_path / 'out', 'phantom-sonar')
     assert meta['count'] == 2 and 'echoes in [0, 50]' in meta['normalization']

@@ -736,8 +736,3 @@ def test_a_mistyped_option_gives_one_line(raw):
 def test_torch_is_not_imported():
     code = 'import sys, prepare_medverse; sys.exit("torch" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
-
-def test_one_phantom_task_simulates_its_own_modality(raw):
-    code, printed = prepare(raw, '--task', 'phantom-lesion', '--phantoms', 8)
-    assert code == 0, printed
-    assert [path.name for path in (raw / 'raw').iterdir()] == ['Photo'] and len([*raw.glob('raw/**/*.png')]) == 8

@@ -1,12 +1,14 @@
 """prepare_medverse.py --task: miniature labelled folders in every layout, against what went in."""
 import json
 import re
+import subprocess
+import sys
 
 import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from test_prepare import REAL, call, save_nifti, texture
+from test_prepare import REAL, ROOT, call, save_nifti, texture
 
 import data
 import prepare_medverse as prep
@@ -163,16 +165,17 @@ def test_bad_folders_end_in_a_sentence(tmp_path):
     code, printed = call(tmp_path / 'fine', out, '--task', 'mini')
     assert code == 1 and 'delete it' in printed and (out / 'meta.json').exists()
 
-def test_phantom_tasks(tmp_path):
-    for modality in ('Fundus', 'Photo'):
-        for n in range(4):
-            prep.write_phantom(tmp_path / 'phantoms', modality, n, seed=0, side=64)
-    for name, classes, kind in (('vessels', 2, 'segmentation'), ('lesion', 2, 'classification')):
-        code, printed = call(tmp_path / 'phantoms', tmp_path / name, '--task', f'phantom-{name}')
-        assert code == 0, printed
-        task = data.Task(tmp_path / name)
-        assert len(task.classes) == classes and task.meta['kind'] == kind
-    assert data.Task(tmp_path / 'lesion').classes == ['melanoma', 'naevus']
+@pytest.mark.parametrize('name, modality, kind', [
+    ('vessels', 'Fundus', 'segmentation'), ('organs', 'CT', 'segmentation'), ('lesion', 'Photo', 'classification')])
+def test_phantom_tasks_simulate_their_own_modality(tmp_path, name, modality, kind):
+    words = ['--raw', tmp_path / 'raw', '--out', tmp_path / name, '--task', f'phantom-{name}', '--count', '80' if name == 'organs' else '16',
+             '--size', '32']
+    done = subprocess.run([sys.executable, ROOT / 'tests' / 'phantoms.py', *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / 'raw' / 'raw').iterdir()] == [modality]
+    task = data.Task(tmp_path / name)
+    assert task.meta['kind'] == kind and len(task.classes) == (11 if name == 'organs' else 2)
+    assert name != 'lesion' or task.classes == ['melanoma', 'naevus']
 
 def test_a_view_of_slices_is_written_through(tmp_path):
     """What `cut` shows of a volume can be written, and lands where it was read."""

@@ -292,7 +292,8 @@ def set_up(o, rank, world, local, device):
         file = resume(out / 'ckpt.pt', about, model, optimizer)
         first, skipped = file['step'], file['skipped']
         if first == steps:
-            raise SystemExit(f'{out}: this run is finished, all {steps} steps')
+            print(f'{out}: this run is finished, all {steps} steps')
+            sys.exit(0)
     elif o.init:
         load_weights(model, read_checkpoint(o.init)[0], o.init)
     # by block: one graph serves all of a kind, and DDP need not wait for the gradients of the whole network

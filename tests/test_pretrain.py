@@ -418,9 +418,10 @@ def test_two_trainings_do_not_write_to_one_folder(sources, finished, tmp_path):
         process.wait()
     train(sources[0], tmp_path / 'run', steps=1, overwrite=True)     # what a killed run held is free again
 
-def test_a_finished_run_says_so_and_other_data_are_refused(sources, finished, tmp_path):
-    with pytest.raises(SystemExit, match='finished, all 6 steps'):
+def test_a_finished_run_says_so_and_other_data_are_refused(sources, finished, tmp_path, capsys):
+    with pytest.raises(SystemExit, match='^0$'):
         train(sources[0], finished, resume=True)
+    assert 'finished, all 6 steps' in capsys.readouterr().out
     write_source(tmp_path / 'data' / 'a', 'CT', 40)
     with pytest.raises(SystemExit, match=r'training_images 64 \(not 38\)'):
         train(tmp_path / 'data', finished, resume=True)

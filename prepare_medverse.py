@@ -353,8 +353,7 @@ def read_pages(path, draft):
                 page = page.convert('L' if page.mode in ('1', 'L', 'LA') else 'RGB')
             pixels = np.asarray(page, np.uint16 if deep and image.format == 'PPM' else None)  # as its numbers are
             pages.append(pixels[None])
-    alike = deep and len({page.shape for page in pages}) == 1
-    return [np.concatenate(pages)] if alike else pages
+    return [np.concatenate(pages)] if deep and len({page.shape for page in pages}) == 1 else pages
 
 def cut(volume, affine):
     """Array (x, y, z[, time ...]) as a view (time, n, H, W): slices across the coarsest spacing (within 1% of it:
@@ -506,8 +505,8 @@ def prepare(row, home, folder, o, pool):
     if not wanted:
         print(f'{home}: no image that can be read matches {images}; it is left out')
         return None
-    suv = [row.modality == 'PET' and 'suv' in f'{home.name}/{name}'.lower() for name in wanted]
-    calls = [(home / name, 'SUV' if is_suv else row.modality, o.size, o.min_side) for name, is_suv in zip(wanted, suv)]
+    calls = [(home / name, 'SUV' if row.modality == 'PET' and find('suv', f'{home.name}/{name}') else row.modality,
+              o.size, o.min_side) for name in wanted]
     dropped = dict.fromkeys(REASONS, 0) | {'other': len(names) - len(wanted)}
     kept, shards, filling, seen = 0, 0, {}, {}
     with (whole(folder, pool) as part,
@@ -563,8 +562,8 @@ def find_sources(raw, o):
     found = [(row, home, row.name if times[row.name] == 1 else f'{row.name}-{row.modality}')
              for row, home in found if o.source in ('', row.name)]
     if not found:
-        sys.exit(f'{raw}: has no folder {o.source or "of a known data set (see --list)"} and no <Modality>/<source>/ '
-                 f'with <Modality> of {", ".join(MODALITIES)}; is it too deep, or not deep enough?')
+        sys.exit(f'{raw}: holds no {o.source or "known data set (see --list), as RAW/BUSI, and no RAW/CT/<source>/"}, '
+                 f'RAW/MR/<source>/, ...; is it too deep, or not deep enough?')
     names = Counter(name for *_, name in found)
     if twice := [str(home) for _, home, name in found if names[name] > 1]:
         sys.exit(f'{", ".join(twice)}: have the same name; rename or move one of them')

@@ -576,22 +576,6 @@ def list_tables(raw):
         access, found = row.access.replace('?', ' (layout unsure)'), 'found' if home_of(row, raw) else '-'
         print(f'{row.name:<26}{row.modality:<12}{row.content:<26}{row.count:>17}  {found:<7}{access}, {row.link}')
 
-class Stack:
-    """A .npy file of arrays of one shape, written one by one."""
-    def __init__(self, path, shape, dtype=np.uint8):
-        self.file, self.shape, self.dtype, self.count = open(path, 'wb'), shape, np.dtype(dtype), 0
-        self.file.seek(128)  # numpy's header has this length for every count
-
-    def append(self, array):
-        self.file.write(np.ascontiguousarray(np.broadcast_to(array, self.shape), self.dtype).data)
-        self.count += 1
-
-    def close(self):
-        self.file.seek(0)
-        header = {'descr': self.dtype.str, 'fortran_order': False, 'shape': (self.count, *self.shape)}
-        np.lib.format.write_array_header_1_0(self.file, header)
-        self.file.close()
-
 # --- labelled tasks --------------------------------------------------------------------------------------------------
 
 # A labelled image: its path below RAW, or those of several frames; that of its mask, or one for each class (None where

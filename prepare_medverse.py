@@ -244,15 +244,15 @@ def is_dicom(path):  # by its name or its mark, which a DICOMDIR has too
 def list_names(home):
     """Paths of all files below a folder, relative to it; a DICOM series is named by its folder. Links are followed, but
     no folder is visited twice, nor one that holds `home`."""
-    names, visited = set(), {str(parent) for parent in home.resolve().parents}
+    names, visited = set(), {*map(str, home.resolve().parents)}
     for folder, folders, files in os.walk(home, followlinks=True):
         folders.sort()  # so that of two ways to a folder the same one is taken each time
         if os.path.realpath(folder) in visited:
             folders.clear()
-        else:
-            visited.add(os.path.realpath(folder))
-            below = Path(folder).relative_to(home)
-            names |= {str(below if is_dicom(Path(folder, file)) else below / file) for file in files}
+            continue
+        visited.add(os.path.realpath(folder))
+        below = Path(folder).relative_to(home)
+        names |= {str(below if is_dicom(Path(folder, file)) else below / file) for file in files}
     return sorted(names, key=lambda name: name.split('/'))
 
 def is_image(home, name):  # by its name; hidden files are none
@@ -263,13 +263,11 @@ def is_image(home, name):  # by its name; hidden files are none
 def series(folder, new):
     """NIfTI files that dcm2niix writes to the folder `new` of the MR, CT and PET images in a folder of DICOM files."""
     subprocess.run(['dcm2niix', '-d', '0', '-z', 'n', '-o', new, folder], check=True, capture_output=True)
-    # Copies corrected for tilt or uneven distances have no JSON, whose text may hold stray backslashes: slices are
-    # wanted as they were taken.
-    kinds = {path.with_suffix('.nii'): re.findall(r'"Modality": "(\w+)"', path.read_text(errors='replace'))
-             for path in sorted(Path(new).glob('*.json'))}
-    found = [path for path, kind in kinds.items() if path.exists() and {*kind} & {'MR', 'CT', 'PT'}]
+    # Slices are wanted as they were taken: copies corrected for tilt or uneven distances have no JSON.
+    texts = {path.with_suffix('.nii'): path.read_text(errors='replace') for path in sorted(Path(new).glob('*.json'))}
+    found = [path for path, text in texts.items() if path.exists() and re.search('"Modality": "(MR|CT|PT)"', text)]
     if not found:
-        raise ValueError(f'DICOM is read of MR, CT and PT alone, not of {[*kinds.values()]}; save it as PNG')
+        raise ValueError('of DICOM only MR, CT and PT are read; save it as PNG')
     return found
 
 def read(path, draft=0, affine=None):
@@ -280,8 +278,6 @@ def read(path, draft=0, affine=None):
     if path.is_dir():
         with tempfile.TemporaryDirectory() as new:  # copies, since the files will be gone
             return [array.copy() for volume in series(path, new) for array in read(volume)]
-    if name.endswith(VIDEOS):
-        raise ValueError('it is a video; take single frames of it: ffmpeg -i VIDEO %d.png')
     if name.endswith(PICTURES):
         return read_pages(path, draft)
     if name.endswith('.npy'):
@@ -295,12 +291,12 @@ def read(path, draft=0, affine=None):
         return [np.uint8((4095 - film.mean((2, 4)).clip(0, 4095)) * (255 / 4095) + 0.5)]  # high values are dark
     image = nib.load(path)
     affine, kind = image.affine if affine is None else affine, image.get_data_dtype()
-    if kind.names:
-        colours = np.asarray(image.dataobj)
-        return list(np.stack([cut(colours[colour], affine) for colour in 'RGB'], -1))
     # get_fdata() would scale in float64; what needs no scaling stays in its 8 or 16 bits
     scaled = (image.dataobj.slope, image.dataobj.inter) != (1, 0) or kind in (np.uint8, np.uint16)
-    return list(cut(np.asarray(image.dataobj, dtype=np.float32 if scaled else None), affine))
+    voxels = np.asarray(image.dataobj, np.float32 if scaled else None)
+    if kind.names:
+        return list(np.stack([cut(voxels[colour], affine) for colour in 'RGB'], -1))
+    return list(cut(voxels, affine))
 
 def has_affine(path):  # as NIfTI and Analyze; .img without .hdr is a film of JSRT
     pair = any(path.with_suffix(suffix).exists() for suffix in ('.hdr', '.HDR'))
@@ -314,25 +310,21 @@ def read_pages(path, draft):
     """`read` of a picture; its pages of more than 8 bits become one array, which gets one window."""
     pages = []
     with Image.open(path) as image:
-        tags = image.tag_v2 if image.format == 'TIFF' else {}
-        # Two kinds of number that Pillow takes for others, by their format and bits.
-        kind = {(2, 8): np.int8, (1, 32): np.uint32}.get((*tags.get(339, (1,))[:1], *tags.get(258, (1,))[:1]))
         for page in [image] if image.format == 'MPO' else ImageSequence.Iterator(image):  # whose others are previews
             check_size(page)
-            if ';16' in str(page.tile) and page.mode[0] != 'I':
-                raise ValueError('its colours have 16 bits; save it with 8')
+            deep = page.mode[0] in 'IF'  # all modes but I;16, I and F have 8 bits
+            tags = getattr(page, 'tag_v2', {})  # of TIFF
+            number = tags.get(339, (1,))[0], tags.get(258, (1,))[0]  # unsigned 1, signed 2; bits
+            # What Pillow without a word inverts, takes for another type or cuts down to 8 bits.
+            if number in ((2, 8), (1, 32)) or (tags.get(262) == 0 if deep else ';16' in str(page.tile)):
+                raise ValueError('numbers of this type are not read; save it with 8 bits, or in grey with 16, black 0')
             page.draft(None, (draft, draft) if draft else None)  # a JPEG decodes fast at 1/2, 1/4 or 1/8
             page = ImageOps.exif_transpose(page)
-            if page.mode[0] not in 'IF':  # everything but I;16, I and F has 8 bits
+            if not deep:
                 page = page.convert('L' if page.mode in ('1', 'L', 'LA') else 'RGB')
-            pixels = np.asarray(page)[None]
-            if image.format == 'PPM' and page.mode == 'I':
-                pixels = np.uint16(pixels)  # Pillow makes 65535 of its maxval
-            pixels = pixels.view(kind) if kind else pixels
-            white_is_zero = tags.get(262) == 0 and page.mode[0] == 'I'  # of 8 bits Pillow turns them itself
-            pages.append(~pixels if white_is_zero else pixels)
-    alike = len({page.shape for page in pages}) == 1 and pages[0].dtype != np.uint8
-    return [np.concatenate(pages)] if alike else pages
+            pixels = np.asarray(page, np.uint16 if deep and image.format == 'PPM' else None)  # as its numbers are
+            pages.append(pixels[None])
+    return [np.concatenate(pages)] if deep and len({page.shape for page in pages}) == 1 else pages
 
 def cut(volume, affine):
     """Array (x, y, z[, time ...]) as a view (time, n, H, W): slices across the coarsest spacing (within 1% of it:
@@ -350,9 +342,11 @@ def normalize(volume, modality):
     if volume.dtype == np.uint8:
         yield from volume
         return
-    unsigned = modality == 'CT' and volume.dtype.kind == 'u'  # which cannot be HU
-    window, percentiles, *_ = RULES.get('' if unsigned else modality, RULES[''])
-    if not window:
+    window, percentiles, *_ = RULES.get(modality, RULES[''])
+    if modality == 'CT' and volume.dtype.kind == 'u':  # no HU, but maybe HU + 32768, as in DeepLesion, beside 0
+        shifted = 31000 < np.median(volume[volume > 0]) < 36000
+        window, percentiles = (np.add(window, 32768) if shifted else ()), (0, 100)
+    if not len(window):
         sample = volume.flat[::volume.size // 1_000_000 | 1]  # odd: else a width of 2^k is sampled in a few columns
         sample = sample[np.isfinite(sample)] + 0  # a number, if it was bool
         window = np.percentile(sample, percentiles) if sample.size else (0, 0)
@@ -418,48 +412,27 @@ def follow_parent():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
 
-def spill(folder, work, *call):
-    """In a worker: write what work(*call) yields to a file below `folder`, item by item, and return its path."""
+def spill(folder, work, *call):  # in a worker: path of a new file of what work(*call) yields, which may be large
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
         for item in work(*call):
             pickle.dump(item, file, pickle.HIGHEST_PROTOCOL)
     return Path(file.name)
 
-def items(path):
-    """Yield what `spill` wrote."""
+def items(path):  # what `spill` wrote
     with open(path, 'rb') as file:
         while file.peek(1):
             yield pickle.load(file)
 
 def in_order(pool, workers, folder, work, calls, title):
-    """Yield, for each of the calls, the file of what work(*call) yields; two a worker are under way. The first argument
-    is the path that is read."""
+    """Yield the file of what work(path, ...) yields for each of the calls (path, ...); two a worker are under way."""
     jobs = deque()
     for done in tqdm(range(len(calls)), title, unit='file'):
         jobs.extend(pool.submit(spill, folder, work, *call) for call in calls[done + len(jobs):done + 2 * workers])
         try:
-            spilled = jobs.popleft().result()
+            yield jobs.popleft().result()
         except BrokenProcessPool:
             names = ', '.join(str(path) for path, *_ in calls[done:done + workers])
-            sys.exit(f'a worker was killed, most likely for its memory, at one of {names}: start again with fewer '
-                     '--workers (1 tells which), or move that file away; finished sources stay')
-        yield spilled
-
-class Stack:
-    """A .npy file of arrays of one shape, written one by one."""
-    def __init__(self, path, shape, dtype=np.uint8):
-        self.file, self.shape, self.dtype, self.count = open(path, 'wb'), shape, np.dtype(dtype), 0
-        self.file.seek(128)  # numpy's header has this length for every count
-
-    def append(self, array):
-        self.file.write(np.ascontiguousarray(np.broadcast_to(array, self.shape), self.dtype).data)
-        self.count += 1
-
-    def close(self):
-        self.file.seek(0)
-        header = {'descr': self.dtype.str, 'fortran_order': False, 'shape': (self.count, *self.shape)}
-        np.lib.format.write_array_header_1_0(self.file, header)
-        self.file.close()
+            sys.exit(f'a worker was killed, as for its memory; take fewer --workers, or move away one of {names}')
 
 @contextlib.contextmanager
 def whole(folder, pool):
@@ -469,14 +442,13 @@ def whole(folder, pool):
     with open(part / 'lock', 'w') as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed program gives it up
-        except BlockingIOError:
-            sys.exit(f'{folder}: another program is preparing it; wait for it, or choose another --out')
-        try:
             for old in {*part.iterdir()} - {part / 'lock'}:  # what a killed program left behind
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
             yield part
             (part / 'lock').unlink()
             os.replace(part, folder)
+        except BlockingIOError:
+            sys.exit(f'{folder}: another program is preparing it; wait for it, or choose another --out')
         except BaseException:
             pool.shutdown(cancel_futures=True)  # so that no worker writes there any more
             shutil.rmtree(part, ignore_errors=True)
@@ -484,25 +456,35 @@ def whole(folder, pool):
 
 # --- sources for pretraining -----------------------------------------------------------------------------------------
 
+def finish_shard(file, shape):  # .npy of uint8 arrays of this shape, which follow 128 bytes for the header
+    count = (file.tell() - 128) // np.prod(shape).item()
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(file, dict(descr='|u1', fortran_order=False, shape=(count, *shape)))
+    file.close()
+
 def prepare(row, home, folder, o, pool):
-    """Write a source, the files below `home`, to `folder`. Returns its meta.json, None where it is left out; a finished
-    source is left alone."""
+    """Write a source, the files below `home`, to `folder`, unless it is finished. Returns its meta.json, or None."""
     names = list_names(home)
     if folder.exists():
-        return finished(folder, len(names), o.size)
-    wanted = [name for name in names if is_image(home, name) and find(row.images, name) and not find(row.skip, name)]
+        meta = json.loads((folder / 'meta.json').read_text())
+        if meta['size'] != o.size:
+            sys.exit(f'{folder}: was prepared with --size {meta["size"]}; delete it, or choose another --out')
+        print(f'{folder}: finished before, of {meta["files"]} files (now {len(names)}); delete it to redo it')
+        return meta
+    images, skip = o.images or row.images, o.skip or row.skip
+    wanted = [name for name in names if is_image(home, name) and find(images, name) and not find(skip, name)]
     if not wanted:
-        print(f'{home}: no image that can be read matches {row.images}; it is left out')
+        print(f'{home}: no image that can be read matches {images}; it is left out')
         return None
-    calls = [(home / name, 'SUV' if row.modality == 'PET' and 'suv' in f'{home.name}/{name}'.lower() else row.modality,
+    calls = [(home / name, 'SUV' if row.modality == 'PET' and find('suv', f'{home.name}/{name}') else row.modality,
               o.size, o.min_side) for name in wanted]
-    dropped, shards, filling, seen = dict.fromkeys(REASONS, 0), [], {}, {}
+    dropped = dict.fromkeys(REASONS, 0) | {'other': len(names) - len(wanted)}
+    kept, shards, filling, seen = 0, 0, {}, {}
     with (whole(folder, pool) as part,
           open(part / 'dropped.csv', 'w', encoding='utf-8', errors='surrogateescape') as file):
         log = csv.writer(file, lineterminator='\n')
         log.writerow(('path', 'slice', 'reason', 'detail'))
         log.writerows((name, 0, 'other', 'no image by its name') for name in sorted({*names} - {*wanted}))
-        dropped['other'] = len(names) - len(wanted)
         for spilled, name in zip(in_order(pool, o.workers, part, slices, calls, folder.name), wanted):
             for index, item in enumerate(items(spilled)):
                 # Neighbouring slices of a volume are alike by nature, and Table 2 keeps them.
@@ -512,47 +494,32 @@ def prepare(row, home, folder, o, pool):
                     dropped[item.reason] += 1
                     log.writerow((name, index, item.reason, item.detail))
                     continue
-                channels = item.pixels.shape[2]
-                if channels not in filling:
-                    filling[channels] = Stack(part / f'{len(shards):05d}.npy', item.pixels.shape)
-                    shards.append(filling[channels])
-                filling[channels].append(item.pixels)
-                if filling[channels].count * item.pixels.nbytes >= SHARD:
-                    filling.pop(channels).close()
+                shape = item.pixels.shape
+                if shape not in filling:
+                    filling[shape] = open(part / f'{shards:05d}.npy', 'wb')
+                    filling[shape].seek(128)
+                    shards += 1
+                filling[shape].write(item.pixels)
+                kept += 1
+                if filling[shape].tell() > SHARD:
+                    finish_shard(filling.pop(shape), shape)
             spilled.unlink()
-        for stack in filling.values():
-            stack.close()
+        for shape, shard in filling.items():
+            finish_shard(shard, shape)
         _, _, least, words = RULES.get(row.modality, RULES[''])
-        count = sum(stack.count for stack in shards)
-        meta = {'source': folder.name, 'modality': row.modality, 'count': count, 'size': o.size,
-                'channels': sorted({stack.shape[2] for stack in shards}),
+        meta = {'source': folder.name, 'modality': row.modality, 'count': kept, 'size': o.size,
                 'normalization': f'8 bits as they are; others, by one window a file: {words}',
                 'foreground': f'slices: {least} of the pixels above 0.02' if least else 'any',
-                'files': len(names), 'read': count + sum(dropped.values()), 'dropped': dropped}
+                'files': len(names), 'read': kept + sum(dropped.values()), 'dropped': dropped}
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
     return meta
 
-def finished(folder, files, size):
-    """meta.json of a source that was prepared before, and of which there are so many files now."""
-    try:
-        meta = json.loads((folder / 'meta.json').read_text())
-    except (OSError, ValueError) as error:
-        sys.exit(f'{folder}: is no finished source ({error}); move it away or delete it')
-    if meta['size'] != size:
-        sys.exit(f'{folder}: was prepared with --size {meta["size"]}, not {size}; delete it, or choose another --out')
-    warning = 'warning: ' * (files != meta['files'])
-    print(f'{warning}{folder}: finished before, {meta["files"]} files (now {files}); delete it to redo it')
-    return meta
+def home_of(row, raw):  # its folder below RAW, or None; several rows may come in one download, as in RAW/AutoPET
+    return max((path for path in raw.glob('*/') if f'{row.name}-'.startswith(f'{path.name}-')), default=None)
 
-def home_of(row, raw):
-    """The folder of a row below RAW, or None; several rows may come in one download, as in RAW/AutoPET."""
-    homes = [path for path in raw.glob('*/') if f'{row.name}-'.startswith(f'{path.name}-')]
-    return max(homes, key=lambda path: len(path.name), default=None)
-
-def modality_of(name):
-    """The modality that a folder or option names, as Xray and x_ray do X-ray, or None."""
-    plain = {re.sub('[^a-z]', '', known.lower()): known for known in (*MODALITIES, 'SUV')}
-    return plain.get(re.sub('[^a-z]', '', name.lower()))
+def modality_of(name):  # that a folder or option names, as Xray and x_ray do X-ray, or None
+    letters = re.sub('[^a-z]', '', name.lower())
+    return next((known for known in (*MODALITIES, 'SUV') if known.lower().replace('-', '') == letters), None)
 
 def find_sources(raw, o):
     """[(row, folder below RAW, name)] of the sources: rows of Table 2, then whatever is RAW/<Modality>/<source>."""
@@ -560,29 +527,24 @@ def find_sources(raw, o):
     below = [path for path in sorted(raw.glob('*/*')) if modality_of(path.parent.name) in MODALITIES]
     found += [(Row(path.name, modality_of(path.parent.name)), path) for path in below if path.is_dir()]
     used = {folder for _, home in found for folder in (home, home.parent)}
-    if others := [path for path in (*raw.glob('*'), *below) if path not in used]:
-        print(f'warning: {len(others)} files and folders are no known data set RAW/<name>/ and no '
-              f'RAW/<Modality>/<source>/, as {min(others)}', file=sys.stderr)
-    names = [row.name for row, _ in found]
-    found = [(row._replace(images=o.images or row.images, skip=o.skip or row.skip), home,
-              row.name if names.count(row.name) == 1 else f'{row.name}-{row.modality}')
+    if others := {*raw.glob('*'), *below} - used:
+        print(f'warning: no data sets are {len(others)} files and folders, as {min(others)}', file=sys.stderr)
+    times = Counter(row.name for row, _ in found)
+    found = [(row, home, row.name if times[row.name] == 1 else f'{row.name}-{row.modality}')
              for row, home in found if o.source in ('', row.name)]
     if not found:
-        inside = any(modality_of(path.name) for path in (raw.resolve(), raw.resolve().parent))
-        sys.exit(f'no images: {raw} has no folder {o.source or "of a known data set (see --list)"} and no '
-                 f'<Modality>/<source>/, with <Modality> of {", ".join(MODALITIES)}'
-                 + '; it is too deep, give the folder that holds <Modality>' * inside)
-    if twice := [name for name, times in Counter(name for *_, name in found).items() if times > 1]:
-        homes = ', '.join(str(home) for _, home, name in found if name == twice[0])
-        sys.exit(f'several folders would be {twice[0]}: rename or move one of {homes}')
+        sys.exit(f'{raw}: holds no {o.source or "known data set (see --list), as RAW/BUSI, and no RAW/CT/<source>/"}, '
+                 f'RAW/MR/<source>/, ...; is it too deep, or not deep enough?')
+    names = Counter(name for *_, name in found)
+    if twice := [str(home) for _, home, name in found if names[name] > 1]:
+        sys.exit(f'{", ".join(twice)}: have the same name; rename or move one of them')
     return found
 
 def list_tables(raw):
     """Print the rows of Tables 2 and 3: whether they lie below RAW, how to get them, whose layout is not confirmed."""
     print(f'{"name":<26}{"modality":<12}{"content":<26}{"in the paper":>17}  {"":<7}access, link')
     for row in (*SOURCES, *TASKS.values()):
-        unsure = ' (layout unsure: give --images, --masks)' if row.access.endswith('?') else ''
-        access, found = row.access.strip('?') + unsure, 'found' if home_of(row, raw) else '-'
+        access, found = row.access.replace('?', ' (layout unsure)'), 'found' if home_of(row, raw) else '-'
         print(f'{row.name:<26}{row.modality:<12}{row.content:<26}{row.count:>17}  {found:<7}{access}, {row.link}')
 
 # --- labelled tasks --------------------------------------------------------------------------------------------------

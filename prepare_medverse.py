@@ -46,7 +46,8 @@ from tqdm import tqdm
 
 MODALITIES = ('CT', 'PET', 'MR', 'X-ray', 'Ultrasound', 'Fundus', 'OCT', 'Pathology', 'Endoscope', 'Photo')
 RULES = {  # for what is not 8 bits: values that become 0 and 255, or percentiles; least share above 0.02; in words
-    'CT': ((-200, 400), (), 0.05, 'HU clipped to [-200, 400]; of what is unsigned, and so not HU, minimum..maximum'),
+    'CT': ((-200, 400), (), 0.05,
+           'HU clipped to [-200, 400], also where 32768 was added; of what else is unsigned, minimum..maximum'),
     'MR': ((), (1, 99), 0.05, '1st..99th percentile'),
     'PET': ((), (1, 99), 0.01, '1st..99th percentile; SUV in [0, 20] where the path has suv'),  # its z-score cancels
     'SUV': ((0, 20), (), 0.01, 'SUV in [0, 20]'),  # PET in standardized uptake values

@@ -638,11 +638,10 @@ def find_samples(raw, o):
         samples = {name: Sample((name,), label=Path(name).parent.name) for name in singles if '/' in name}
     if not samples or not (taken or tabled) and (o.masks or o.labels or o.values or o.outline):
         sys.exit(f'{raw}: {len(singles)} images, {len(taken)} masks match --images, --masks, --labels')
-    lone = {*singles}.difference(*(sample.frames for sample in samples.values()))
-    if lone or not {*taken.values()} <= {*images}:
-        lost = [name for name, key in taken.items() if key not in images]
-        print(f'warning: {len(lone)} images without a mask or label and {len(lost)} without an image are left out, as '
-              f'{raw}/{min([*lone, *lost])}', file=sys.stderr)
+    lost = {name for name, key in taken.items() if key not in images}  # masks
+    if lone := lost | {*singles}.difference(*(sample.frames for sample in samples.values())):
+        print(f'warning: left out: {len(lone)} images without a mask or label, or masks without an image, as '
+              f'{raw}/{min(lone)}', file=sys.stderr)
     patients = {name: match[match.re.groups > 0] for name in samples if (match := find(o.patient, name))}
     if o.patient and not patients:  # else every file would be a patient of its own, unasked
         sys.exit(f'--patient {o.patient}: is found in no path, as {min(samples)}')
@@ -655,8 +654,7 @@ def pair(raw, images, layers, o):
     for key, frames in images.items():
         masks = [layer.get(key, []) for layer in layers]
         if max(map(len, masks)) > 1 or len(frames) > 1 and not o.frames:
-            sys.exit(f'{raw}/{", ".join(sum(masks, frames))}: more than one image or mask where --images and --masks '
-                     f'find {key}; mend the rules')
+            sys.exit(f'{raw}: {", ".join(sum(masks, frames))} cannot be a pair; mend --images and --masks')
         if o.labels and masks[0]:  # the class of the first object of VOC's XML, or of the first polygon
             text = (raw / masks[0][0]).read_text()
             label = re.search(r'<object>.*?<name>\s*(.*?)\s*<|^\s*(\d+)', text, re.DOTALL)
@@ -668,12 +666,12 @@ def pair(raw, images, layers, o):
             yield frames[0], Sample(tuple(frames), tuple(found[0] if found else None for found in masks))
 
 def read_lines(raw, end):
-    """Lines of the table or list whose path below RAW ends so."""
-    path = next((raw / name for name in list_names(raw) if f'/{name}'.endswith(f'/{end}')), raw / end)
-    try:
-        return path.read_text('utf-8-sig').split('\n')  # splitlines() knows other ends
-    except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f'{path}: is no table or list in UTF-8 ({error}); save it so, or mend --labels or --split')
+    """Lines of the table or list whose path below RAW ends so, in UTF-8, UTF-16 or the code page of Windows."""
+    paths = [raw / name for name in list_names(raw) if f'/{name}'.endswith(f'/{end}')]
+    content = (paths or [raw / end])[0].read_bytes()
+    for code in ('utf-16',) if content[:2] in (b'\xff\xfe', b'\xfe\xff') else ('utf-8-sig', 'cp1252', 'latin-1'):
+        with contextlib.suppress(UnicodeDecodeError):
+            return re.split('\r\n|\r|\n', content.decode(code))  # splitlines() knows other ends
 
 def plain(path):  # without blanks around it and without the extension of an image
     path = path.strip().replace('\\', '/')
@@ -742,30 +740,26 @@ def split(samples, raw, o):
         print(f'warning: {len(both)} patients are in more than one split: {", ".join(both[:9])}', file=sys.stderr)
     return {part: sorted(name for name in parts if parts[name] == part) for part in rules}
 
-def polygons(path, shape):
-    """Mask (H, W) of lines `class x1 y1 x2 y2 ...`, in shares of the sides; two pairs are centre and sides of a box."""
-    canvas = Image.new('L', shape[1::-1])
-    for line in path.read_text().splitlines():
-        corners = np.reshape(line.split()[1:], (-1, 2)).astype(float)
-        if len(corners) == 2:
-            corners = corners[0] + corners[1] * ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5))
-        ImageDraw.Draw(canvas).polygon([tuple(corner) for corner in corners * canvas.size], 1)
-    return np.asarray(canvas)
-
 def read_masks(path, values, shape, affine):
     """What `classify` makes of each mask of a file, for an image of this shape. A palette gives numbers, unless the
-    values are colours."""
+    values are colours; a line of polygons is its class and, in shares of the sides, x1 y1 x2 y2 ... or centre and sides."""
     if path.suffix == '.txt':
-        return [classify(polygons(path, shape), values)]
+        canvas = Image.new('L', shape[1::-1])
+        for line in path.read_text().splitlines():
+            corners = np.reshape(line.split()[1:], (-1, 2)).astype(float)
+            if len(corners) == 2:
+                corners = corners[0] + corners[1] * ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5))
+            ImageDraw.Draw(canvas).polygon([tuple(corner) for corner in corners * canvas.size], 1)
+        return [classify(np.asarray(canvas), values)]
     masks, lossy = [mask for volume in read(path, affine=affine) for mask in volume], False
     if path.name.lower().endswith(PICTURES):
         with Image.open(path) as image:
             lossy = image.format in ('JPEG', 'MPO') or image.info.get('compression') == 'jpeg'
-            if image.mode in ('LA', 'RGBA'):  # what is transparent shows nothing
-                masks = [(masks[0].T * (np.asarray(image)[..., -1].T > 127)).T]
             palette = image.mode == 'P' and np.ptp(np.reshape(image.getpalette(), (-1, 3)), 1).any()
             if palette and '#' not in ''.join(values):
                 masks = [np.asarray(image)]
+            if image.mode in ('LA', 'RGBA'):  # what is transparent shows nothing
+                masks = [(masks[0].T * (np.asarray(image)[..., -1].T > 127)).T]
     return [classify(mask, values, lossy) for mask in masks]
 
 def classify(mask, values, lossy=False):
@@ -813,11 +807,10 @@ def common_affine(image, mask):
     for path in (image, mask):
         if path.name.lower().endswith(PICTURES):
             with Image.open(path) as picture:
+                check_size(picture)
                 if picture.getexif().get(0x0112, 1) != 1:
                     raise ValueError(f'EXIF turns {path}; save both without this tag')
-    if has_affine(image) != has_affine(mask):
-        raise ValueError('only one of them says how it lies; save both as NIfTI')
-    if has_affine(image):
+    if has_affine(image) or has_affine(mask):
         (one, A), (other, B) = (((*file.shape, 1)[:4], file.affine) for file in map(nib.load, (image, mask)))
         drift = np.abs(A - B) @ (*one[:3], 1)  # at most, of any corner, mm
         if one != other or drift.max() > nib.affines.voxel_sizes(A).min() / 2:
@@ -827,28 +820,24 @@ def common_affine(image, mask):
 def labelled(path, raw, sample, o):
     """In a worker: yield (pixels uint8 (S, S, c), mask uint8 (S, S) or number of the class, values that only * names)
     for each image of a file, or of several frames."""
-    values = o.values or [str(number) for number in range(len(o.classes))]
-    values = ('0', '*') if len(sample.masks) > 1 else values  # one mask a class shows it or not
     try:
         with tempfile.TemporaryDirectory() as new:
             files = series(path, new) if path.is_dir() else [raw / frame for frame in sample.frames]
             images = [[image for array in read(file) for image in normalize(array, o.modality)] for file in files]
             images = [np.minimum.reduce(same) for same in zip(*images, strict=True)] if o.frames else sum(images, [])
-            layers = {number: read_masks(raw / mask, values, images[0].shape, common_affine(files[0], raw / mask))
+            layers = {number: read_masks(raw / mask, o.values, images[0].shape, common_affine(files[0], raw / mask))
                       for number, mask in enumerate(sample.masks, 1) if mask}
         for image, *found in zip(images, *layers.values(), strict=True):
             mask, others = np.zeros(image.shape[:2], np.uint8), set()
             for number, (layer, more) in zip(layers, found):
-                if layer.shape != mask.shape:
-                    raise ValueError(f'a mask of {layer.shape} for an image of {mask.shape}')
                 layer = np.uint8(fill(layer > 0)) if o.outline else layer
-                np.copyto(mask, layer if len(sample.masks) == 1 else number, where=layer > 0)
+                np.copyto(mask, layer * number, where=layer > 0)
                 others |= more
             mask[mask >= len(o.classes)] = 255  # values after those of the classes are not scored
             square = np.asarray(Image.fromarray(mask).resize((o.size, o.size), Image.Resampling.NEAREST))
             yield resize(image, o.size), square if sample.masks else o.classes.index(sample.label), others
     except Exception as error:  # decoders fail in every way there is
-        answer = sample.label or ', '.join(filter(None, sample.masks))
+        answer = sample.label or sample.masks
         sys.exit(f'{path}: cannot be used with {answer} ({type(error).__name__}: {error}); mend or remove them')
 
 def prepare_task(raw, folder, o, pool):
@@ -861,6 +850,8 @@ def prepare_task(raw, folder, o, pool):
     o.classes = o.classes or kinds or (o.values if len(o.values) > 2 else ('background', 'foreground'))
     if len(o.masks) > 1 and len(o.classes) != len(o.masks) + 1:
         sys.exit(f'--classes {" ".join(o.classes)}: must name the background and then a class for each of --masks')
+    # A mask of one class shows it or not.
+    o.values = ('0', '*') if len(o.masks) > 1 else o.values or [*map(str, range(len(o.classes)))]
     kind, dtype, *sides = ('labels', np.int64) if kinds else ('masks', np.uint8, o.size, o.size)
     splits = split(samples, raw, o)
     shown, counts, holders, others = {part: Counter() for part in splits}, {}, {}, set()
@@ -890,13 +881,10 @@ def prepare_task(raw, folder, o, pool):
         print(f'{"images that show":<26}' + ''.join(f'{part:>8}' for part in shown))
         for number, name in enumerate(o.classes):
             print(f'{name:<26}' + ''.join(f'{seen[number]:>8}' for seen in shown.values()))
-        unseen = [number for number in range(len(o.classes)) if not shown['train'][number]]
-        if len(unseen) > len(o.classes) - 2 or any(shown['test'][number] for number in unseen):
-            names = ', '.join(o.classes[number] for number in unseen) or 'a second class'
-            sys.exit(f'{raw}: no training image shows {names}, and two classes and those of the test images must be '
-                     'shown; mend --classes, --values (255 counts where named) or --split')
-        if not counts['test']:
-            sys.exit(f'{raw}: the test split is empty; mend --split')
+        unseen = [name for number, name in enumerate(o.classes) if not shown['train'][number]]
+        if not shown['test'] or {*shown['test']} - {*shown['train'], 255} or len(o.classes) - len(unseen) < 2:
+            sys.exit(f'{raw}: training must show two classes and all of the test images, but no training image shows '
+                     f'{", ".join(unseen) or "more"}; mend --classes, --values (255 counts where named) or --split')
     for parts, times in Counter(' and '.join(sorted(parts)) for parts in holders.values() if len(parts) > 1).items():
         print(f'warning: {times} images are the same in {parts}', file=sys.stderr)
     if len(others) > 3:

@@ -497,9 +497,10 @@ def opacity(colour, channels):
     return np.dstack([np.full((S, S, channels - 1), colour, np.uint8), 255 * blob()])
 
 @each('mask, right, values, more', [
-    (opacity(255, 4), blob(), '0*', {}), (opacity(0, 4), blob(), '0*', {}), (opacity(255, 2), blob(), '0*', {}),
+    (opacity(255, 4), blob(), '0*', {}), (opacity(255, 2), blob(), '0*', {}),
+    (opacity((255, 0, 0), 4), blob(), ('#000000', '#ff0000'), {}),
     (PALETTE, REGIONS, NAMED, {}), (COLOURS[REGIONS], REGIONS, NAMED, dict(format='JPEG', quality=95, subsampling=0))],
-    ids=['alpha', 'black alpha', 'grey alpha', 'palette', 'lossy'])
+    ids=['alpha', 'grey alpha', 'red alpha', 'palette', 'lossy'])
 def test_masks_in_other_channels_are_right_or_refused(raw, mask, right, values, more):
     pairs(raw, blob())
     for n in range(2):

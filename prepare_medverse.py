@@ -655,15 +655,25 @@ def pair(raw, images, layers, o):
         masks = [layer.get(key, []) for layer in layers]
         if max(map(len, masks)) > 1 or len(frames) > 1 and not o.frames:
             sys.exit(f'{raw}: {", ".join(sum(masks, frames))} cannot be a pair; mend --images and --masks')
-        if o.labels and masks[0]:  # the class of the first object of VOC's XML, or of the first polygon
-            text = (raw / masks[0][0]).read_text()
-            label = re.search(r'<object>.*?<name>\s*(.*?)\s*<|^\s*(\d+)', text, re.DOTALL)
-            if not label:
-                sys.exit(f'{raw}/{masks[0][0]}: holds no label; mend or --skip it')
-            label = label[label.lastindex]
-            yield frames[0], Sample(tuple(frames), label=classes.get(label, label))
+        if o.labels and masks[0]:  # the class of the first object of VOC's XML, or of the largest polygon
+            path = raw / masks[0][0]
+            found = re.findall(r'<object>.*?<name>\s*(.*?)\s*<', path.read_text(), re.DOTALL)
+            if path.suffix == '.txt':
+                found = [kind for kind, _ in sorted(polygons(path), key=lambda polygon: -np.ptp(polygon[1], 0).prod())]
+            if not found:
+                sys.exit(f'{path}: holds no label; mend or --skip it')
+            yield frames[0], Sample(tuple(frames), label=classes.get(found[0], found[0]))
         elif any(masks):
             yield frames[0], Sample(tuple(frames), tuple(found[0] if found else None for found in masks))
+
+def polygons(path):
+    """Yield (class, corners (n, 2) in shares of the sides) of lines `class x1 y1 x2 y2 ...`; two pairs are centre
+    and sides of a box."""
+    for kind, *numbers in map(str.split, path.read_text().splitlines()):
+        corners = np.reshape(numbers, (-1, 2)).astype(float)
+        if len(corners) == 2:
+            corners = corners[0] + corners[1] * ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5))
+        yield kind, corners
 
 def read_lines(raw, end):
     """Lines of the table or list whose path below RAW ends so, in UTF-8, UTF-16 or the code page of Windows."""
@@ -741,14 +751,11 @@ def split(samples, raw, o):
     return {part: sorted(name for name in parts if parts[name] == part) for part in rules}
 
 def read_masks(path, values, shape, affine):
-    """What `classify` makes of each mask of a file, for an image of this shape. A palette gives numbers, unless the
-    values are colours; a line of polygons is its class and, in shares of the sides, x1 y1 x2 y2 ... or centre and sides."""
+    """What `classify` makes of each mask of a file. A palette gives numbers, unless the values are colours; polygons
+    become one mask of the shape of the image."""
     if path.suffix == '.txt':
         canvas = Image.new('L', shape[1::-1])
-        for line in path.read_text().splitlines():
-            corners = np.reshape(line.split()[1:], (-1, 2)).astype(float)
-            if len(corners) == 2:
-                corners = corners[0] + corners[1] * ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5))
+        for _, corners in polygons(path):
             ImageDraw.Draw(canvas).polygon([tuple(corner) for corner in corners * canvas.size], 1)
         return [classify(np.asarray(canvas), values)]
     masks, lossy = [mask for volume in read(path, affine=affine) for mask in volume], False
@@ -831,14 +838,14 @@ def labelled(path, raw, sample, o):
             mask, others = np.zeros(image.shape[:2], np.uint8), set()
             for number, (layer, more) in zip(layers, found):
                 layer = np.uint8(fill(layer > 0)) if o.outline else layer
-                np.copyto(mask, layer * number, where=layer > 0)
+                mask[layer > 0] = number * layer[layer > 0]
                 others |= more
             mask[mask >= len(o.classes)] = 255  # values after those of the classes are not scored
             square = np.asarray(Image.fromarray(mask).resize((o.size, o.size), Image.Resampling.NEAREST))
             yield resize(image, o.size), square if sample.masks else o.classes.index(sample.label), others
     except Exception as error:  # decoders fail in every way there is
-        answer = sample.label or sample.masks
-        sys.exit(f'{path}: cannot be used with {answer} ({type(error).__name__}: {error}); mend or remove them')
+        error = f'{type(error).__name__}: {error}'
+        sys.exit(f'{path}: cannot be used with {sample.label or sample.masks} ({error}); mend or remove them')
 
 def prepare_task(raw, folder, o, pool):
     """Write the labelled images below RAW to `folder`: {train,val,test}/images.npy and masks.npy or labels.npy,

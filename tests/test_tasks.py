@@ -138,7 +138,7 @@ def test_bad_folders_end_in_a_sentence(tmp_path):
 
     out = tmp_path / 'out'
     save(pairs('sizes') / 'masks/1.png', blob(1, 90))
-    assert re.search(r'masks/1.png.*90, ?90.*96, ?96', failed(tmp_path / 'sizes', out))
+    assert re.search(r'masks/1.png.*96.*90', failed(tmp_path / 'sizes', out))
     save(pairs('values') / 'masks/1.png', blob(1) * 7)
     assert re.search(r'masks/1.png.*values or colours 7,', failed(tmp_path / 'values', out))
     (pairs('corrupt') / 'images/0.png').write_bytes(b'no picture')

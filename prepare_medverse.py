@@ -555,76 +555,64 @@ def list_tables(raw):
 Sample = namedtuple('Sample', 'frames masks label patient', defaults=((), '', ''))
 
 def find_samples(raw, o):
-    """{path of an image: its Sample}."""
+    """{path of an image: its Sample}, by a table of classes, by pairs or by the names of folders."""
     names = [name for name in list_names(raw) if '/.' not in f'/{name}' and not find(o.skip, name)]
     tabled = o.labels and '(' not in o.labels[0]
     rules = () if tabled else o.labels or o.masks or (r'(.*)masks/(.*?)(?:\.nii)?\.\w+$',)
     layers = [by_groups(names, rule) for rule in rules]
-    taken = {name for layer in layers for found in layer.values() for name in found}
+    taken = {name: key for layer in layers for key, found in layer.items() for name in found}
     default = r'(.*)images/(.*?)(?:\.nii)?\.\w+$' if taken else '.'
     images = by_groups([name for name in names if name not in taken and is_image(raw, name)], o.images or default)
     singles = [name for found in images.values() for name in found]
     if tabled:
         samples = read_table(raw, singles, *o.labels)
     elif taken:
-        samples = pair(raw, images, layers, o)
+        samples = dict(pair(raw, images, layers, o))
     else:
         samples = {name: Sample((name,), label=Path(name).parent.name) for name in singles if '/' in name}
     if not samples or not (taken or tabled) and (o.masks or o.labels or o.values or o.outline):
         sys.exit(f'{raw}: {len(singles)} images, {len(taken)} masks match --images, --masks, --labels')
-    if missing := len(singles) - sum(len(sample.frames) for sample in samples.values()):
-        print(f'{raw}: {missing} images without a mask or label are left out')
-    if o.patient:
-        found = {name: match[match.re.groups > 0] for name in samples if (match := find(o.patient, name))}
-        if not found:  # else every file would be a patient of its own, unasked
-            sys.exit(f'--patient {o.patient}: is found in no path, as {min(samples)}')
-        samples = {name: sample._replace(patient=found.get(name)) for name, sample in samples.items()}
-    return {name: sample._replace(patient=sample.patient or name) for name, sample in samples.items()}
+    lost = {name for name, key in taken.items() if key not in images}  # masks
+    if lone := lost | {*singles}.difference(*(sample.frames for sample in samples.values())):
+        print(f'warning: left out: {len(lone)} images without a mask or label, or masks without an image, as '
+              f'{raw}/{min(lone)}', file=sys.stderr)
+    patients = {name: match[match.re.groups > 0] for name in samples if (match := find(o.patient, name))}
+    if o.patient and not patients:  # else every file would be a patient of its own, unasked
+        sys.exit(f'--patient {o.patient}: is found in no path, as {min(samples)}')
+    return {name: sample._replace(patient=patients.get(name) or sample.patient or name)
+            for name, sample in samples.items()}
 
 def pair(raw, images, layers, o):
-    """{first frame: Sample} of images {key: names} and layers of masks, or files of classes, [{key: names}], by key. Of
-    the tasks of Table 3, images without a mask are left out."""
-    samples = {}
-    for key in dict.fromkeys(key for group in (images, *layers) for key in group):
-        frames, masks = images.get(key, []), [layer.get(key, []) for layer in layers]
-        if any(masks) and frames and max(map(len, masks)) == 1 and (len(frames) == 1 or o.frames):
-            masks = tuple(found[0] if found else None for found in masks)
-            answer = dict(label=class_of(raw / masks[0], o)) if o.labels else dict(masks=masks)
-            samples[frames[0]] = Sample(tuple(frames), **answer)
-        elif any(masks) or o.task not in TASKS:
-            trouble = 'no image' if not frames else 'no mask' if not any(masks) else 'more than one image or mask'
-            sys.exit(f'{raw}/{", ".join(sum(masks, frames))}: {trouble} goes with it, where the groups ( ) of --images '
-                     f'and --masks find {key}; complete the pairs or mend the rules')
-    return samples
-
-def class_of(path, o):
-    """The class in a file of its own: that of the object in VOC's XML, or of the largest polygon."""
-    if path.suffix == '.xml':
-        found = re.findall(r'<object>.*?<name>(.*?)</name>', path.read_text(), re.DOTALL)
-    else:
-        found = [kind for kind, _ in sorted(polygons(path), key=lambda polygon: -np.ptp(polygon[1], 0).prod())]
-    if not found:
-        sys.exit(f'{path}: holds no label; mend or --skip it')
-    value = found[0].strip()
-    return dict(zip(o.values or map(str, range(len(o.classes))), o.classes)).get(value, value)
+    """Yield (first frame, Sample) of images {key: names} and layers of masks, or files of classes, [{key: names}]."""
+    classes = dict(zip(o.values or map(str, range(len(o.classes))), o.classes))
+    for key, frames in images.items():
+        masks = [layer.get(key, []) for layer in layers]
+        if max(map(len, masks)) > 1 or len(frames) > 1 and not o.frames:
+            sys.exit(f'{raw}: {", ".join(sum(masks, frames))} cannot be a pair; mend --images and --masks')
+        if o.labels and masks[0]:  # the class of the first object of VOC's XML, or of the largest polygon
+            path = raw / masks[0][0]
+            found = re.findall(r'<object>.*?<name>\s*(.*?)\s*<', path.read_text(), re.DOTALL)
+            if path.suffix == '.txt':
+                found = [kind for kind, _ in sorted(polygons(path), key=lambda polygon: -np.ptp(polygon[1], 0).prod())]
+            if not found:
+                sys.exit(f'{path}: holds no label; mend or --skip it')
+            yield frames[0], Sample(tuple(frames), label=classes.get(found[0], found[0]))
+        elif any(masks):
+            yield frames[0], Sample(tuple(frames), tuple(found[0] if found else None for found in masks))
 
 def polygons(path):
-    """[(class, corners (n, 2) in shares of the sides)] of lines `class x1 y1 x2 y2 ...`; two pairs are the centre and
-    the sides of a box."""
-    found = []
-    for number, *numbers in map(str.split, path.read_text().splitlines()):
+    """Yield (class, corners (n, 2) in shares of the sides) of lines `class x1 y1 x2 y2 ...`; two pairs are centre
+    and sides of a box."""
+    for kind, *numbers in map(str.split, path.read_text().splitlines()):
         corners = np.reshape(numbers, (-1, 2)).astype(float)
         if len(corners) == 2:
             corners = corners[0] + corners[1] * ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5))
-        found.append((number, corners))
-    return found
+        yield kind, corners
 
 def read_lines(raw, end):
     """Lines of the table or list whose path below RAW ends so, in UTF-8, UTF-16 or the code page of Windows."""
-    path = next((raw / name for name in list_names(raw) if f'/{name}'.endswith(f'/{end}')), None)
-    if not path:
-        sys.exit(f'{raw}: there is no file {end} here; mend --labels or --split')
-    content = path.read_bytes()
+    paths = [raw / name for name in list_names(raw) if f'/{name}'.endswith(f'/{end}')]
+    content = (paths or [raw / end])[0].read_bytes()
     for code in ('utf-16',) if content[:2] in (b'\xff\xfe', b'\xfe\xff') else ('utf-8-sig', 'cp1252', 'latin-1'):
         with contextlib.suppress(UnicodeDecodeError):
             return re.split('\r\n|\r|\n', content.decode(code))  # splitlines() knows other ends
@@ -637,25 +625,26 @@ def by_tail(names):
     """{end of a path, of whole folders and without extension: the names that end so}."""
     found = {}
     for name in names:
-        folders = plain(name).split('/')
-        for first in range(len(folders)):
-            found.setdefault('/'.join(folders[first:]), []).append(name)
+        tail = plain(name)
+        while tail:
+            found.setdefault(tail, []).append(name)
+            tail = tail.partition('/')[2]
     return found
 
 def read_table(raw, names, end, *columns):
     """{name: Sample} by the columns of file, class and, if there is a third, patient of a CSV file."""
     lines, ends, samples = read_lines(raw, end), by_tail(names), {}
-    reader = csv.DictReader(lines, delimiter=max(',;\t', key=(lines or [''])[0].count))  # Excel may write semicolons
-    head = reader.fieldnames or []
+    table = csv.DictReader(lines, delimiter=max(',;\t', key=lines[0].count))  # Excel may write semicolons
+    head = table.fieldnames or []
     columns = columns or head[:2]
     if len(columns) < 2 or not {*columns} <= {*head}:
         sys.exit(f'{end}: needs a column of files and one of classes, has {head}, no {", ".join({*columns} - {*head})}')
-    for row in reader:
+    for row in table:
         path, label, *patient = [(row[column] or '').strip() for column in columns]
-        for name in ends.get(plain(path), []) if label else []:
-            sample = Sample((name,), (), label, *patient)
-            if len(ends[plain(path)]) > 1 or samples.setdefault(name, sample) != sample:
-                sys.exit(f'{end}, line {reader.line_num}: {path} has another answer above, or is {ends[plain(path)]}')
+        found = ends.get(plain(path), []) if label else []
+        sample = Sample(tuple(found), (), label, *patient)
+        if len(found) > 1 or found and samples.setdefault(found[0], sample) != sample:
+            sys.exit(f'{end}, line {table.line_num}: {path} has another answer above, or is several of {found}')
     return samples
 
 def split(samples, raw, o):
@@ -666,90 +655,86 @@ def split(samples, raw, o):
     given = [part for part, rule in FOLDERS.items() if any(find(rule, name) for name in samples)]
     if not o.split and 'train' in given and len(given) > 1:
         rules = FOLDERS if 'test' in given else FOLDERS | {'train': '70', 'test': '30'}  # a test split there must be
-    print(f'{raw}: split by', ', '.join(f'{rule or "nothing"} ({part})' for part, rule in rules.items()),
-          '(numbers: drawn by these shares)')
-    shares = [int(rule) if rule.isdigit() else 0 for rule in rules.values()]
-    parts, others, groups, ends = {}, {}, {}, by_tail(samples)
+    print(f'{raw}: split by {rules} (numbers: drawn by these shares)')
+    parts, ends = {}, by_tail(samples)
     for part, rule in rules.items():
-        chosen = [name for name, sample in samples.items() if not rule.isdigit()
-                  and any(find(rule, path) for path in (name, *filter(None, sample.masks)))]
         if rule.endswith('.txt'):
             chosen = [name for line in read_lines(raw, rule) for name in ends.get(plain(line), [])]
+        else:
+            chosen = [name for name, sample in samples.items() if not rule.isdigit()
+                      and any(find(rule, path) for path in (name, *filter(None, sample.masks)))]
         parts = dict.fromkeys(chosen, part) | parts  # the first rule decides
-    for name, sample in samples.items():
-        if name not in parts:
-            others.setdefault(sample.patient, []).append(name)
+    shares = [int(rule) if rule.isdigit() else 0 for rule in rules.values()]
+    others = [name for name in samples if name not in parts]
     if others and not sum(shares):
-        sys.exit(f'{raw}/{min(others.values())[0]}: no rule of --split takes it; give shares, as 8 1 1, or --skip it')
-    for patient, names in others.items():
-        groups.setdefault(samples[names[0]].label, []).append(patient)
-    rng = np.random.default_rng(o.seed)
-    for _, group in sorted(groups.items()):
+        sys.exit(f'{raw}/{others[0]}: no rule of --split takes it; give shares, as 8 1 1, or --skip it')
+    labels, sides, rng = {}, {}, np.random.default_rng(o.seed)
+    for name in others:
+        labels.setdefault(samples[name].patient, samples[name].label)
+    for label in sorted({*labels.values()}):
+        group = [patient for patient in labels if labels[patient] == label]
         most = len(group) - (shares[0] > 0)
         test = min(-(-len(group) * shares[2] // sum(shares)), most)
         val = min(len(group) * shares[1] // sum(shares), most - test)
         for part, drawn in zip(('test', 'val', 'train'), np.split(rng.permutation(group), (test, test + val))):
-            parts |= {name: part for patient in drawn for name in others[patient]}
-    sides = Counter(patient for patient, _ in {(samples[name].patient, part) for name, part in parts.items()})
-    if both := sorted(patient for patient in sides if sides[patient] > 1):
+            sides |= dict.fromkeys(drawn.tolist(), part)
+    parts |= {name: sides[samples[name].patient] for name in others}
+    times = Counter(patient for patient, _ in {(samples[name].patient, part) for name, part in parts.items()})
+    if both := sorted(patient for patient in times if times[patient] > 1):
         print(f'warning: {len(both)} patients are in more than one split: {", ".join(both[:9])}', file=sys.stderr)
     return {part: sorted(name for name in parts if parts[name] == part) for part in rules}
 
-def read_masks(path, shape, o, affine):
-    """All masks (H, W) or (H, W, 3) of a file, and whether it is lossy. A palette gives numbers, unless --values name
-    colours; polygons become one mask of the shape of the image."""
+def read_masks(path, values, shape, affine):
+    """What `classify` makes of each mask of a file. A palette gives numbers, unless the values are colours; polygons
+    become one mask of the shape of the image."""
     if path.suffix == '.txt':
         canvas = Image.new('L', shape[1::-1])
         for _, corners in polygons(path):
             ImageDraw.Draw(canvas).polygon([tuple(corner) for corner in corners * canvas.size], 1)
-        return [np.asarray(canvas)], False
-    lossy = False
+        return [classify(np.asarray(canvas), values)]
+    masks, lossy = [mask for volume in read(path, affine=affine) for mask in volume], False
     if path.name.lower().endswith(PICTURES):
         with Image.open(path) as image:
             lossy = image.format in ('JPEG', 'MPO') or image.info.get('compression') == 'jpeg'
-            if image.mode in ('LA', 'RGBA') and all(low == high for low, high in image.getextrema()[:-1]):
-                return [np.asarray(ImageOps.exif_transpose(image))[..., -1]], False  # of one colour: its opacity
-            if (image.mode == 'P' and '#' not in ''.join(o.values)
-                    and np.ptp(np.reshape(image.getpalette(), (-1, 3)), 1).any()):
-                return [np.asarray(ImageOps.exif_transpose(image))], False
-    return [mask for volume in read(path, affine=affine) for mask in volume], lossy
+            palette = image.mode == 'P' and np.ptp(np.reshape(image.getpalette(), (-1, 3)), 1).any()
+            if palette and '#' not in ''.join(values):
+                masks = [np.asarray(image)]
+            if image.mode in ('LA', 'RGBA'):  # what is transparent shows nothing
+                masks = [(masks[0].T * (np.asarray(image)[..., -1].T > 127)).T]
+    return [classify(mask, values, lossy) for mask in masks]
 
-def number_of(value):
-    """The number that stands for a value of --values: of a colour (#rrggbb) that is not grey 0x1rrggbb."""
-    if value[0] != '#':
-        return float(value)
-    colour = int(value[1:], 16)
-    return colour & 255 if colour % 0x010101 == 0 else colour + 0x1000000
-
-def classify(mask, o, lossy=False):
-    """Mask (H, W) or (H, W, 3) as classes uint8 (H, W) by --values, and the values that only * names. A class may have
-    several (420+421, #ff0000) or all others (*); what stands after the last class is not scored, nor is 255, unless it
-    is given a class. NaN and infinity are 0. In a lossy file the nearest of those named counts, where * is white."""
+def classify(mask, values, lossy=False):
+    """Mask (H, W) or (H, W, 3) -> (uint8 (H, W): the place in `values` that names each pixel, what only * names). An
+    entry may be several values (420+421, #ff0000) or all others (*). 255 is not scored and stays, unless it is named.
+    NaN and infinity are 0. In a lossy file the nearest of the values named counts, where * is white."""
+    colours = '#' in ''.join(values)
+    grey = 0x010101 if colours else 1  # colours are numbers 0xrrggbb
     table, rest = {}, None
-    for number, entry in enumerate(o.values or map(str, range(len(o.classes)))):
-        number = number if number < len(o.classes) else 255
+    for number, entry in enumerate(values):
         rest = number if '*' in entry else rest
-        table |= {number_of(value): number for value in entry.split('+') if value not in ('', '*')}
-    if rest is None:
-        table.setdefault(255, 255)
+        for value in re.findall(r'[^+*]+', entry):
+            table[int(value[1:], 16) if value[0] == '#' else float(value) * grey] = number
+    mask = np.nan_to_num(mask, posinf=0, neginf=0)
     if mask.ndim == 3:
-        packed = mask.astype(np.int32) @ np.int32((0x010000, 0x000100, 1))
-        mask = np.where(np.ptp(mask, 2) > 0, packed + 0x1000000, mask[..., 0])
-    values, place = np.unique(np.nan_to_num(mask, posinf=0, neginf=0), return_inverse=True)
-    if lossy and o.values:
-        known = np.array([*table, *[255] * (rest is not None)])
-        red_green_blue = [np.where(n > 0xffffff, n, n * 0x010101)[:, None] >> (16, 8, 0) & 255
-                          for n in (np.int64(values), np.int64(known))]
-        distance = ((red_green_blue[0][:, None] - red_green_blue[1]) ** 2).sum(2)
-        if distance.min(1).max() > 3 * 128 ** 2:
-            raise ValueError('it has other colours than --values name')
-        values = known[distance.argmin(1)]
-    others = {*values.tolist()} - {*table}
-    if others and (rest is None or len(others) > 1 and max(others) > 0xffffff):  # * is not for several colours
-        names = [f'#{value - 0x1000000:06x}' if value > 0xffffff else f'{value:g}' for value in sorted(others)[:9]]
-        raise ValueError(f'values or colours {", ".join(names)}, while --classes and --values know {[*table]}')
-    numbers = np.uint8([table.get(value, rest) for value in values.tolist()])
-    return numbers[place].reshape(mask.shape), others
+        packed = mask @ np.int32((0x010000, 0x000100, 1))
+        if not colours and np.ptp(mask, 2).any() and len(np.unique(packed[packed > 0])) > 1:
+            raise ValueError('it has several colours; name them in --values, as #ff0000')
+        mask = packed if colours else mask.max(2)
+    elif colours:
+        mask = mask * float(grey)
+    found, place = np.unique(mask, return_inverse=True)
+    if lossy:
+        known = np.unique([*table, 255])
+        if colours or np.diff(known).min() < 32:
+            raise ValueError('it is lossy, which blurs colours and values near each other; save it as PNG')
+        found = known[abs(found[:, None] - known).argmin(1)]
+    if rest is None:
+        table.setdefault(255 * grey, 255)
+    others = {*found.tolist()} - {*table}
+    if others and rest is None:
+        names = ', '.join(f'#{int(value):06x}' if colours else f'{value:g}' for value in sorted(others)[:9])
+        raise ValueError(f'values or colours {names}, which --values {" ".join(values)} does not name')
+    return np.uint8([table.get(value, rest) for value in found.tolist()])[place].reshape(mask.shape), others
 
 def fill(outline):
     """bool (H, W) of a closed convex outline -> with its inside: what has outline on both sides in a row or column."""
@@ -757,52 +742,44 @@ def fill(outline):
     rows, columns = (run(outline, axis) & np.flip(run(np.flip(outline, axis), axis), axis) for axis in (0, 1))
     return rows | columns
 
-def turn_of(path):  # EXIF's, of a picture
-    if not path.name.lower().endswith(PICTURES):
-        return 1
-    with Image.open(path) as image:
-        check_size(image)
-        return image.getexif().get(0x0112, 1)
-
 def common_affine(image, mask):
     """Affine of a NIfTI image, by which its mask is cut too. ValueError where they are not on one grid, within half a
-    voxel, or where EXIF turns one of two pictures."""
-    if has_affine(image) != has_affine(mask):
-        raise ValueError('only one of them says how it lies; save both as NIfTI')
-    if has_affine(image):
+    voxel, or where EXIF turns one of them."""
+    for path in (image, mask):
+        if path.name.lower().endswith(PICTURES):
+            with Image.open(path) as picture:
+                check_size(picture)
+                if picture.getexif().get(0x0112, 1) != 1:
+                    raise ValueError(f'EXIF turns {path}; save both without this tag')
+    if has_affine(image) or has_affine(mask):
         (one, A), (other, B) = (((*file.shape, 1)[:4], file.affine) for file in map(nib.load, (image, mask)))
         drift = np.abs(A - B) @ (*one[:3], 1)  # at most, of any corner, mm
         if one != other or drift.max() > nib.affines.voxel_sizes(A).min() / 2:
             raise ValueError(f'their grids differ: {one} and {other}, {A.round(3).tolist()} and {B.round(3).tolist()}')
         return A
-    if turn_of(image) != turn_of(mask):
-        raise ValueError('EXIF turns the image and not the mask, or the reverse; save both without this tag')
 
-def labelled(path, frames, masks, label, o):
+def labelled(path, raw, sample, o):
     """In a worker: yield (pixels uint8 (S, S, c), mask uint8 (S, S) or number of the class, values that only * names)
     for each image of a file, or of several frames."""
     try:
         with tempfile.TemporaryDirectory() as new:
-            files = series(path, new) if path.is_dir() else frames
+            files = series(path, new) if path.is_dir() else [raw / frame for frame in sample.frames]
             images = [[image for array in read(file) for image in normalize(array, o.modality)] for file in files]
             images = [np.minimum.reduce(same) for same in zip(*images, strict=True)] if o.frames else sum(images, [])
-            layers = [read_masks(mask, images[0].shape, o, common_affine(files[0], mask)) if mask
-                      else ([None] * len(images), False) for mask in masks]
-        for image, *found in zip(images, *(layer for layer, _ in layers), strict=True):
-            if strange := [mask.shape for mask in found if mask is not None and mask.shape[:2] != image.shape[:2]]:
-                raise ValueError(f'a mask of {strange[0]} for an image of {image.shape}')
-            mask, others = np.zeros(image.shape[:2], np.uint8), ()
-            if len(masks) == 1:
-                mask, others = classify(found[0], o, layers[0][1])
-                mask = np.uint8(fill(mask > 0)) if o.outline else mask
-            for number, layer in enumerate(found if len(masks) > 1 else (), 1):  # one a class, painted in their order
-                if layer is not None:
-                    mask[(layer.max(2) if layer.ndim == 3 else layer) > 127 * layers[number - 1][1]] = number
+            layers = {number: read_masks(raw / mask, o.values, images[0].shape, common_affine(files[0], raw / mask))
+                      for number, mask in enumerate(sample.masks, 1) if mask}
+        for image, *found in zip(images, *layers.values(), strict=True):
+            mask, others = np.zeros(image.shape[:2], np.uint8), set()
+            for number, (layer, more) in zip(layers, found):
+                layer = np.uint8(fill(layer > 0)) if o.outline else layer
+                mask[layer > 0] = number * layer[layer > 0]
+                others |= more
+            mask[mask >= len(o.classes)] = 255  # values after those of the classes are not scored
             square = np.asarray(Image.fromarray(mask).resize((o.size, o.size), Image.Resampling.NEAREST))
-            yield resize(image, o.size), square if masks else o.classes.index(label), others
+            yield resize(image, o.size), square if sample.masks else o.classes.index(sample.label), others
     except Exception as error:  # decoders fail in every way there is
-        answer = label or ', '.join(str(mask) for mask in masks if mask)
-        sys.exit(f'{path}: cannot be used with {answer} ({type(error).__name__}: {error}); mend or remove them')
+        error = f'{type(error).__name__}: {error}'
+        sys.exit(f'{path}: cannot be used with {sample.label or sample.masks} ({error}); mend or remove them')
 
 def prepare_task(raw, folder, o, pool):
     """Write the labelled images below RAW to `folder`: {train,val,test}/images.npy and masks.npy or labels.npy,
@@ -812,55 +789,48 @@ def prepare_task(raw, folder, o, pool):
     samples = find_samples(raw, o)
     kinds = sorted({sample.label for sample in samples.values() if not sample.masks})
     o.classes = o.classes or kinds or (o.values if len(o.values) > 2 else ('background', 'foreground'))
-    if len(o.classes) < 2:
-        sys.exit(f'{raw}: {o.classes[0]} is the only class, so there is nothing to learn; give --masks or --labels')
-    kind, *form = ('labels', (), np.int64) if kinds else ('masks', (o.size, o.size))
+    if len(o.masks) > 1 and len(o.classes) != len(o.masks) + 1:
+        sys.exit(f'--classes {" ".join(o.classes)}: must name the background and then a class for each of --masks')
+    # A mask of one class shows it or not.
+    o.values = ('0', '*') if len(o.masks) > 1 else o.values or [*map(str, range(len(o.classes)))]
+    kind, dtype, *sides = ('labels', np.int64) if kinds else ('masks', np.uint8, o.size, o.size)
     splits = split(samples, raw, o)
     shown, counts, holders, others = {part: Counter() for part in splits}, {}, {}, set()
     with whole(folder, pool) as part:
         for name, chosen in splits.items():
             (part / name).mkdir()
-            calls = [(raw / path, [raw / frame for frame in samples[path].frames],
-                      [mask and raw / mask for mask in samples[path].masks], samples[path].label, o) for path in chosen]
+            calls = [(raw / path, raw, samples[path], o) for path in chosen]
             spilled = [*in_order(pool, o.workers, part, labelled, calls, name)]
+            channels = [pixels.shape[2] for path in spilled for pixels, *_ in items(path)]
+            counts[name] = len(channels)
             # Grey images have three channels where others are in colour.
-            channels = max((pixels.shape[2] for path in spilled for pixels, *_ in items(path)), default=1)
-            images = Stack(part / name / 'images.npy', (o.size, o.size, channels))
-            answers = Stack(part / name / f'{kind}.npy', *form)
+            shape = len(channels), o.size, o.size, max(channels, default=1)
+            images = np.lib.format.open_memmap(part / name / 'images.npy', 'w+', np.uint8, shape)
+            answers = np.lib.format.open_memmap(part / name / f'{kind}.npy', 'w+', dtype, (len(channels), *sides))
+            for n, (pixels, answer, values) in enumerate(item for path in spilled for item in items(path)):
+                images[n], answers[n] = pixels, answer
+                shown[name].update(np.unique(answer).tolist())
+                others |= values
+                if np.ptp(pixels):  # black slices are alike
+                    holders.setdefault(hash(pixels.tobytes()), set()).add(name)
             for path in spilled:
-                for pixels, answer, values in items(path):
-                    images.append(pixels)
-                    answers.append(answer)
-                    shown[name].update(np.unique(answer).tolist())
-                    others.update(values)
-                    if np.ptp(pixels):  # black slices are alike
-                        holders.setdefault(hash(pixels.tobytes()), set()).add(name)
                 path.unlink()
-            images.close()
-            answers.close()
-            counts[name] = images.count
         meta = {'kind': 'classification' if kinds else 'segmentation', 'classes': o.classes, 'modality': o.modality,
                 'size': o.size, 'counts': counts}
         (part / 'split.json').write_text(json.dumps(splits, indent=1))
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
-        missing = [name for number, name in enumerate(o.classes) if not any(seen[number] for seen in shown.values())]
-        unseen = {number for number in shown['test'] if number != 255} - {*shown['train']}
-        if len(missing) > len(o.classes) - 2:
-            sys.exit(f'{raw}: no image shows {", ".join(missing)}; mend --classes or --values (255 counts where named)')
-        if not counts['train'] or not counts['test']:
-            sys.exit(f'{raw}: the train or test split is empty; mend --split')
-        if unseen:
-            names = ', '.join(o.classes[number] for number in unseen)
-            sys.exit(f'{raw}: no training image shows {names}, but a test image does; mend --split')
+        print(f'{"images that show":<26}' + ''.join(f'{part:>8}' for part in shown))
+        for number, name in enumerate(o.classes):
+            print(f'{name:<26}' + ''.join(f'{seen[number]:>8}' for seen in shown.values()))
+        unseen = [name for number, name in enumerate(o.classes) if not shown['train'][number]]
+        if not shown['test'] or {*shown['test']} - {*shown['train'], 255} or len(o.classes) - len(unseen) < 2:
+            sys.exit(f'{raw}: training must show two classes and all of the test images, but no training image shows '
+                     f'{", ".join(unseen) or "more"}; mend --classes, --values (255 counts where named) or --split')
     for parts, times in Counter(' and '.join(sorted(parts)) for parts in holders.values() if len(parts) > 1).items():
         print(f'warning: {times} images are the same in {parts}', file=sys.stderr)
     if len(others) > 3:
         print(f'note: the * of --values stands for {sorted(others)[:20]}')
-    print(f'{"images that show":<26}' + ''.join(f'{part:>8}' for part in shown))
-    for number, name in enumerate(o.classes):
-        print(f'{name:<26}' + ''.join(f'{seen[number]:>8}' for seen in shown.values()))
-    paper = f', in the paper {TASKS[o.task].count}' if o.task in TASKS else ''
-    print(f'{folder}: {meta["kind"]} into {", ".join(o.classes)}; images: {counts}{paper}')
+    print(f'{folder}: {meta["kind"]} into {", ".join(o.classes)}; images: {counts}')
 
 # --- the command -----------------------------------------------------------------------------------------------------
 

@@ -495,13 +495,20 @@ def test_lossy_masks_keep_their_area(raw, name, form, values):
     good, text = right_or_refused(raw, blob(), '--values', '0', values, share=0.03)
     assert good and (raw.parent / 'out').exists(), text
 
+@each('mask, values', [(255 * blob(), ()), (255 * blob(), ('0', '1')), (COLOURS[REGIONS], NAMED)])
+def test_lossy_masks_of_near_values_or_colours_are_refused(raw, mask, values):
+    pairs(raw, mask, '{}.jpg', quality=95)
+    options = ('--classes', *'012'[:len(values)], '--values', *values) * bool(values)
+    refused(raw, *options, tells=(r'masks/\d.jpg', 'lossy.*PNG'))
+
 def opacity(colour, channels):
     return np.dstack([np.full((S, S, channels - 1), colour, np.uint8), 255 * blob()])
 
 @each('mask, right, values, more', [
-    (opacity(255, 4), blob(), '0*', {}), (opacity(0, 4), blob(), '0*', {}), (opacity(255, 2), blob(), '0*', {}),
+    (opacity(255, 4), blob(), '0*', {}), (opacity(255, 2), blob(), '0*', {}),
+    (opacity((255, 0, 0), 4), blob(), ('#000000', '#ff0000'), {}),
     (PALETTE, REGIONS, NAMED, {}), (COLOURS[REGIONS], REGIONS, NAMED, dict(format='JPEG', quality=95, subsampling=0))],
-    ids=['alpha', 'black alpha', 'grey alpha', 'palette', 'lossy'])
+    ids=['alpha', 'grey alpha', 'red alpha', 'palette', 'lossy'])
 def test_masks_in_other_channels_are_right_or_refused(raw, mask, right, values, more):
     pairs(raw, blob())
     for n in range(2):

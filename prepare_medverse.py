@@ -46,8 +46,7 @@ from tqdm import tqdm
 
 MODALITIES = ('CT', 'PET', 'MR', 'X-ray', 'Ultrasound', 'Fundus', 'OCT', 'Pathology', 'Endoscope', 'Photo')
 RULES = {  # for what is not 8 bits: values that become 0 and 255, or percentiles; least share above 0.02; in words
-    'CT': ((-200, 400), (), 0.05,
-           'HU clipped to [-200, 400], also where 32768 was added; of what else is unsigned, minimum..maximum'),
+    'CT': ((-200, 400), (), 0.05, 'HU, or HU + 32768, clipped to [-200, 400]; else of unsigned, minimum..maximum'),
     'MR': ((), (1, 99), 0.05, '1st..99th percentile'),
     'PET': ((), (1, 99), 0.01, '1st..99th percentile; SUV in [0, 20] where the path has suv'),  # its z-score cancels
     'SUV': ((0, 20), (), 0.01, 'SUV in [0, 20]'),  # PET in standardized uptake values
@@ -55,11 +54,12 @@ RULES = {  # for what is not 8 bits: values that become 0 and 255, or percentile
 PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm')
 VIDEOS, NIFTI = ('.avi', '.mp4'), ('.nii.gz', '.nii')
 IMAGES = (*PICTURES, *VIDEOS, *NIFTI, '.npy', '.img')
-FOLDERS = {'train': '(^|/)train(ing)?/', 'val': '(^|/)val(id|idation)?/', 'test': '(^|/)test(ing)?/'}  # official splits
+FOLDERS = {  # of official splits, as train, Training Set, test_images
+    part: rf'(^|/)({names})([ _-]?(set|data|images?))?/'
+    for part, names in (('train', 'train(ing)?'), ('val', 'val(id(ation)?)?'), ('test', 'test(ing)?'))}
 REASONS = ('corrupt', 'small', 'blank', 'duplicate', 'other')
 SHARD = 256 << 20  # bytes of a full shard
-LARGEST = 200_000_000  # pixels of a picture, up to 1.4 GB; a file of few bytes can claim any number
-Image.MAX_IMAGE_PIXELS = None  # so that LARGEST decides
+Image.MAX_IMAGE_PIXELS = 100_000_000  # a file of few bytes can claim any number; Pillow refuses twice as many as this
 
 @dataclass
 class Options:
@@ -91,8 +91,7 @@ def boolean(text):
 
 def parse_options(defaults, words=None):
     """The dataclass instance `defaults` with what the command line, or `words`, changes: --name value, --name=value,
-    --flag, --flag false. An option's help is the comment beside its field. Errors are one line, without the usage; a
-    number that is negative, infinite or none at all is one, unless it is so by default."""
+    --flag, --flag false. An option's help is the comment beside its field; an error is one line."""
     cls = type(defaults)
     comments = dict(re.findall(r'^    (\w+): .*?  # (.*)$', inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(description=inspect.getmodule(cls).__doc__, usage=argparse.SUPPRESS,
@@ -228,8 +227,7 @@ slsc-c | Photo | 7 skin diseases | 6675 1911 964 | open | huggingface.co/dataset
 def find(rule, name):  # a match of a rule in a path, or nothing
     return rule and re.search(rule, name, re.IGNORECASE | re.DOTALL)
 
-def by_groups(names, rule):
-    """{what the groups of the rule find: the names}; of a rule without groups a name stands for itself."""
+def by_groups(names, rule):  # {what its groups find: the names}; of a rule without groups a name stands for itself
     found = {}
     for name in names:
         if match := find(rule, name):
@@ -303,16 +301,11 @@ def has_affine(path):  # as NIfTI and Analyze; .img without .hdr is a film of JS
     pair = any(path.with_suffix(suffix).exists() for suffix in ('.hdr', '.HDR'))
     return path.name.lower().endswith((*NIFTI, '.img')[:2 + pair])
 
-def check_size(image):
-    if image.width * image.height > LARGEST:
-        raise ValueError(f'{image.width} x {image.height} px are more than {LARGEST:,}')
-
 def read_pages(path, draft):
     """`read` of a picture; its pages of more than 8 bits become one array, which gets one window."""
     pages = []
     with Image.open(path) as image:
         for page in [image] if image.format == 'MPO' else ImageSequence.Iterator(image):  # whose others are previews
-            check_size(page)
             deep = page.mode[0] in 'IF'  # all modes but I;16, I and F have 8 bits
             tags = getattr(page, 'tag_v2', {})  # of TIFF
             number = tags.get(339, (1,))[0], tags.get(258, (1,))[0]  # unsigned 1, signed 2; bits
@@ -363,8 +356,7 @@ def resize(image, size):
     pixels = np.ascontiguousarray(image).reshape(size, size, -1)
     return pixels[..., :1] if (pixels == pixels[..., :1]).all() else pixels
 
-def decode_video(path, size):
-    """Yield every 30th frame (C.1.1) of a video as uint8 (1, S, S, 3), while ffmpeg decodes it from start to end."""
+def decode_video(path, size):  # yield every 30th frame (C.1.1) as uint8 (1, S, S, 3), while ffmpeg decodes it
     command = ['ffmpeg', '-v', 'fatal', '-i', path, '-vf', f'framestep=30,scale={size}:{size}:flags=bicubic',
                '-fps_mode', 'passthrough', '-f', 'rawvideo', '-pix_fmt', 'rgb24', '-']
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
@@ -376,8 +368,7 @@ def decode_video(path, size):
 # What becomes of an image: pixels uint8 (S, S, c), or why it is dropped. picture: neither slice nor frame of a video.
 Item = namedtuple('Item', 'pixels picture reason detail', defaults=(False, '', ''))
 
-def slices(path, modality, size, min_side):
-    """In a worker: yield an Item for each image of a file, one alone for an unusable file."""
+def slices(path, modality, size, min_side):  # in a worker: yield an Item for each image, one for an unusable file
     film, count = path.name.lower().endswith(VIDEOS), 0
     try:
         for array in decode_video(path, size) if film else read(path, draft=max(2 * size, min_side)):
@@ -428,8 +419,8 @@ def in_order(pool, workers, folder, work, calls, title):
     """Yield the file of what work(path, ...) yields for each of the calls (path, ...); two a worker are under way."""
     jobs = deque()
     for done in tqdm(range(len(calls)), title, unit='file'):
-        jobs.extend(pool.submit(spill, folder, work, *call) for call in calls[done + len(jobs):done + 2 * workers])
         try:
+            jobs.extend(pool.submit(spill, folder, work, *call) for call in calls[done + len(jobs):done + 2 * workers])
             yield jobs.popleft().result()
         except BrokenProcessPool:
             names = ', '.join(str(path) for path, *_ in calls[done:done + workers])
@@ -541,8 +532,7 @@ def find_sources(raw, o):
         sys.exit(f'{", ".join(twice)}: have the same name; rename or move one of them')
     return found
 
-def list_tables(raw):
-    """Print the rows of Tables 2 and 3: whether they lie below RAW, how to get them, whose layout is not confirmed."""
+def list_tables(raw):  # of Tables 2 and 3: what lies below RAW, how to get it, whose layout is not confirmed
     print(f'{"name":<26}{"modality":<12}{"content":<26}{"in the paper":>17}  {"":<7}access, link')
     for row in (*SOURCES, *TASKS.values()):
         access, found = row.access.replace('?', ' (layout unsure)'), 'found' if home_of(row, raw) else '-'
@@ -601,8 +591,7 @@ def pair(raw, images, layers, o):
             yield frames[0], Sample(tuple(frames), tuple(found[0] if found else None for found in masks))
 
 def polygons(path):
-    """Yield (class, corners (n, 2) in shares of the sides) of lines `class x1 y1 x2 y2 ...`; two pairs are centre
-    and sides of a box."""
+    """Yield (class, corners (n, 2) in shares of the sides) of lines `class x1 y1 ...`; two pairs: centre and sides."""
     for kind, *numbers in map(str.split, path.read_text().splitlines()):
         corners = np.reshape(numbers, (-1, 2)).astype(float)
         if len(corners) == 2:
@@ -736,8 +725,7 @@ def classify(mask, values, lossy=False):
         raise ValueError(f'values or colours {names}, which --values {" ".join(values)} does not name')
     return np.uint8([table.get(value, rest) for value in found.tolist()])[place].reshape(mask.shape), others
 
-def fill(outline):
-    """bool (H, W) of a closed convex outline -> with its inside: what has outline on both sides in a row or column."""
+def fill(outline):  # bool (H, W), closed and convex, with its inside: outline on both sides in a row or column
     run = np.logical_or.accumulate
     rows, columns = (run(outline, axis) & np.flip(run(np.flip(outline, axis), axis), axis) for axis in (0, 1))
     return rows | columns
@@ -748,7 +736,6 @@ def common_affine(image, mask):
     for path in (image, mask):
         if path.name.lower().endswith(PICTURES):
             with Image.open(path) as picture:
-                check_size(picture)
                 if picture.getexif().get(0x0112, 1) != 1:
                     raise ValueError(f'EXIF turns {path}; save both without this tag')
     if has_affine(image) or has_affine(mask):
@@ -782,8 +769,7 @@ def labelled(path, raw, sample, o):
         sys.exit(f'{path}: cannot be used with {sample.label or sample.masks} ({error}); mend or remove them')
 
 def prepare_task(raw, folder, o, pool):
-    """Write the labelled images below RAW to `folder`: {train,val,test}/images.npy and masks.npy or labels.npy,
-    meta.json, and split.json with the files of each split."""
+    """Write the labelled images below RAW to `folder` as data.Task reads them, and split.json with their files."""
     if folder.exists():
         sys.exit(f'{folder}: this task is prepared; delete it to prepare it again, or choose another --out')
     samples = find_samples(raw, o)
@@ -791,7 +777,6 @@ def prepare_task(raw, folder, o, pool):
     o.classes = o.classes or kinds or (o.values if len(o.values) > 2 else ('background', 'foreground'))
     if len(o.masks) > 1 and len(o.classes) != len(o.masks) + 1:
         sys.exit(f'--classes {" ".join(o.classes)}: must name the background and then a class for each of --masks')
-    # A mask of one class shows it or not.
     o.values = ('0', '*') if len(o.masks) > 1 else o.values or [*map(str, range(len(o.classes)))]
     kind, dtype, *sides = ('labels', np.int64) if kinds else ('masks', np.uint8, o.size, o.size)
     splits = split(samples, raw, o)
@@ -803,8 +788,9 @@ def prepare_task(raw, folder, o, pool):
             spilled = [*in_order(pool, o.workers, part, labelled, calls, name)]
             channels = [pixels.shape[2] for path in spilled for pixels, *_ in items(path)]
             counts[name] = len(channels)
-            # Grey images have three channels where others are in colour.
-            shape = len(channels), o.size, o.size, max(channels, default=1)
+            shape = len(channels), o.size, o.size, max(channels, default=1)  # grey has three where others are in colour
+            if shutil.disk_usage(part).free < 2 * np.prod(shape):  # writing to a map of a full disk kills the program
+                raise OSError(28, 'No space left on device')
             images = np.lib.format.open_memmap(part / name / 'images.npy', 'w+', np.uint8, shape)
             answers = np.lib.format.open_memmap(part / name / f'{kind}.npy', 'w+', dtype, (len(channels), *sides))
             for n, (pixels, answer, values) in enumerate(item for path in spilled for item in items(path)):

@@ -1,0 +1,127 @@
+#!/bin/bash
+# The experiments of the README, on a laptop's CPU: what experts and director bring, and when.
+#
+#     bash tests/experiments.sh REAL                 everything: some hours on two cores
+#     bash tests/experiments.sh REAL ablation        one part alone
+#     SEEDS=0 bash tests/experiments.sh REAL         one seed; other seeds at the same time in other shells
+#
+# REAL holds pretrain/<Modality>/<source> and tasks/{HC18,COVID-CXR-3class,EyeDisease-4class}, as they are downloaded.
+# What is finished is left as it is, so the script may be stopped at any moment and started again. Tables come from
+#
+#     python tests/report.py out/tune/*              scores, mean and deviation over seeds
+#     python tests/scaling.py out/tune/*             scaling.png
+#
+# Pretraining's networks: `mae` is the plain masked autoencoder, `experts` has experts without the alignment loss, `dex`
+# all; `mae138` is the masked autoencoder with the computing of DEX, 1.38 times the steps. ph- are the same on phantoms.
+set -e
+cd "$(dirname "$0")/.."
+real=${1:?where are the real images? give the folder that holds pretrain and tasks}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+seeds=${SEEDS:-0 1 2}
+
+task() {        # name options...: prepare a labelled task; it lies in data/ only when it is whole
+    [ -e data/$1 ] || python prepare_medverse.py --task "$@"
+}
+
+prepare() {
+    if [ ! -e data/phantoms-64/done ]; then
+        python prepare_medverse.py --raw "$real/pretrain" --out data/real --size 128
+        python tests/phantoms.py --out data/phantoms-64 --size 64
+        touch data/phantoms-64/done
+    fi
+    task covid-cxr --raw "$real/tasks/COVID-CXR-3class" --size 128
+    task eye-disease --raw "$real/tasks/EyeDisease-4class" --size 128 --patient '\d+_'
+    task hc18 --raw "$real/tasks/HC18" --size 128 --images '(.*)\.png' --masks '(.*)_Annotation' \
+        --classes background head --values 0 255 --outline
+    for name in phantom-organs phantom-vessels; do
+        [ -e data/$name ] || python tests/phantoms.py --task $name --out data/$name --size 64
+    done
+}
+
+train() {       # name seed steps options...: pretrain; where it is finished, this takes seconds
+    local name=$1 seed=$2 steps=$3
+    shift 3
+    python pretrain.py --model tiny --depth 4 --batch 64 --lr 8e-3 --steps $steps --seed $seed \
+        --out out/$seed/$name --resume "$@"
+}
+
+tune() {        # task network seed options...: fine-tune as --adapt says; else what is plain as the plain ViT it is
+    local task=$1 network=$2 seed=$3 from how
+    shift 3
+    from="--init out/$seed/$network/ckpt.pt"
+    [ $network = scratch ] && from='--init scratch --model tiny --depth 4'
+    [[ $network = scratch && $task = phantom* ]] && from+=' --patch 8'
+    [[ "$*" = *--adapt* || $network = *dex || $network = *experts ]] || set -- --adapt director "$@"
+    case $task in
+        covid-cxr | eye-disease) how='--lr 3e-4 --epochs 20' ;;
+        hc18) how='--lr 1e-3 --epochs 40' ;;
+        phantom-*) how='--lr 1e-3 --epochs 15' ;;
+    esac
+    local out=out/tune/$(echo $task $network $seed $* | tr -d - | tr ' ' _)
+    [ -e $out/results.json ] ||
+        python finetune.py --task $task $from $how --batch 8 --seed $seed --out $out --resume "$@"
+}
+
+pretrain() {
+    local on_real='--data data/real --size 128 --val_share 0.1'
+    local on_phantoms='--data data/phantoms-64 --size 64 --patch 8 --val_share 0.2'
+    for seed in $seeds; do
+        train mae $seed 500 $on_real --experts 0
+        train experts $seed 500 $on_real --co 0
+        train dex $seed 500 $on_real
+        train mae138 $seed 690 $on_real --experts 0
+        train ph-mae $seed 400 $on_phantoms --experts 0
+        train ph-experts $seed 400 $on_phantoms --co 0
+        train ph-dex $seed 400 $on_phantoms
+        train ph-mae138 $seed 552 $on_phantoms --experts 0
+    done
+}
+
+ablation() {    # Table 6; a plain network has a plain ViT to tune, one with experts all of them
+    for seed in $seeds; do
+        for network in scratch mae experts dex mae138; do
+            tune covid-cxr $network $seed
+            tune eye-disease $network $seed
+            tune hc18 $network $seed
+        done
+        for network in scratch ph-mae ph-experts ph-dex; do
+            tune phantom-organs $network $seed
+            tune phantom-vessels $network $seed
+        done
+    done
+}
+
+adapt() {       # Table 4, and whether it is pretraining or the network that is tuned which makes the difference
+    for seed in $seeds; do
+        for task in covid-cxr eye-disease; do
+            tune $task scratch $seed --adapt experts
+            tune $task mae $seed --adapt experts
+            tune $task dex $seed --adapt director
+        done
+    done
+}
+
+scaling() {     # Fig. 5
+    for seed in $seeds; do
+        for top_k in 1 4 8; do
+            tune eye-disease dex $seed --top_k $top_k
+        done
+        for fraction in 0.2 0.4 0.6 0.8; do
+            tune eye-disease dex $seed --fraction $fraction
+            tune eye-disease scratch $seed --adapt experts --fraction $fraction
+        done
+        for blocks in 0 1 2 3; do
+            tune eye-disease dex $seed --tune_blocks $blocks
+        done
+    done
+}
+
+modularity() {  # of networks pretrained on phantoms
+    python tests/modularity.py out/*/ph-*/ckpt.pt
+}
+
+prepare
+shift
+for part in ${@:-pretrain ablation adapt scaling modularity}; do
+    $part
+done

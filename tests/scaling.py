@@ -1,0 +1,44 @@
+"""Draw Fig. 5 from fine-tuned runs: the score against activated experts, share of the training images and tuned blocks.
+
+    python tests/scaling.py out/tune/*              writes scaling.png of the means, and prints their deviations over seeds
+
+Takes the runs that pretrain.py's checkpoints `dex` and, for the share of the images, `scratch` began, of one task.
+"""
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from pictures import draw_lines  # noqa: E402
+
+PANELS = dict(top_k='activated experts', fraction='share of the training images', tune_blocks='tuned blocks')
+
+def curves(runs, option, task):
+    """{name: [(x, mean, deviation)]} of the runs of a task that differ from the default in this option alone or in none."""
+    scores = defaultdict(lambda: defaultdict(list))     # of each pretraining, by the option's value, one a seed
+    for run in runs:
+        options, kind = run['options'], run['method'].split('-')
+        others = any(f'-{name}-' in run['method'] for name in PANELS if name != option)
+        if others or run['task'] != task or kind[1] != 'E' or kind[2] not in ('dex', 'scratch'):
+            continue
+        value = run['config']['top_k'] if option == 'top_k' else options[option]
+        value = run['config']['depth'] if value == -1 else value        # all blocks
+        score = run['scores'].get('dice') or run['scores']['f1']
+        scores['pretrained' if kind[2] == 'dex' else 'scratch'][value].append(score['mean'])
+    return {name: [(x, statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for x, v in sorted(found.items())]
+            for name, found in scores.items()}
+
+def main():
+    files = [Path(folder, 'results.json') for folder in sys.argv[1:]]
+    runs = [json.loads(file.read_text()) for file in files if file.exists()]
+    task = max((run['task'] for run in runs), key=[run['task'] for run in runs if '-top_k-' in run['method']].count)
+    panels = {f'{task}: {title}': curves(runs, option, task) for option, title in PANELS.items()}
+    draw_lines('scaling.png', {title: {name: [(x, y) for x, y, _ in points] for name, points in lines.items()}
+                               for title, lines in panels.items()})
+    for title, lines in panels.items():
+        for name, points in lines.items():
+            print(f'{title}, {name}:', ', '.join(f'{x:g}: {y:.3f} ± {bar:.3f}' for x, y, bar in points))
+
+if __name__ == '__main__':
+    main()

@@ -90,8 +90,7 @@ class Classifier(nn.Module):
         tokens, _, _ = self.vit(images)
         return self.head(tokens[:, 0] if self.pool == 'cls' else tokens[:, 1:].mean(1))
 
-def build(vit, meta, pool):
-    """The network of a task on a ViT: UNETR for segmentation, else a linear classifier."""
+def build(vit, meta, pool):     # the network of a task: UNETR for segmentation, else a linear classifier
     C = len(meta['classes'])
     return UNETR(vit, C) if meta['kind'] == 'segmentation' else Classifier(vit, C, pool)
 
@@ -182,8 +181,7 @@ def infer(net, images, shape):
     return F.interpolate(logits, size=shape, mode='bilinear') if logits.dim() == 4 else logits
 
 @torch.no_grad()
-def evaluate(net, task, split, batch, device, autocast):
-    """Scores of a split, and the confusions (n, C, C) of its images, from which they come."""
+def evaluate(net, task, split, batch, device, autocast):    # scores of a split, and its images' confusions (n, C, C)
     count, tables = len(task.answers[split]), []
     pieces = np.array_split(np.arange(count), math.ceil(count / batch))
     for images, truth in data.prefetch(lambda piece: task.gather(split, piece), pieces):
@@ -201,7 +199,7 @@ def train(o):
     folder = Path(o.data, o.task)
     if o.task.startswith('phantom-') and not folder.exists():
         simulate(folder, '--task', o.task, '--size', '64')
-    task, files = data.Task(folder), folder / 'split.json'
+    task = data.Task(folder)
     torch.manual_seed(o.seed)
     vit, source = encoder(o, o.size or task.meta['size'])
     config, model = vit.config, build(vit, task.meta, o.pool).to(device)
@@ -216,12 +214,13 @@ def train(o):
     counts = {split: len(answers) for split, answers in task.answers.items()}
     images = np.random.default_rng(o.seed).permutation(counts['train'])[:max(1, round(o.fraction * counts['train']))]
     counts['train'] = len(images)
-    content = task.answers['test'].tobytes() + (files.read_bytes() if files.exists() else b'')
+    content = [answers.tobytes() for answers in task.answers.values()]
+    content += [path.read_bytes() for path in sorted(folder.glob('*.json'))]        # meta.json, split.json
     epoch_steps = math.ceil(len(images) / o.batch)
     steps = o.steps or o.epochs * epoch_steps
     warmup = max(1, min(round(o.warmup_epochs * epoch_steps), steps // 2))
-    about = dict(task=o.task, classes=task.classes, counts=counts, split=hashlib.sha256(content).hexdigest(), **source,
-                 seed=o.seed, steps=steps, batch=o.batch, lr=o.lr, weight_decay=o.weight_decay, warmup=warmup,
+    about = dict(task=o.task, classes=task.classes, counts=counts, split=hashlib.sha256(b''.join(content)).hexdigest(),
+                 **source, seed=o.seed, steps=steps, batch=o.batch, lr=o.lr, weight_decay=o.weight_decay, warmup=warmup,
                  parameters=sum(p.numel() for p in trained), config=asdict(config))
 
     out = Path(o.out or f'out/{o.task}-{source["method"]}-{o.seed}')
@@ -287,16 +286,14 @@ def train(o):
     save(results_file, json.dumps(results, indent=1))
     print(f'{out}: test {"Dice" if task.segments else "macro-F1"} {headline(scores):.4f}; all are in results.json')
 
-def overlay(image, mask):
-    """uint8 image (H, W) or (H, W, 3) under the classes of mask (H, W) in colours; 0 and 255 are clear."""
+def overlay(image, mask):   # uint8 (H, W) or (H, W, 3) under the classes of mask (H, W); 0 and 255 are clear
     names = 'lime red dodgerblue gold magenta cyan orange purple green pink sienna teal'.split()
     colours = np.array([ImageColor.getrgb(name) for name in names])[(mask.astype(int) - 1) % len(names)]
     image, shown = image.reshape(*mask.shape, -1), (mask > 0) & (mask < 255)
     return np.where(shown[..., None], image * 0.45 + colours * 0.55, image).astype(np.uint8)
 
 @torch.no_grad()
-def draw_cases(path, net, task, table, device):
-    """Best, median and worst test image by mean Dice, one a row: image, truth, prediction."""
+def draw_cases(path, net, task, table, device):     # best, median and worst test image by mean Dice, one a row
     dice = dice_of(table)[:, 1:].mean(1)
     order = dice.argsort(kind='stable')[:max(1, dice.count())]      # those without a Dice come last
     rows, names = [], []
@@ -306,7 +303,7 @@ def draw_cases(path, net, task, table, device):
         pixels = image[0].permute(1, 2, 0).numpy()
         tiles = np.stack([pixels, overlay(pixels, truth[0].numpy()), overlay(pixels, guess[0].numpy())])
         rows.append(torch.from_numpy(tiles).permute(0, 3, 1, 2) / 255)
-        names.append(f'{kind}:\nimage {case}\nDice {dice[case]:.3f}')
+        names.append(f'{kind}\nimage {case}\nDice {dice[case]:.3f}')
     draw_grid(path, rows, names, ['image', 'truth', 'prediction'], (256, 256))
 
 @torch.no_grad()
@@ -347,8 +344,7 @@ def predict(o):
     print(f'{target}: predictions of {len(o.predict) - failed} of {len(o.predict)} files')
     sys.exit(failed > 0)
 
-def apply(net, image, size, device):
-    """The mask (H, W) of a uint8 image (H, W) or (H, W, 3), or the chances (C,) of its classes."""
+def apply(net, image, size, device):    # mask (H, W) of uint8 (H, W) or (H, W, 3), or chances (C,) of the classes
     pixels = prepare_medverse.resize(image, size).transpose(2, 0, 1).copy()     # torch takes no flipped view
     logits = infer(net, torch.from_numpy(pixels).expand(1, 3, -1, -1).to(device), image.shape[:2])[0]
     return (logits.argmax(0).byte() if logits.dim() == 3 else logits.softmax(0)).cpu().numpy()

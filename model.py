@@ -354,6 +354,8 @@ def read_checkpoint(path, token='cls_token', heads=0, normalization=''):
     except Exception as error:      # torch raises a dozen types for a damaged zip or a pickle with code in it
         trouble = f'damaged, or no state dict of torch.save without code in it: {type(error).__name__}'
         raise SystemExit(f'{path}: {getattr(error, "strerror", None) or trouble}')
+    if config and (heads or normalization):
+        raise SystemExit(f'{path}: says itself what it is; leave out --heads and --normalization')
     layout = 'clip' if any('visual.trunk.' in name for name in state) else 'imagenet'
     for prefix in ('module.', 'backbone.', 'encoder.', 'visual.trunk.'):
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)} or state

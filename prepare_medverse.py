@@ -544,8 +544,7 @@ def list_tables(raw):  # of Tables 2 and 3: what lies below RAW, how to get it, 
 # it is absent); its class, of a classification.
 Sample = namedtuple('Sample', 'frames masks label patient', defaults=((), '', ''))
 
-def find_samples(raw, o):
-    """{path of an image: its Sample}, by a table of classes, by pairs or by the names of folders."""
+def find_samples(raw, o):  # {path of an image: its Sample}, by a table of classes, pairs or the names of folders
     names = [name for name in list_names(raw) if '/.' not in f'/{name}' and not find(o.skip, name)]
     tabled = o.labels and '(' not in o.labels[0]
     rules = () if tabled else o.labels or o.masks or (r'(.*)masks/(.*?)(?:\.nii)?\.\w+$',)
@@ -572,8 +571,7 @@ def find_samples(raw, o):
     return {name: sample._replace(patient=patients.get(name) or sample.patient or name)
             for name, sample in samples.items()}
 
-def pair(raw, images, layers, o):
-    """Yield (first frame, Sample) of images {key: names} and layers of masks, or files of classes, [{key: names}]."""
+def pair(raw, images, layers, o):  # yield (first frame, Sample) of {key: names}, and of masks or labels [{key: names}]
     classes = dict(zip(o.values or map(str, range(len(o.classes))), o.classes))
     for key, frames in images.items():
         masks = [layer.get(key, []) for layer in layers]
@@ -598,8 +596,7 @@ def polygons(path):
             corners = corners[0] + corners[1] * ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5))
         yield kind, corners
 
-def read_lines(raw, end):
-    """Lines of the table or list whose path below RAW ends so, in UTF-8, UTF-16 or the code page of Windows."""
+def read_lines(raw, end):  # of the table or list whose path ends so, in UTF-8, UTF-16 or the code page of Windows
     paths = [raw / name for name in list_names(raw) if f'/{name}'.endswith(f'/{end}')]
     content = (paths or [raw / end])[0].read_bytes()
     for code in ('utf-16',) if content[:2] in (b'\xff\xfe', b'\xfe\xff') else ('utf-8-sig', 'cp1252', 'latin-1'):
@@ -620,8 +617,7 @@ def by_tail(names):
             tail = tail.partition('/')[2]
     return found
 
-def read_table(raw, names, end, *columns):
-    """{name: Sample} by the columns of file, class and, if there is a third, patient of a CSV file."""
+def read_table(raw, names, end, *columns):  # {name: Sample} by a CSV's columns of file, class and maybe patient
     lines, ends, samples = read_lines(raw, end), by_tail(names), {}
     table = csv.DictReader(lines, delimiter=max(',;\t', key=lines[0].count))  # Excel may write semicolons
     head = table.fieldnames or []
@@ -738,7 +734,9 @@ def common_affine(image, mask):
             with Image.open(path) as picture:
                 if picture.getexif().get(0x0112, 1) != 1:
                     raise ValueError(f'EXIF turns {path}; save both without this tag')
-    if has_affine(image) or has_affine(mask):
+    if has_affine(image) != has_affine(mask):
+        raise ValueError('one of them is NIfTI, the other is not')
+    if has_affine(image):
         (one, A), (other, B) = (((*file.shape, 1)[:4], file.affine) for file in map(nib.load, (image, mask)))
         drift = np.abs(A - B) @ (*one[:3], 1)  # at most, of any corner, mm
         if one != other or drift.max() > nib.affines.voxel_sizes(A).min() / 2:
@@ -758,6 +756,8 @@ def labelled(path, raw, sample, o):
         for image, *found in zip(images, *layers.values(), strict=True):
             mask, others = np.zeros(image.shape[:2], np.uint8), set()
             for number, (layer, more) in zip(layers, found):
+                if layer.shape != mask.shape:
+                    raise ValueError(f'their sizes differ: {mask.shape} and {layer.shape}')
                 layer = np.uint8(fill(layer > 0)) if o.outline else layer
                 mask[layer > 0] = number * layer[layer > 0]
                 others |= more

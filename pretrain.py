@@ -77,23 +77,24 @@ class Options:
     save_minutes: float = 15.0      # between checkpoints
 
     def __post_init__(self):
-        if min(self.batch, self.accumulate, self.log_every) < 1 or not self.clip or not (self.steps or self.epochs):
-            raise SystemExit('--batch, --accumulate, --log_every, and --epochs or --steps are 1 or more, --clip above 0')
+        few = min(self.batch, self.accumulate, self.log_every) < 1 or not self.clip or not (self.steps or self.epochs)
+        if few or max(self.val_share, self.warmup, self.momentum) > 1:
+            raise SystemExit('--batch, --accumulate, --log_every, and --epochs or --steps are 1 or more, --clip is '
+                             'above 0, and --val_share, --warmup and --momentum are at most 1')
 
 DEMO = dict(data='data/phantoms-64', out='out/demo', model='tiny', depth=4, size=64, patch=8, batch=64, steps=400,
             lr=8e-3, val_share=0.2, val_every=100)
 PEAK = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, '4090': 165}     # bfloat16 TFLOP/s
 MAX_SKIPPED = 10        # steps in a row that are not finite end a training
-FREE = ('data', 'out', 'init', 'resume', 'overwrite', 'batch', 'accumulate', 'device', 'bf16', 'log_every', 'val_every',
-        'save_minutes')     # options with which a resumed run gives the same numbers
+FREE = ('data', 'out', 'init', 'resume', 'overwrite', 'accumulate', 'device', 'bf16', 'log_every', 'val_every',
+        'save_minutes')     # options that a resumed run may change; of these, accumulate and device round otherwise
 
 # --- shared with finetune.py ------------------------------------------------------------------------------------------
 
 def cosine(start, end, progress):       # half of one, from start at progress 0 to end at 1
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
-def learning_rate(step, steps, warmup, peak):
-    """Linear from above 0 to the peak in `warmup` steps, then half a cosine towards 0."""
+def learning_rate(step, steps, warmup, peak):   # linear from above 0 to the peak, then half a cosine towards 0
     return peak * min((step + 1) / warmup, cosine(1, 0, max(0, step - warmup) / max(1, steps - warmup)))
 
 def seed_step(seed, step, rank):    # from which alone every draw of a step follows: augmentation, mask, gate noise
@@ -170,8 +171,7 @@ def open_run(out, o, first, config):
     save(out / 'config.json', json.dumps(config, indent=1))
     return log
 
-def write_line(log, entry):
-    """Add a line to log.jsonl; NaN and infinity, which JSON does not know, become null."""
+def write_line(log, entry):     # to log.jsonl; NaN and infinity, which JSON does not know, become null
     entry = json.loads(json.dumps(entry), parse_constant=lambda name: None)
     print(json.dumps(entry), file=log, flush=True)
 
@@ -295,7 +295,10 @@ def set_up(o, rank, world, local, device):
             print(f'{out}: this run is finished, all {steps} steps')
             sys.exit(0)
     elif o.init:
-        load_weights(model, read_checkpoint(o.init)[0], o.init)
+        state, config, _ = read_checkpoint(o.init)
+        if config.heads != model.config.heads:
+            raise SystemExit(f'{o.init}: has {config.heads} heads of attention, --model {o.model} {model.config.heads}')
+        load_weights(model, state, o.init)
     # by block: one graph serves all of a kind, and DDP need not wait for the gradients of the whole network
     for block in (*model.blocks, *model.decoder_blocks) if bf16 else ():
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)

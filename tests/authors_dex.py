@@ -39,6 +39,8 @@ def convert(state):
     return state, replace(translate(plain, 0, 'imagenet')[1], experts=R)
 
 if __name__ == '__main__':
+    if not sys.argv[1:] or {'-h', '--help'} & {*sys.argv}:
+        sys.exit(__doc__)
     theirs, ours = sys.argv[1:]
     file = torch.load(theirs, map_location='cpu', weights_only=True)
     state, config = convert(file.get('model', file))

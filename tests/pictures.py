@@ -128,6 +128,8 @@ def draw_features(out, model, shards, k=6):
         draw_grid(out / 'attention.png', torch.stack(maps, 1), ['image', like, like, like], names, (88, 88))
 
 if __name__ == '__main__':
+    if not sys.argv[1:] or {'-h', '--help'} & {*sys.argv}:
+        sys.exit(__doc__)
     for out in map(Path, sys.argv[1:]):
         draw_curves(out / 'curves.png', [json.loads(line) for line in open(out / 'log.jsonl')])
         state, config, file = read_checkpoint(out / 'ckpt.pt')

@@ -25,4 +25,6 @@ def report(folders):
         print('|', *(f'{item} |' for item in setting), f'{np.mean(values):.3f}{spread} | {len(values)} |')
 
 if __name__ == '__main__':
+    if not sys.argv[1:] or {'-h', '--help'} & {*sys.argv}:
+        sys.exit(__doc__)
     report(sys.argv[1:])

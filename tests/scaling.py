@@ -41,4 +41,6 @@ def main():
             print(f'{title}, {name}:', ', '.join(f'{x:g}: {y:.3f} ± {bar:.3f}' for x, y, bar in points))
 
 if __name__ == '__main__':
+    if not sys.argv[1:] or {'-h', '--help'} & {*sys.argv}:
+        sys.exit(__doc__)
     main()

@@ -174,6 +174,12 @@ def test_an_option_names_the_heads(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match='width must be a multiple of heads'):
         read_checkpoint(tmp_path / 'timm.pth', heads=3)
 
+def test_a_checkpoint_that_says_what_it_is_takes_no_options(tmp_path):
+    torch.save(dict(model=encoder(), config=dict(width=C, depth=L, heads=HEADS, size=SIZE, patch=P, experts=0)), tmp_path / 'a.pt')
+    for options in (dict(heads=4), dict(normalization='clip')):
+        with pytest.raises(SystemExit, match='a.pt: says itself what it is'):
+            read_checkpoint(tmp_path / 'a.pt', **options)
+
 def test_the_authors_dex_is_converted(tmp_path):
     state, config = authors_dex.convert(under('module.', encoder(mlp=dex_of) | decoder()))
     torch.save(dict(model=state, config=vars(config)), tmp_path / 'dex.pt')

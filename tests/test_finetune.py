@@ -387,7 +387,7 @@ def test_no_run_goes_on_with_other_images(tasks, pretrained, tmp_path, monkeypat
     if listed:
         (task / 'split.json').write_text(json.dumps(split | dict(train=['b.png'], test=['a.png'])))
     else:
-        np.save(task / 'test' / 'labels.npy', np.array([1, 0, 1, 0, 0]))
+        np.save(task / 'train' / 'labels.npy', np.load(task / 'train' / 'labels.npy')[::-1])
     assert 'with split ' in script('--resume', **run)
 
 def test_a_run_goes_on_as_it_began_or_anew(tasks, pretrained, tmp_path, monkeypatch):

@@ -472,7 +472,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(sources, tmp_path, at_batch):
 @pytest.mark.parametrize('options, sentence', [
     (dict(batch=100), '64 . 4 images are too few.*100'), (dict(model='giant'), 'giant.*tiny'), (dict(size=30), '30'),
     (dict(seed=-1), '--seed -1'), (dict(lr='nan'), '--lr nan'), (dict(warmup='inf'), '--warmup inf'), (dict(steps=0, epochs=0), '--epochs'),
-    (dict(init='missing.pt'), 'missing.pt'), (dict(device='gpu'), '--device gpu'), (dict(device='cuda:1'), '--device cuda:1')])
+    (dict(init='missing.pt'), 'missing.pt'), (dict(device='gpu'), '--device gpu'), (dict(device='cuda:1'), '--device cuda:1'),
+    (dict(val_share=2), '--val_share'), (dict(momentum=3), '--momentum')])
 def test_options_that_cannot_work_end_in_a_sentence(sources, tmp_path, options, sentence):
     with pytest.raises(SystemExit, match=sentence):
         train(sources[0], tmp_path, **options)

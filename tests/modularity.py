@@ -16,7 +16,6 @@ Beside them are measured plain networks with random weights and, of those with e
 are drawn from a seed that no phantom of the demo has.
 """
 import argparse
-import json
 import sys
 import tempfile
 from collections import defaultdict

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import model
 import pretrain
-from model import MAE, SIZES, Config, Routing, flops, layer_losses, read_checkpoint
+from model import MAE, SIZES, Config, flops, layer_losses, read_checkpoint
 
 TINY = dict(model='tiny', depth=2, experts=4, size=32, patch=8, batch=4, steps=6, warmup=0.34, lr=0.1, log_every=1,
             device='cpu')

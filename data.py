@@ -96,6 +96,8 @@ class Task:
         try:
             self.meta = json.loads((folder / 'meta.json').read_text())
             self.classes, self.segments = self.meta['classes'], self.meta['kind'] == 'segmentation'
+            split = folder / 'split.json'
+            self.files = json.loads(split.read_text()) if split.exists() else {}    # of the splits, in their order
             self.images, self.answers = ({split: np.load(folder / split / f'{name}.npy', mmap_mode='r')
                                           for split in ('train', 'val', 'test')}
                                          for name in ('images', 'masks' if self.segments else 'labels'))

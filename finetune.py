@@ -33,8 +33,8 @@ from tqdm import tqdm
 import data
 import prepare_medverse
 from model import NORMALIZATIONS, Config, ViT, load_weights, named_config, read_checkpoint
-from pretrain import MAX_SKIPPED, draw_grid, learning_rate, make_optimizer, open_run, save, seed_step
-from pretrain import resume, setup, simulate, stop_signals, write_line
+from pretrain import MAX_SKIPPED, draw_grid, learning_rate, make_optimizer, open_run, resume, run_script
+from pretrain import save, seed_step, setup, stop_signals, write_line
 from unetr import UNETR
 
 @dataclass
@@ -198,13 +198,11 @@ def train(o):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     folder = Path(o.data, o.task)
     if o.task.startswith('phantom-') and not folder.exists():
-        simulate(folder, '--task', o.task, '--size', '64')
+        run_script('phantoms.py', '--out', folder, '--task', o.task, '--size', '64')
     task = data.Task(folder)
     torch.manual_seed(o.seed)
     vit, source = encoder(o, o.size or task.meta['size'])
     config, model = vit.config, build(vit, task.meta, o.pool).to(device)
-    if (patches := (config.size // config.patch) ** 2) > 512:
-        print(f'{patches} patches an image make steps slow; --size {16 * config.patch} has 256', file=sys.stderr)
     if o.tune_blocks >= 0:
         for part in (vit.cls_token, vit.patch_embed, vit.norm, *vit.blocks[:-o.tune_blocks or None]):
             part.requires_grad_(False)
@@ -286,25 +284,29 @@ def train(o):
     save(results_file, json.dumps(results, indent=1))
     print(f'{out}: test {"Dice" if task.segments else "macro-F1"} {headline(scores):.4f}; all are in results.json')
 
+COLOURS = 'lime red dodgerblue gold magenta cyan orange purple green pink sienna teal'.split()      # of classes from 1
+
 def overlay(image, mask):   # uint8 (H, W) or (H, W, 3) under the classes of mask (H, W); 0 and 255 are clear
-    names = 'lime red dodgerblue gold magenta cyan orange purple green pink sienna teal'.split()
-    colours = np.array([ImageColor.getrgb(name) for name in names])[(mask.astype(int) - 1) % len(names)]
+    colours = np.array([ImageColor.getrgb(name) for name in COLOURS])[(mask.astype(int) - 1) % len(COLOURS)]
     image, shown = image.reshape(*mask.shape, -1), (mask > 0) & (mask < 255)
     return np.where(shown[..., None], image * 0.45 + colours * 0.55, image).astype(np.uint8)
 
 @torch.no_grad()
-def draw_cases(path, net, task, table, device):     # best, median and worst test image by mean Dice, one a row
+def draw_cases(path, net, task, table, device):
+    """Best, median and worst test image by mean Dice of the confusions, a row each, in the classes' colours."""
     dice = dice_of(table)[:, 1:].mean(1)
     order = dice.argsort(kind='stable')[:max(1, dice.count())]      # those without a Dice come last
-    rows, names = [], []
+    rows, names, files = [], [], task.files.get('test', ())
     for kind, case in zip(('best', 'median', 'worst'), order[[-1, len(order) // 2, 0]]):
         image, truth = task.gather('test', [case])
         guess = infer(net, image.to(device), truth.shape[1:]).argmax(1).cpu()
         pixels = image[0].permute(1, 2, 0).numpy()
         tiles = np.stack([pixels, overlay(pixels, truth[0].numpy()), overlay(pixels, guess[0].numpy())])
         rows.append(torch.from_numpy(tiles).permute(0, 3, 1, 2) / 255)
-        names.append(f'{kind}\nimage {case}\nDice {dice[case]:.3f}')
-    draw_grid(path, rows, names, ['image', 'truth', 'prediction'], (256, 256))
+        name = Path(files[case]).stem[-14:] if len(files) == len(table) else f'image {case}'    # a slice of a volume
+        names.append(f'{kind}\n{name}\nDice {dice[case]:.3f}')
+    note = ', '.join(map('{} is {}'.format, COLOURS, task.classes[1:]))
+    draw_grid(path, rows, names, ['image', 'truth', 'prediction'], (256, 256), note)
 
 @torch.no_grad()
 def predict(o):

@@ -300,7 +300,6 @@ def flops(c):
     return 6 * (encoder + decoder) + 4 * patches * pixels * C + 2 * c.depth * director
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
-
 NORMALIZATIONS = {      # mean and deviation of red, green and blue by which an encoder's images were z-scored
     'imagenet': [(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)],     # and ours are
     'clip': [(0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)],

@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=2 pretrain.py             the paper's run, on two GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py   on each of two
 
-Writes to --out: config.json, log.jsonl (one object a line), ckpt.pt, recon.png, experts.png. Ctrl-C and SIGTERM save
-first; the same command with --resume goes on from there as if nothing had happened.
+Writes to --out: config.json, log.jsonl (one object a line), ckpt.pt, at a validation two, at the end five pictures.
+Ctrl-C and SIGTERM save first; the same command with --resume goes on from there as if nothing had happened.
 """
 import ctypes
 import fcntl
@@ -90,7 +90,6 @@ FREE = ('data', 'out', 'init', 'resume', 'overwrite', 'accumulate', 'device', 'b
         'save_minutes')     # options that a resumed run may change; of these, accumulate and device round otherwise
 
 # --- shared with finetune.py ------------------------------------------------------------------------------------------
-
 def cosine(start, end, progress):       # half of one, from start at progress 0 to end at 1
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
@@ -139,11 +138,11 @@ def resume(path, about, model, optimizer, token='cls_token'):
     optimizer.load_state_dict(file['optimizer'])
     return {name: value for name, value in file.items() if name not in ('model', 'optimizer')}      # gigabytes less
 
-def simulate(folder, *options):
-    """Have tests/phantoms.py simulate the sources or the task of a folder."""
-    script = Path(__file__).with_name('tests') / 'phantoms.py'
-    if subprocess.run([sys.executable, script, '--out', folder, *options]).returncode:
-        raise SystemExit(f'{folder}: its phantoms are not finished; start again')
+def run_script(name, *options):
+    """Run a script of tests/ as a process of its own, until it ends."""
+    script = Path(__file__).with_name('tests') / name
+    if subprocess.run([sys.executable, script, *options]).returncode:
+        raise SystemExit(f'{script}: has not finished; the reason is above')
 
 def stop_signals():
     """A list to which SIGTERM and SIGINT (Ctrl-C) add their numbers from now on, so that a training can save first."""
@@ -189,7 +188,6 @@ def save(path, content):
         new.unlink(missing_ok=True)
 
 # --- validation and pictures ------------------------------------------------------------------------------------------
-
 def mutual_information(counts):
     """Mutual information in bits between row and column of a table of counts (D, R), and its maximum, the smaller of
     the rows' entropy and log2 R. 0: experts ignore the modality; the maximum: they tell as much of it as they can."""
@@ -224,8 +222,7 @@ def validate(model, shards, o, device, autocast):
         bits, (most, *_) = zip(*map(mutual_information, first))
         dead = [f'{layer + 1}.{expert}' for layer, expert in (usage.sum(1) == 0).nonzero().tolist()]
         entry |= dict(bits=bits, bits_max=most, dead=dead)
-        text += f'; modality in the first expert, by layer: {" ".join(f"{b:.2f}" for b in bits)} of {most:.2f} bits; '
-        text += f'experts (layer.number) that no image activates: {" ".join(dead) or "none"}'
+        text += f'; modality in first expert {" ".join(f"{b:.2f}" for b in bits)} of {most:.2f} bits; {len(dead)} dead'
         heads = [f'layer {layer}: {b:.2f} bits' for layer, b in enumerate(bits, 1)]
         shares = 0.94 - 0.94 * F.normalize(kinds @ usage, 1, 2)     # Fig. 9: a row a modality, a strip a layer
         rows = shares.movedim(1, 0)[:, :, None, None].expand(-1, -1, 3, -1, -1)
@@ -267,7 +264,6 @@ def draw_reconstructions(path, model, images, noise, names):
     draw_grid(path, rows, ['image', 'what the\nencoder sees', 'its guess\nat the rest'], names)
 
 # --- training ---------------------------------------------------------------------------------------------------------
-
 def set_up(o, rank, world, local, device):
     """All that a training works with: data, schedule, network and optimizer, new or as --out's checkpoint has them."""
     gpu, out = device.type == 'cuda', Path(o.out)
@@ -421,7 +417,7 @@ def main():
     rank, world, local, device = setup(o.device)
     try:
         if o.demo and rank == 0 and len([*Path(o.data).glob('phantom-*/meta.json')]) < 10:
-            simulate(o.data, '--size', str(o.size))
+            run_script('phantoms.py', '--out', o.data, '--size', str(o.size))
         if world > 1:
             dist.barrier()
         run = set_up(o, rank, world, local, device)
@@ -437,6 +433,7 @@ def main():
         print(f'{o.out}: {done} of {steps} steps; ckpt.pt is the network, *.png are its pictures{stopped}')
         if stopped:
             sys.exit(128 + (run.signals or [signal.SIGTERM])[0])
+        run_script('pictures.py', o.out)
 
 if __name__ == '__main__':
     main()

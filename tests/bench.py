@@ -88,7 +88,7 @@ def real_steps(words, warm=5, count=20):
     if o.data == pretrain.Options.data and not Path(o.data).exists():
         o = replace(o, data=f'data/phantoms-{o.size}')
         if rank == 0:
-            pretrain.simulate(o.data, '--size', str(o.size))
+            pretrain.run_script('phantoms.py', '--out', o.data, '--size', str(o.size))
     if world > 1:
         torch.distributed.barrier()
     gpu, marks, backward = device.type == 'cuda', [], torch.Tensor.backward

@@ -62,31 +62,40 @@ tune() {        # task network seed options...: fine-tune as --adapt says; else 
         python finetune.py --task $task $from $how --batch 8 --seed $seed --out $out --resume "$@"
 }
 
-pretrain() {
-    local on_real='--data data/real --size 128 --val_share 0.1'
-    local on_phantoms='--data data/phantoms-64 --size 64 --patch 8 --val_share 0.2'
+phantoms() {    # Table 6 on simulated images; a plain network has a plain ViT to tune, one with experts all of them
+    local options='--data data/phantoms-64 --size 64 --patch 8 --val_share 0.2'
     for seed in $seeds; do
-        train mae $seed 500 $on_real --experts 0
-        train experts $seed 500 $on_real --co 0
-        train dex $seed 500 $on_real
-        train mae138 $seed 690 $on_real --experts 0
-        train ph-mae $seed 400 $on_phantoms --experts 0
-        train ph-experts $seed 400 $on_phantoms --co 0
-        train ph-dex $seed 400 $on_phantoms
-        train ph-mae138 $seed 552 $on_phantoms --experts 0
+        train ph-mae $seed 400 $options --experts 0
+        train ph-experts $seed 400 $options --co 0
+        train ph-dex $seed 400 $options
+        train ph-mae138 $seed 552 $options --experts 0
+        for network in scratch ph-mae ph-experts ph-dex ph-mae138; do
+            for task in phantom-organs phantom-vessels; do
+                tune $task $network $seed
+                tune $task $network $seed --tune_blocks 0
+                tune $task $network $seed --fraction 0.2
+            done
+        done
     done
 }
 
-ablation() {    # Table 6; a plain network has a plain ViT to tune, one with experts all of them
+pretrain() {
+    local options='--data data/real --size 128 --val_share 0.1'
+    for seed in $seeds; do
+        train dex $seed 500 $options
+        train mae $seed 500 $options --experts 0
+        train experts $seed 500 $options --co 0
+        train mae138 $seed 690 $options --experts 0
+    done
+}
+
+ablation() {    # Table 6
     for seed in $seeds; do
         for network in scratch mae experts dex mae138; do
             tune covid-cxr $network $seed
             tune eye-disease $network $seed
             tune hc18 $network $seed
-        done
-        for network in scratch ph-mae ph-experts ph-dex; do
-            tune phantom-organs $network $seed
-            tune phantom-vessels $network $seed
+            tune hc18 $network $seed --tune_blocks 0
         done
     done
 }
@@ -96,6 +105,7 @@ adapt() {       # Table 4, and whether it is pretraining or the network that is 
         for task in covid-cxr eye-disease; do
             tune $task scratch $seed --adapt experts
             tune $task mae $seed --adapt experts
+            tune $task experts $seed --adapt director
             tune $task dex $seed --adapt director
         done
     done
@@ -122,6 +132,6 @@ modularity() {  # of networks pretrained on phantoms
 
 prepare
 shift
-for part in ${@:-pretrain ablation adapt scaling modularity}; do
+for part in ${@:-phantoms modularity pretrain ablation adapt scaling}; do
     $part
 done

@@ -2,9 +2,9 @@
 
     python tests/pictures.py out/demo out/mine
 
-curves.png: losses and bits against the step, so that nobody needs to parse log.jsonl. attention.png and layout.png: the
-paper's Fig. 6 and 7, drawn from the images that were held out. On the screen: by layer, how much of the features is
-modality (which Theorem A.3 argues about).
+A training calls it when it ends. curves.png: losses and bits against the step, so that nobody needs to parse log.jsonl.
+attention.png and layout.png: the paper's Fig. 6 and 7, drawn from the images that were held out. On the screen: by
+layer, how much of the features is modality (which Theorem A.3 argues about).
 """
 import json
 import math
@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data  # noqa: E402
 from model import MAE, ViT, load_weights, read_checkpoint  # noqa: E402
-from pretrain import brightness, draw_grid, setup  # noqa: E402
+from pretrain import brightness, draw_grid  # noqa: E402
 
 COLOURS = 'royalblue darkorange seagreen crimson purple sienna deeppink gray olive teal black gold'.split()
 CURVES = {      # of log.jsonl: the title of a panel, the name of the line
@@ -133,6 +133,6 @@ if __name__ == '__main__':
     for out in map(Path, sys.argv[1:]):
         draw_curves(out / 'curves.png', [json.loads(line) for line in open(out / 'log.jsonl')])
         state, config, file = read_checkpoint(out / 'ckpt.pt')
-        network = MAE(config).to(setup('')[3])
+        network = MAE(config).to(torch.accelerator.current_accelerator(check_available=True) or 'cpu')
         load_weights(network, state, out / 'ckpt.pt')
         draw_features(out, network, data.Shards(file['options']['data'], file['options']['val_share']))

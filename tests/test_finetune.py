@@ -297,6 +297,22 @@ def test_the_best_epoch_is_scored(tasks, runs, pretrained):
             dice.append(naive_dice(net.eval()(x).argmax(1).flatten().tolist(), mask.flatten().tolist(), 1))
     assert results(runs / 'find')['scores']['dice']['mean'] == close(average(dice))
 
+def test_the_shown_cases_are_named(tasks, runs, monkeypatch):
+    """By file where each is one image, by number where not; a legend says which colour is which class."""
+    state, config, file = read_checkpoint(runs / 'find' / 'best.pt', 'vit.cls_token')
+    net = finetune.build(ViT(config), file['meta'], file['pool'])
+    net.load_state_dict(state)
+    task, drawn = data.Task(tasks / 'find'), []
+    table = np.array([[[50, 0], [10, 10 * n]] for n in (3, 0, 4, 1, 2)])       # the more hits, the better
+    monkeypatch.setattr(finetune, 'draw_grid', lambda *answer: drawn.append(answer))
+    for task.files in ({}, dict(test=[f'test/{letter}.scan.png' for letter in 'abcde'])):
+        finetune.draw_cases(None, net, task, table, torch.device('cpu'))
+    for (_, rows, names, *_, note), expected in zip(drawn, (['image 2', 'image 4', 'image 1'], ['c.scan', 'e.scan', 'b.scan'])):
+        assert [name.split('\n')[:2] for name in names] == [[*pair] for pair in zip(('best', 'median', 'worst'), expected)]
+        assert note == f'lime is {task.classes[1]}'
+        for row, n in zip(rows, (2, 4, 1)):
+            assert torch.equal((row[0] * 255).byte(), torch.tensor(task.images['test'][n]).permute(2, 0, 1).expand(3, -1, -1))
+
 def weights(out, name='ckpt.pt', key='model'):
     return torch.load(out / name, weights_only=True)[key]
 
@@ -690,13 +706,6 @@ def test_a_forgotten_init_and_a_torchrun_are_told(tasks, tmp_path, monkeypatch):
     assert all(word in sentence for word in ('out/pretrain/ckpt.pt', 'out/demo/ckpt.pt', 'pretrain first', '--init', 'scratch'))
     monkeypatch.setenv('WORLD_SIZE', '2')
     assert 'one process' in script(task='tell', data=tasks, init='scratch', **TINY)
-
-def test_many_patches_get_a_hint(tasks, pretrained, tmp_path, monkeypatch, capsys):
-    run = dict(TINY, task='tell', data=tasks, init=pretrained)
-    stop_at(monkeypatch, 0)
-    for size, hinted in ((176, False), (184, True)):        # 484 and 529 patches of 8 pixels
-        assert script(size=size, out=tmp_path / str(size), **run) == 143
-        assert ('--size 128 has 256' in capsys.readouterr().err) == hinted
 
 @pytest.mark.parametrize('spoil, word', [
     (lambda task: (task / 'test' / 'labels.npy').write_bytes(b'cut'), 'damaged'),

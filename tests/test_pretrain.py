@@ -145,15 +145,16 @@ def test_a_grid_puts_each_tile_where_its_names_say(tmp_path):
         shown = picture[26 + 20 * r:34 + 20 * r, 96 + 20 * c:104 + 20 * c].mean((0, 1))
         torch.testing.assert_close(shown, tiles[r, c, :, 0, 0], atol=0.03, rtol=0)
 
-def test_a_run_and_what_looks_at_it_leave_five_pictures(sources, tmp_path):
+def test_a_run_and_what_looks_at_it_leave_five_pictures(sources, tmp_path, monkeypatch):
     train(sources[0], tmp_path, steps=2, val_share=0.5)
-    network = MAE(MODEL)
-    network.load_state_dict(read_checkpoint(tmp_path / 'ckpt.pt')[0])
-    pictures.draw_features(tmp_path, network, data.Shards(sources[0], 0.5))
-    pictures.draw_curves(tmp_path / 'curves.png', log(tmp_path))
+    with monkeypatch.context() as under_torchrun:       # which is no affair of the script's
+        under_torchrun.setenv('WORLD_SIZE', '2')
+        pretrain.run_script('pictures.py', tmp_path)
     for name in ('recon', 'experts', 'attention', 'layout', 'curves'):
         picture = Image.open(tmp_path / f'{name}.png')
         assert min(picture.size) > 90 and len(picture.convert('RGB').getcolors(1 << 20)) > 2, name
+    with pytest.raises(SystemExit, match='pictures.py: has not finished'):
+        pretrain.run_script('pictures.py', tmp_path / 'none')
 
 def test_clusters_of_features_in_known_directions_are_found():
     torch.manual_seed(0)

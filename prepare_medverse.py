@@ -258,7 +258,6 @@ def is_image(home, name):  # by its name; hidden files are none
     return name.lower().endswith(IMAGES) and '/.' not in f'/{name}' or (home / name).is_dir()
 
 # --- from files to images --------------------------------------------------------------------------------------------
-
 def series(folder, new):
     """NIfTI files that dcm2niix writes to the folder `new` of the MR, CT and PET images in a folder of DICOM files."""
     subprocess.run(['dcm2niix', '-d', '0', '-z', 'n', '-o', new, folder], check=True, capture_output=True)
@@ -398,7 +397,6 @@ def find_twin(pixels, name, seen):
     seen.setdefault(bits, []).append((name, grid))
 
 # --- the engine: calls in worker processes, results that wait on the disk, folders that appear when they are whole ---
-
 def follow_parent():
     """Start of a worker: Ctrl-C is for the main process alone, and whatever ends that, even kill -9, ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -447,7 +445,6 @@ def whole(folder, pool):
             raise
 
 # --- sources for pretraining -----------------------------------------------------------------------------------------
-
 def finish_shard(file, shape):  # .npy of uint8 arrays of this shape, which follow 128 bytes for the header
     count = (file.tell() - 128) // np.prod(shape).item()
     file.seek(0)
@@ -539,7 +536,6 @@ def list_tables(raw):  # of Tables 2 and 3: what lies below RAW, how to get it, 
         print(f'{row.name:<26}{row.modality:<12}{row.content:<26}{row.count:>17}  {found:<7}{access}, {row.link}')
 
 # --- labelled tasks --------------------------------------------------------------------------------------------------
-
 # A labelled image: its path below RAW, or those of several frames; that of its mask, or one for each class (None where
 # it is absent); its class, of a classification.
 Sample = namedtuple('Sample', 'frames masks label patient', defaults=((), '', ''))
@@ -624,6 +620,7 @@ def read_table(raw, names, end, *columns):  # {name: Sample} by a CSV's columns 
     columns = columns or head[:2]
     if len(columns) < 2 or not {*columns} <= {*head}:
         sys.exit(f'{end}: needs a column of files and one of classes, has {head}, no {", ".join({*columns} - {*head})}')
+    print(f'{end}: files, classes and patients are its columns {", ".join(columns)}; others are not read')
     for row in table:
         path, label, *patient = [(row[column] or '').strip() for column in columns]
         found = ends.get(plain(path), []) if label else []
@@ -819,7 +816,6 @@ def prepare_task(raw, folder, o, pool):
     print(f'{folder}: {meta["kind"]} into {", ".join(o.classes)}; images: {counts}')
 
 # --- the command -----------------------------------------------------------------------------------------------------
-
 def main():
     """Prepare a task, or every source below RAW."""
     o = parse_options(Options())

@@ -11,7 +11,12 @@ from finetune import headline  # noqa: E402
 def report(folders):
     """Print a Markdown table of the runs' headline scores: mean ± deviation over the seeds of one task and setting."""
     found = {}      # scores by what a run was but for its seed
-    for file in sorted({file for folder in folders for file in Path(folder).glob('results.json')}):
+    for folder in sorted({*map(Path, folders)}):
+        file = folder / 'results.json'
+        if not file.exists():
+            if (folder / 'best.pt').exists():
+                print(f'{folder}: left out, as it is not finished', file=sys.stderr)
+            continue
         try:
             run = json.loads(file.read_text())
             score = 'Dice' if 'dice' in run['scores'] else 'macro-F1'

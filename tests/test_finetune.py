@@ -571,6 +571,8 @@ def test_report(tmp_path, capsys):
     for name, content in (('cut', '{"task": '), ('foreign', '[1]')):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'results.json').write_text(content)
+    (tmp_path / 'unfinished').mkdir()
+    (tmp_path / 'unfinished' / 'best.pt').touch()
     report.report(sorted(tmp_path.iterdir()))
     printed = capsys.readouterr()
     rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in printed.out.splitlines()]
@@ -578,7 +580,7 @@ def test_report(tmp_path, capsys):
     assert rows[2:] == [['a', 'Dice', 'DEX-D', '32', '9', '4', '0.1', '0.500 ± 0.000', '2'],
                         ['a', 'Dice', 'DEX-E', '32', '9', '4', '0.1', '0.850 ± 0.071', '2'],
                         ['b', 'macro-F1', 'DEX-E', '32', '9', '4', '0.1', '0.000 ± 0.000', '2']]
-    assert [word in printed.err for word in ('cut', 'foreign', 'aDEX')] == [True, True, False]
+    assert [word in printed.err for word in ('cut', 'foreign', 'unfinished', 'aDEX', 'other')] == [True] * 3 + [False] * 2
     odd = tmp_path / 'aDEX-E1' / 'results.json'
     odd.write_text(json.dumps(json.loads(odd.read_text()) | dict(lr=9)))
     report.report(tmp_path.glob('aDEX-E*'))

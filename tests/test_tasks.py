@@ -114,6 +114,8 @@ def test_class_folders_and_a_table_give_the_same_task(tmp_path):
     (tmp_path / 'table/answers.csv').write_text('\n'.join(['file,kind,age', *rows]))
     first, _ = prepared(tmp_path / 'folders', tmp_path / 'a')
     second, _ = prepared(tmp_path / 'table', tmp_path / 'b', '--labels', 'answers.csv')
+    _, printed = call(tmp_path / 'table', tmp_path / 'c', '--task', 'mini', '--labels', 'answers.csv')
+    assert 'columns file, kind; others are not read' in printed
     for task in (first, second):
         assert task.classes == ['cat', 'dog'] and task.meta['kind'] == 'classification'
         assert task.meta['counts'] == dict(train=10, val=4, test=6) and task.answers['test'].dtype == np.int64

@@ -394,7 +394,7 @@ def train(run):
             entry = dict(step=step, loss=mae + o.co * co + balance * bal, mae=mae, co=co, bal=bal, lr=rate,
                          momentum=momentum, sigma=sigma, grad_norm=norm.item(), skipped=run.skipped.item(),
                          images_per_second=speed, mfu=speed * flops(model.config) / (run.world * run.chip_flops))
-            bar.set_postfix_str(f'loss {entry["loss"]:.4f}, {speed:.0f} images/s, MFU {entry["mfu"]:.2f}')
+            bar.set_postfix_str(f'loss {entry["loss"]:.4f}, {speed:.0f} images/s' + f', MFU {entry["mfu"]:.2f}' * gpu)
             if master:
                 if looking:
                     entry |= validate(model, run.shards, o, run.device, run.autocast)

@@ -8,11 +8,12 @@
 # REAL holds pretrain/<Modality>/<source> and tasks/{HC18,COVID-CXR-3class,EyeDisease-4class}, as they are downloaded.
 # What is finished is left as it is, so the script may be stopped at any moment and started again. Tables come from
 #
-#     python tests/report.py out/tune/*              scores, mean and deviation over seeds
+#     python tests/report.py out/*/*                 losses and scores, mean and deviation over seeds
 #     python tests/scaling.py out/tune/*             scaling.png
 #
 # Pretraining's networks: `mae` is the plain masked autoencoder, `experts` has experts without the alignment loss, `dex`
-# all; `mae138` is the masked autoencoder with the computing of DEX, 1.38 times the steps. ph- are the same on phantoms.
+# all; `mae138` is the masked autoencoder with the computing of DEX, 1.38 times the steps. ph- are the same on phantoms,
+# and ph-mae-long and ph-dex-long go on for twice as long.
 set -e
 cd "$(dirname "$0")/.."
 real=${1:?where are the real images? give the folder that holds pretrain and tasks}
@@ -69,7 +70,9 @@ phantoms() {    # Table 6 on simulated images; a plain network has a plain ViT t
         train ph-experts $seed 400 $options --co 0
         train ph-dex $seed 400 $options
         train ph-mae138 $seed 552 $options --experts 0
-        for network in scratch ph-mae ph-experts ph-dex ph-mae138; do
+        train ph-dex-long $seed 800 $options
+        train ph-mae-long $seed 1104 $options --experts 0
+        for network in scratch ph-mae ph-experts ph-dex; do
             for task in phantom-organs phantom-vessels; do
                 tune $task $network $seed
                 tune $task $network $seed --tune_blocks 0
@@ -127,7 +130,7 @@ scaling() {     # Fig. 5
 }
 
 modularity() {  # of networks pretrained on phantoms
-    python tests/modularity.py out/*/ph-*/ckpt.pt
+    python tests/modularity.py out/*/ph-{mae,experts,dex}/ckpt.pt
 }
 
 prepare

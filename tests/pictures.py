@@ -122,7 +122,7 @@ def draw_features(out, model, shards, k=6):
     shares = modality_share(torch.cat(means, 1).cpu(), F.one_hot(torch.tensor(kinds)).T.float())
     print(f'{out}: modality in the features, by layer: {" ".join(f"{share:.2f}" for share in shares)}')
     if names:
-        groups = [f'alike, {number}' for number in range(1, k + 1)]
+        groups = [f'group {number}' for number in range(1, k + 1)]
         draw_grid(out / 'layout.png', torch.stack(layout, 1), groups, names, (72, 72))
         like = 'redder: more\nlike the patch\nin the square'
         draw_grid(out / 'attention.png', torch.stack(maps, 1), ['image', like, like, like], names, (88, 88))

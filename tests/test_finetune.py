@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 
@@ -17,6 +18,7 @@ from torch import nn
 import data
 import finetune
 import prepare_medverse
+import pretrain
 import report
 from model import MAE, SIZES, Config, ViT, read_checkpoint
 from unetr import UNETR
@@ -586,6 +588,22 @@ def test_report(tmp_path, capsys):
     report.report(tmp_path.glob('aDEX-E*'))
     printed = capsys.readouterr().out
     assert '| 0.1 | 0.800 | 1 |' in printed and '| 9 | 0.900 | 1 |' in printed       # one has no spread
+
+def test_report_of_pretraining(tmp_path, capsys):
+    """The last validation's L_self by what was trained; a run whose last line has none is not finished."""
+    o = vars(pretrain.Options())
+    for name, changes, values in (('0', {}, (0.9, 0.5)), ('1', dict(seed=1), (0.8, 0.7)), ('2', dict(co=0.0), (0.4,)),
+                                  ('3', dict(experts=0), (0.9, None))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'config.json').write_text(json.dumps(dict(options=o | changes)))
+        lines = [dict(step=step) | ({} if value is None else dict(val_mae=value)) for step, value in enumerate(values)]
+        (tmp_path / name / 'log.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    report.report(sorted(tmp_path.iterdir()))
+    printed = capsys.readouterr()
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in printed.out.splitlines()[2:]]
+    assert [row[:4] + row[-2:] for row in rows] == [
+        ['data/medverse', '+ director', '256', '2', '0.600 ± 0.141', '2'], ['data/medverse', '+ experts', '256', '1', '0.400', '1']]
+    assert re.findall(r'(\d): left out', printed.err) == ['3']
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Encoders of others

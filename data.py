@@ -77,10 +77,10 @@ class Shards:
                 image[..., first:first + c] = pixels
         return images.permute(0, 3, 1, 2)
 
-    def plan(self, seed, number, batch, rank, world, steps_in_epoch):
+    def plan(self, seed, number, batch, rank, world, epoch_micros):
         """The images of one rank's micro-batch `number`, sorted, a slice of the epoch's permutation: it follows from
         the arguments alone, so a resumed run goes on alike, and no image comes twice in an epoch."""
-        epoch, slot = divmod(number, steps_in_epoch)
+        epoch, slot = divmod(number, epoch_micros)
         first = (slot * world + rank) * batch
         return np.sort(self.permutation(seed, epoch)[first:first + batch])
 
@@ -96,11 +96,10 @@ class Task:
         try:
             self.meta = json.loads((folder / 'meta.json').read_text())
             self.classes, self.segments = self.meta['classes'], self.meta['kind'] == 'segmentation'
-            split = folder / 'split.json'
-            self.files = json.loads(split.read_text()) if split.exists() else {}    # of the splits, in their order
-            self.images, self.answers = ({split: np.load(folder / split / f'{name}.npy', mmap_mode='r')
-                                          for split in ('train', 'val', 'test')}
-                                         for name in ('images', 'masks' if self.segments else 'labels'))
+            file, kind, parts = folder / 'split.json', 'masks' if self.segments else 'labels', ('train', 'val', 'test')
+            self.files = json.loads(file.read_text()) if file.exists() else {}      # of the splits, in their order
+            self.images = {part: np.load(folder / part / 'images.npy', mmap_mode='r') for part in parts}
+            self.answers = {part: np.load(folder / part / f'{kind}.npy', mmap_mode='r') for part in parts}
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise SystemExit(f'{folder}: no labelled task, or damaged ({error!r}); delete it and prepare it again')
         for split, answers in self.answers.items():
@@ -127,12 +126,12 @@ def prefetch(load, numbers, threads=2, ahead=4):
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
-def batches(shards, seed, numbers, batch, rank, world, steps_in_epoch, device):
+def batches(shards, seed, numbers, batch, rank, world, epoch_micros, device):
     """Yield images (B, 3, S, S) of one rank's micro-batches `numbers`, as Shards.plan has them, on the device."""
     copies = torch.cuda.Stream() if device.type == 'cuda' else None
 
     def load(number):       # on CUDA it is this thread that waits for the copy, while the training computes
-        images = shards.gather(shards.plan(seed, number, batch, rank, world, steps_in_epoch))
+        images = shards.gather(shards.plan(seed, number, batch, rank, world, epoch_micros))
         if copies:
             torch.cuda.set_device(device)       # a thread begins on the first GPU
             with torch.cuda.stream(copies):
@@ -198,10 +197,11 @@ def augment(images, size):
         where = torch.where(black[:, None, None], draw_views(len(images), zoom, images.device), where)
     return normalize(views(images, size, where))
 
-def augment_labelled(images, answers, size):
-    """Random flip, rotation of up to 15 degrees, zoom of up to 1.25, contrast and brightness within 20%: uint8
+def augment_labelled(images, answers, size, flips=True):
+    """Flips, rotations up to 15 degrees, zoom up to 1.25, contrast and brightness within 20%, at random: uint8
     (B, 3, S, S) and masks (B, S, S) or labels (B,) -> normalised (B, 3, size, size), and masks alike (255 outside)."""
     u = torch.rand(7, len(images), device=images.device)
+    u[3] = u[3] if flips else 1
     side, (contrast, brightness) = 1 - 0.2 * u[4], 0.8 + 0.4 * u[5:, :, None, None, None]
     where = matrices(u[:4], side, side)
     images = views(images, size, where)

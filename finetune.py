@@ -210,6 +210,7 @@ def train(o):
     optimizer = make_optimizer(model, o.lr, o.weight_decay)
 
     counts = {split: len(answers) for split, answers in task.answers.items()}
+    flips = not task.segments or len(task.classes) == 2      # of several organs, a left would become a right one
     images = np.random.default_rng(o.seed).permutation(counts['train'])[:max(1, round(o.fraction * counts['train']))]
     counts['train'] = len(images)
     content = [answers.tobytes() for answers in task.answers.values()]
@@ -222,7 +223,7 @@ def train(o):
                  parameters=sum(p.numel() for p in trained), config=asdict(config))
 
     out = Path(o.out or f'out/{o.task}-{source["method"]}-{o.seed}')
-    checkpoint, best_file, results_file = products = [out / name for name in ('ckpt.pt', 'best.pt', 'results.json')]
+    checkpoint, best_file, results_file = (out / name for name in ('ckpt.pt', 'best.pt', 'results.json'))
     first, best, skipped, in_a_row = 0, -1.0, 0, 0
     if o.resume and checkpoint.exists():
         file = resume(checkpoint, about, model, optimizer, 'head.weight')
@@ -230,7 +231,7 @@ def train(o):
     if o.resume and results_file.exists():
         return print(f'{out}: this run is finished; its scores are in results.json')
     log = open_run(out, o, first, about | dict(options=asdict(o)))
-    for product in products if o.overwrite and not first else ():
+    for product in (checkpoint, best_file, results_file) if o.overwrite and not first else ():
         product.unlink(missing_ok=True)
     print(f'{out} on {device.type}:', *(f'{name} {value}' for name, value in about.items()), sep='\n  ')
 
@@ -246,7 +247,7 @@ def train(o):
     for step in bar:
         inputs, answers = next(batches)
         seed_step(o.seed, step, 0)
-        inputs, answers = data.augment_labelled(inputs.to(device), answers.to(device), config.size)
+        inputs, answers = data.augment_labelled(inputs.to(device), answers.to(device), config.size, flips)
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step, steps, warmup, o.lr)
         with autocast:
@@ -358,7 +359,7 @@ def write_masks(target, path, images, masks):
     foreground = [np.count_nonzero(mask) for mask in masks]
     shown = np.argmax(foreground) if any(foreground) else len(masks) // 2
     Image.fromarray(overlay(images[shown], masks[shown])).save(f'{target}-overlay.png')
-    nifti = path.name.lower().endswith(('.nii', '.nii.gz', '.hdr'))
+    nifti = path.name.lower().endswith('.hdr') or prepare_medverse.has_affine(path)
     if len(masks) == 1 and not nifti:
         return Image.fromarray(masks[0]).save(f'{target}-mask.png')
     scan = nib.load(path) if nifti else nib.Nifti1Image(np.stack(masks).T, np.diag([-1, -1, 1, 1]))

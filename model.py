@@ -139,7 +139,7 @@ class DEX(nn.Module):
         self.register_buffer('usage', torch.full((c.experts,), 1 / c.experts))  # c of Eq. 20
 
     def forward(self, x, sigma=None):
-        """x (B, N, C) -> (B, N, C), and where the noise level sigma >= 0 is given, the Routing; None is inference."""
+        """x (B, N, C) -> (B, N, C), and with the noise level sigma >= 0 the Routing; None is fine-tuning, inference."""
         # (M, N, C): with a choice for each token, a token is an image of one token
         units = x if self.routing == 'image' else x.flatten(0, 1)[:, None]
         with torch.autocast(x.device.type, enabled=False):      # float32: in bf16, ties would change the top-K set
@@ -162,14 +162,14 @@ class DEX(nn.Module):
         return y, Routing(co, scores, zeros.scatter(1, chosen, 1), zeros.scatter(1, chosen, weights))
 
     @torch.no_grad()
-    def gema(self, usage, momentum, finite):
-        """Group exponential moving average, once after the optimizer's step. usage (R,) is the normalised sum of omega
-        over the global batch, Omega of Eq. 6 and c-hat of Eq. 19; where `finite` (bool) is False, nothing changes."""
-        usage = torch.where(finite, usage, self.usage)      # NaN times a weight of 0 would still be NaN
+    def gema(self, omega, momentum, finite):
+        """Group exponential moving average, once after the optimizer's step. omega (R,), the mean of the images' in the
+        global batch, is Omega of Eq. 6 and c-hat of Eq. 19; where `finite` (bool) is False, nothing changes."""
+        omega = torch.where(finite, omega, self.usage)      # NaN times a weight of 0 would still be NaN
         for director, experts in zip(self.director.parameters(), self.experts.parameters()):
-            average = (usage @ experts.flatten(1)).view_as(director)
+            average = (omega @ experts.flatten(1)).view_as(director)
             director.lerp_(average, (1 - momentum) * finite)            # Eq. 7
-        self.usage.lerp_(usage, 0.01 * finite)                          # Eq. 20 with mu = 0.99
+        self.usage.lerp_(omega, 0.01 * finite)                          # Eq. 20 with mu = 0.99
 
 class Block(nn.Module):
     """Pre-norm transformer block; with experts, its MLP is a DEX module."""
@@ -184,7 +184,7 @@ class Block(nn.Module):
             self.mlp = MLP(c)
 
     def forward(self, x, sigma=None):
-        """x (B, N, C) -> (B, N, C), and the Routing, without experts one of R = 0, or None at inference."""
+        """x (B, N, C) -> (B, N, C), and where sigma is given the Routing, without experts one of R = 0."""
         x = x + self.attn(self.norm1(x))
         if hasattr(self, 'dex'):
             y, routing = self.dex(self.norm2(x), sigma)

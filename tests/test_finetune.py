@@ -116,6 +116,17 @@ def test_masks_are_augmented_with_their_images():
     again, labels = data.augment_labelled(images, torch.arange(8), 48)
     assert labels.tolist() == list(range(8))
 
+def test_a_left_organ_stays_on_the_left_where_flips_are_off():
+    masks = torch.zeros(64, 64, 64, dtype=torch.long)
+    masks[:, 20:44, 8:24], masks[:, 20:44, 40:56] = 1, 2
+    torch.manual_seed(0)
+    left = {}
+    for flips in (False, True):
+        _, seen = data.augment_labelled(masks[:, None].expand(-1, 3, -1, -1).byte(), masks, 64, flips)
+        columns = torch.arange(64.0)
+        left[flips] = sum(bool(columns[(mask == 1).any(0)].mean() < columns[(mask == 2).any(0)].mean()) for mask in seen)
+    assert left[False] == 64 and 16 < left[True] < 48
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks
 
@@ -286,6 +297,17 @@ def test_results_say_what_was_done(runs, pretrained):
         assert found['config']['experts'] == 3 and found['options']['batch'] == 4
     assert sum(map(sum, results(runs / 'tell')['scores']['confusion'])) == 5
     assert set(results(runs / 'find')['scores']) == {'dice', 'dice_empty_is_one', 'dice_pooled'}
+
+def test_several_organs_are_not_flipped(tasks, tmp_path, monkeypatch):
+    """Among several classes there may be a left and a right one; of two (or in a classification) there is no such pair."""
+    write_task(tmp_path / 'organs', True)
+    meta = json.loads((tmp_path / 'organs' / 'meta.json').read_text()) | dict(classes=['ground', 'left', 'right'])
+    (tmp_path / 'organs' / 'meta.json').write_text(json.dumps(meta))
+    asked, augment = [], data.augment_labelled
+    monkeypatch.setattr(data, 'augment_labelled', lambda *call: asked.append(call[3]) or augment(*call))
+    for folder, name in ((tmp_path, 'organs'), (tasks, 'find'), (tasks, 'tell')):
+        assert script(task=name, data=folder, init='scratch', depth=4, out=tmp_path / 'out' / name, **dict(TINY, steps=1)) == 0
+    assert asked == [False, True, True]
 
 def test_the_best_epoch_is_scored(tasks, runs, pretrained):
     """best.pt, applied by hand to the test images, has the scores of results.json."""

@@ -756,7 +756,7 @@ def labelled(path, raw, sample, o):
                 if layer.shape != mask.shape:
                     raise ValueError(f'their sizes differ: {mask.shape} and {layer.shape}')
                 layer = np.uint8(fill(layer > 0)) if o.outline else layer
-                mask[layer > 0] = number * layer[layer > 0]
+                mask[layer > 0] = number * layer[layer > 0]  # one file: its classes; of several each is 0 or 1
                 others |= more
             mask[mask >= len(o.classes)] = 255  # values after those of the classes are not scored
             square = np.asarray(Image.fromarray(mask).resize((o.size, o.size), Image.Resampling.NEAREST))

@@ -5,7 +5,7 @@
 
 By layer, a two-way analysis of variance of the features of each body in each modality, mean + modality + body + rest:
 how much of the variance each of the three explains, in shares that add up to 1. They come from the mean squares, so a
-factor that has no influence is expected to have a share of 0, not the one that its degrees of freedom would give it.
+factor that has no influence has a share near 0, not the one that its degrees of freedom would give it.
 Then retrieval: with each modality's mean taken away, is an image's nearest neighbour by cosine, among the images of all
 bodies in another modality, the same body? Chance is 1 / bodies.
 
@@ -105,6 +105,9 @@ def main():
             if weights:
                 load_weights(vit, weights, path)
                 title += f', {options["steps"]} steps'
+            title += f', {c.depth} blocks at {c.size} pixels'
+            if weights and options['seed'] in found[title]:
+                sys.exit(f'{path}: another network of this kind and seed came before; measure one at a time')
             found[title][options['seed']] = measure(vit, images[c.size])
     columns = [f'{kind}: {what}' for kind in ('mean', 'place') for what in ('modality', 'body', 'rest', 'retrieved')]
     print(f'\n{o.bodies} bodies, so the chance of retrieval is {1 / o.bodies:.3f}')

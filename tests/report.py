@@ -12,51 +12,56 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from finetune import headline  # noqa: E402
 
-TUNED = ('task', 'score', 'method', 'size', 'steps', 'batch', 'lr')
-PRETRAINED = ('data', 'network', 'size', 'steps', 'batch', 'lr', 'top_k', 'routing', 'balance', 'momentum', 'sigma')
+SHOWN = ('task', 'score', 'method', 'data', 'network', 'size', 'steps', 'batch', 'lr')     # and whatever else varies
+NO_MATTER = ('seed', 'out', 'resume', 'overwrite', 'demo', 'device', 'bf16', 'log_every', 'val_every', 'save_minutes')
 
 def tuned(folder):
-    """What a finished fine-tuning was but for its seed, in the order of TUNED, and its score."""
+    """Settings of a finished fine-tuning, and its score."""
     run = json.loads((folder / 'results.json').read_text())
+    settings = {name: run[name] for name in ('task', 'method', 'steps', 'batch', 'lr', 'weight_decay', 'warmup')}
     score = 'Dice' if 'dice' in run['scores'] else 'macro-F1'
-    about = run['task'], score, run['method'], run['config']['size'], run['steps'], run['batch'], run['lr']
-    return about, headline(run['scores'])
+    return dict(run['config'], **settings, score=score), headline(run['scores'])
 
 def pretrained(folder):
-    """What a pretraining was but for its seed, in the order of PRETRAINED, and L_self of the last validation, or None."""
-    o = json.loads((folder / 'config.json').read_text())['options']
-    network = 'masked autoencoder' if not o['experts'] else '+ director' if o['co'] else '+ experts'
-    last = json.loads((folder / 'log.jsonl').read_text().splitlines()[-1])
-    done = last['step'] + 1
-    return tuple(dict(o, network=network, steps=done)[name] for name in PRETRAINED), last.get('val_mae')
+    """Settings of a pretraining, and L_self of its last validation, which must be that of its last step."""
+    run = json.loads((folder / 'config.json').read_text())
+    settings, last = run['options'], json.loads((folder / 'log.jsonl').read_text().splitlines()[-1])
+    settings['steps'] = run.get('steps', settings['steps'])     # as the epochs gave
+    if last['step'] + 1 < settings['steps']:
+        raise ValueError('not finished')
+    network = 'masked autoencoder' if not settings['experts'] else '+ director' if settings['co'] else '+ experts'
+    settings = {name: value for name, value in settings.items() if name not in NO_MATTER}
+    return dict(settings, network=network), last['val_mae']
 
-def table(columns, found):
-    print(f'| {" | ".join(columns)} | mean ± deviation | seeds |\n|{"---|" * (len(columns) + 2)}')
-    for setting, values in sorted(found.items()):
-        spread = f' ± {np.std(values, ddof=1):.3f}' if len(values) > 1 else ''
-        print('|', *(f'{item} |' for item in setting), f'{np.mean(values):.3f}{spread} | {len(values)} |')
+def table(runs):
+    """Print runs, pairs of settings and a score; those that differ in nothing but the seed share a row."""
+    varied = {name for settings, _ in runs for name, value in settings.items() if value != runs[0][0].get(name)}
+    names = [name for name in dict.fromkeys((*SHOWN, *runs[0][0])) if name in SHOWN or name in varied]
+    names = [name for name in names if name in runs[0][0]]
+    rows = {}
+    for settings, score in runs:
+        rows.setdefault(tuple(str(settings.get(name)) for name in names), []).append(score)
+    print(f'| {" | ".join(names)} | mean ± deviation | seeds |\n|{"---|" * (len(names) + 2)}')
+    for row, scores in sorted(rows.items()):
+        spread = f' ± {np.std(scores, ddof=1):.3f}' if len(scores) > 1 else ''
+        print('|', *(f'{item} |' for item in row), f'{np.mean(scores):.3f}{spread} | {len(scores)} |')
 
 def report(folders):
     """Print the tables of the runs in these folders; what is neither is passed over, what is not whole is named."""
-    found = {TUNED: {}, PRETRAINED: {}}     # scores by what a run was but for its seed
+    found = {tuned: [], pretrained: []}
     for folder in sorted({*map(Path, folders)}):
         try:
             if (folder / 'results.json').exists():
-                columns, (setting, value) = TUNED, tuned(folder)
+                found[tuned].append(tuned(folder))
             elif (folder / 'best.pt').exists():
                 raise ValueError('not finished')
             elif (folder / 'log.jsonl').exists():
-                columns, (setting, value) = PRETRAINED, pretrained(folder)
-            else:
-                continue
-            if value is None:
-                raise ValueError('not finished')
-            found[columns].setdefault(setting, []).append(value)
+                found[pretrained].append(pretrained(folder))
         except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
             print(f'{folder}: left out, as it holds no results ({error!r})', file=sys.stderr)
-    for columns, rows in found.items():
-        if rows:
-            table(columns, rows)
+    for runs in found.values():
+        if runs:
+            table(runs)
 
 if __name__ == '__main__':
     if not sys.argv[1:] or {'-h', '--help'} & {*sys.argv}:

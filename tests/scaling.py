@@ -10,27 +10,28 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from pictures import draw_lines  # noqa: E402
+from pictures import draw_lines  # which puts the repository on the path
+from finetune import headline  # noqa: E402
 
 PANELS = dict(top_k='activated experts', fraction='share of the training images', tune_blocks='tuned blocks')
 
 def curves(runs, option, task):
-    """{name: [(x, mean, deviation)]} of the runs of a task that differ from the default in this option alone or in none."""
+    """{name: [(x, mean, deviation)]} of the runs of a task whose method differs in this option alone or in none."""
     scores = defaultdict(lambda: defaultdict(list))     # of each pretraining, by the option's value, one a seed
     for run in runs:
-        options, kind = run['options'], run['method'].split('-')
-        others = any(f'-{name}-' in run['method'] for name in PANELS if name != option)
-        if others or run['task'] != task or kind[1] != 'E' or kind[2] not in ('dex', 'scratch'):
+        options, (_, adapt, start, *changed) = run['options'], run['method'].split('-')
+        if run['task'] != task or adapt != 'E' or start not in ('dex', 'scratch') or changed[::2] not in ([], [option]):
             continue
         value = run['config']['top_k'] if option == 'top_k' else options[option]
         value = run['config']['depth'] if value == -1 else value        # all blocks
-        score = run['scores'].get('dice') or run['scores']['f1']
-        scores['pretrained' if kind[2] == 'dex' else 'scratch'][value].append(score['mean'])
+        scores['pretrained' if start == 'dex' else 'scratch'][value].append(headline(run['scores']))
     return {name: [(x, statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for x, v in sorted(found.items())]
             for name, found in scores.items()}
 
 def main():
     files = [Path(folder, 'results.json') for folder in sys.argv[1:]]
+    if not any(file.exists() for file in files):
+        sys.exit('none of these folders holds a finished fine-tuning')
     runs = [json.loads(file.read_text()) for file in files if file.exists()]
     task = max((run['task'] for run in runs), key=[run['task'] for run in runs if '-top_k-' in run['method']].count)
     panels = {f'{task}: {title}': curves(runs, option, task) for option, title in PANELS.items()}

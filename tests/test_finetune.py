@@ -488,8 +488,9 @@ def test_masks_of_new_pictures_and_volumes(runs, tmp_path, capsys):
     volume[8:28, :, 10:30] += 150
     affine = np.array([[0, 3.0, 0, 5], [-1, 0, 0, 6], [0, 0, 1, 7], [0, 0, 0, 1]])
     nib.save(nib.Nifti1Image(volume, affine), new / 'scan.nii.gz')
+    nib.save(nib.Nifti1Pair(volume, affine), new / 'pair.img')
     (new / 'broken.png').write_bytes(b'no picture')
-    files = [new / name for name in ('broken.png', 'picture.png', 'photo.jpg', 'scan.nii.gz')]
+    files = [new / name for name in ('broken.png', 'picture.png', 'photo.jpg', 'scan.nii.gz', 'pair.img', 'pair.hdr')]
     assert script('--predict', *files, out=runs / 'find', device='cpu') == 1
     assert 'broken.png' in capsys.readouterr().err
     folder = runs / 'find' / 'predictions' / new.relative_to('/')
@@ -498,13 +499,14 @@ def test_masks_of_new_pictures_and_volumes(runs, tmp_path, capsys):
     truth[10:40, 20:50] = True
     assert mask.shape == truth.shape and naive_dice(mask.flatten(), truth.flatten(), 1) > 0.6
     assert np.mean(np.asarray(Image.open(folder / 'photo.jpg-mask.png')) == mask) > 0.95
-    scan = nib.load(folder / 'scan.nii.gz-mask.nii.gz')
-    assert scan.shape == volume.shape and np.array_equal(scan.affine, affine) and scan.get_data_dtype() == np.uint8
     truth = np.zeros(volume.shape, bool)
     truth[8:28, :, 10:30] = True
-    assert naive_dice(np.asarray(scan.dataobj).flatten(), truth.flatten(), 1) > 0.6
+    for name in ('scan.nii.gz', 'pair.img', 'pair.hdr'):
+        scan = nib.load(folder / f'{name}-mask.nii.gz')
+        assert scan.shape == volume.shape and np.array_equal(scan.affine, affine) and scan.get_data_dtype() == np.uint8
+        assert naive_dice(np.asarray(scan.dataobj).flatten(), truth.flatten(), 1) > 0.6
     overlays = {path.name for path in folder.glob('*overlay*')}
-    assert len(overlays) == 3 and Image.open(folder / 'picture.png-overlay.png').size == (70, 50)
+    assert len(overlays) == 5 and Image.open(folder / 'picture.png-overlay.png').size == (70, 50)
 
 def test_no_file_takes_the_place_of_another(runs, tmp_path, capsys, monkeypatch):
     """Where a mask lies does not depend on what else is asked for, nor on how the file is named."""
@@ -589,8 +591,8 @@ def test_report(tmp_path, capsys):
         for task, method, value in (('a', 'DEX-E', dice), ('a', 'DEX-D', 0.5), ('b', 'DEX-E', None)):
             (tmp_path / f'{task}{method}{seed}').mkdir()
             (tmp_path / f'{task}{method}{seed}' / 'results.json').write_text(json.dumps(
-                dict(task=task, method=method, seed=seed, steps=9, batch=4, lr=0.1, config=dict(size=32),
-                     scores={'dice' if task == 'a' else 'f1': dict(mean=value)})))
+                dict(task=task, method=method, seed=seed, steps=9, batch=4, lr=0.1, weight_decay=0, warmup=1,
+                     config=dict(size=32, depth=4), scores={'dice' if task == 'a' else 'f1': dict(mean=value)})))
     (tmp_path / 'other').mkdir()
     for name, content in (('cut', '{"task": '), ('foreign', '[1]')):
         (tmp_path / name).mkdir()
@@ -610,22 +612,27 @@ def test_report(tmp_path, capsys):
     report.report(tmp_path.glob('aDEX-E*'))
     printed = capsys.readouterr().out
     assert '| 0.1 | 0.800 | 1 |' in printed and '| 9 | 0.900 | 1 |' in printed       # one has no spread
+    odd.write_text(json.dumps(json.loads(odd.read_text()) | dict(lr=0.1, config=dict(size=32, depth=12))))
+    report.report(tmp_path.glob('aDEX-E*'))
+    printed = capsys.readouterr().out
+    assert '| 0.1 | 4 | 0.800 | 1 |' in printed and '| 0.1 | 12 | 0.900 | 1 |' in printed       # what differs is shown
 
 def test_report_of_pretraining(tmp_path, capsys):
-    """The last validation's L_self by what was trained; a run whose last line has none is not finished."""
+    """The last validation's L_self by what was trained; a run that is not at its last step is not finished."""
     o = vars(pretrain.Options())
-    for name, changes, values in (('0', {}, (0.9, 0.5)), ('1', dict(seed=1), (0.8, 0.7)), ('2', dict(co=0.0), (0.4,)),
-                                  ('3', dict(experts=0), (0.9, None))):
+    for name, changes, values in (('0', {}, (0.9, 0.5)), ('1', dict(seed=1), (0.8, 0.7)), ('2', dict(co=0.0), (0.9, 0.4)),
+                                  ('3', dict(experts=0), (0.9, None)), ('4', {}, (0.3,)), ('5', dict(depth=3), (0.9, 0.2))):
         (tmp_path / name).mkdir()
-        (tmp_path / name / 'config.json').write_text(json.dumps(dict(options=o | changes)))
+        (tmp_path / name / 'config.json').write_text(json.dumps(dict(options=o | changes, steps=2)))
         lines = [dict(step=step) | ({} if value is None else dict(val_mae=value)) for step, value in enumerate(values)]
         (tmp_path / name / 'log.jsonl').write_text('\n'.join(map(json.dumps, lines)))
     report.report(sorted(tmp_path.iterdir()))
     printed = capsys.readouterr()
     rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in printed.out.splitlines()[2:]]
-    assert [row[:4] + row[-2:] for row in rows] == [
-        ['data/medverse', '+ director', '256', '2', '0.600 ± 0.141', '2'], ['data/medverse', '+ experts', '256', '1', '0.400', '1']]
-    assert re.findall(r'(\d): left out', printed.err) == ['3']
+    assert [row[1:4] + row[6:] for row in rows] == [       # and depth and co, which vary
+        ['+ director', '256', '2', '0', '0.1', '0.600 ± 0.141', '2'], ['+ director', '256', '2', '3', '0.1', '0.200', '1'],
+        ['+ experts', '256', '2', '0', '0.0', '0.400', '1']]
+    assert re.findall(r'(\d): left out', printed.err) == ['3', '4']
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Encoders of others

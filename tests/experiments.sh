@@ -37,6 +37,8 @@ prepare() {
     for name in phantom-organs phantom-vessels; do
         [ -e data/$name ] || python tests/phantoms.py --task $name --out data/$name --size 64
     done
+    [ -e data/phantom-lesion ] ||
+        python tests/phantoms.py --task phantom-lesion --out data/phantom-lesion --size 64 --count 1200
 }
 
 train() {       # name seed steps options...: pretrain; where it is finished, this takes seconds
@@ -56,11 +58,12 @@ tune() {        # task network seed options...: fine-tune as --adapt says; else 
     case $task in
         covid-cxr | eye-disease) how='--lr 3e-4 --epochs 20' ;;
         hc18) how='--lr 1e-3 --epochs 40' ;;
+        phantom-lesion) how='' ;;       # given with each
         phantom-*) how='--lr 1e-3 --epochs 15' ;;
     esac
     local out=out/tune/$(echo $task $network $seed $* | tr -d - | tr ' ' _)
     [ -e $out/results.json ] ||
-        python finetune.py --task $task $from $how --batch 8 --seed $seed --out $out --resume "$@"
+        python finetune.py --task $task $from --batch 8 $how --seed $seed --out $out --resume "$@"
 }
 
 phantoms() {    # Table 6 on simulated images; a plain network has a plain ViT to tune, one with experts all of them
@@ -72,12 +75,17 @@ phantoms() {    # Table 6 on simulated images; a plain network has a plain ViT t
         train ph-mae138 $seed 552 $options --experts 0
         train ph-dex-long $seed 800 $options
         train ph-mae-long $seed 1104 $options --experts 0
-        for network in scratch ph-mae ph-experts ph-dex; do
+        for network in scratch ph-mae ph-experts ph-dex ph-mae138; do
             for task in phantom-organs phantom-vessels; do
                 tune $task $network $seed
                 tune $task $network $seed --tune_blocks 0
                 tune $task $network $seed --fraction 0.2
             done
+            # naevus or melanoma: by a linear layer on what was pretrained, and everything tuned on 30 images
+            tune phantom-lesion $network $seed --tune_blocks 0 --batch 16 --lr 3e-3 --epochs 8 --warmup_epochs 1
+            tune phantom-lesion $network $seed --fraction 0.05 --batch 16 --lr 3e-4 --epochs 40 --warmup_epochs 4
+            [ $network = scratch ] || tune phantom-lesion $network $seed --adapt director --fraction 0.05 --batch 16 \
+                --lr 3e-4 --epochs 40 --warmup_epochs 4
         done
     done
 }

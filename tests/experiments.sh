@@ -81,11 +81,12 @@ phantoms() {    # Table 6 on simulated images; a plain network has a plain ViT t
                 tune $task $network $seed --tune_blocks 0
                 tune $task $network $seed --fraction 0.2
             done
-            # naevus or melanoma: by a linear layer on what was pretrained, and everything tuned on 30 images
+            # naevus or melanoma: a linear layer on what was pretrained; and all of a plain ViT on 30 images, drawn thrice
             tune phantom-lesion $network $seed --tune_blocks 0 --batch 16 --lr 3e-3 --epochs 8 --warmup_epochs 1
-            tune phantom-lesion $network $seed --fraction 0.05 --batch 16 --lr 3e-4 --epochs 40 --warmup_epochs 4
-            [ $network = scratch ] || tune phantom-lesion $network $seed --adapt director --fraction 0.05 --batch 16 \
-                --lr 3e-4 --epochs 40 --warmup_epochs 4
+            for draw in $seed $((seed + 10)) $((seed + 20)); do
+                tune phantom-lesion $network $seed --adapt director --fraction 0.05 --batch 16 --lr 3e-4 --epochs 40 \
+                    --warmup_epochs 4 --seed $draw
+            done
         done
     done
 }

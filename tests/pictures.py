@@ -31,12 +31,15 @@ CURVES = {      # of log.jsonl: the title of a panel, the name of the line
 }
 
 def draw_lines(path, panels):
-    """Panels {title: {name of a line: [(x, y), ...]}} side by side, each from its least to its greatest numbers."""
+    """Panels {title: {name of a line: [(x, y), ...]}} side by side, each from its least to its greatest numbers; of points
+    (x, y, deviation) each is a dot, with a bar of that length up and down."""
     picture = Image.new('RGB', (330 * len(panels), 220), 'white')
     draw = ImageDraw.Draw(picture)
     for number, (title, lines) in enumerate(panels.items()):
-        points = np.concatenate(list(lines.values()))       # (points, 2)
-        low, span = points.min(0), np.ptp(points, 0) + 1e-9
+        lines = {name: np.array(line, float) for name, line in lines.items()}       # (points, 2 or 3)
+        bars = {name: np.insert(line[:, 2:].sum(1)[:, None], 0, 0, 1) for name, line in lines.items()}      # (points, 2)
+        ends = np.concatenate([line[:, :2] + sign * bars[name] for name, line in lines.items() for sign in (-1, 1)])
+        low, span = ends.min(0), np.ptp(ends, 0) + 1e-9
         corner, size = (330 * number + 55, 190), (190, -150)
         draw.text((corner[0], 12), title, 'black')
         for share in (0, 1):
@@ -44,8 +47,11 @@ def draw_lines(path, panels):
             draw.text((corner[0] + 190 * share, 194), f'{x:.4g}', 'gray', anchor='ma')
             draw.text((corner[0] - 6, 190 - 150 * share), f'{y:.3g}', 'gray', anchor='rm')
         for row, (colour, (name, line)) in enumerate(zip(COLOURS, lines.items())):
-            places = corner + size * (np.array(line) - low) / span
+            places = corner + size * (line[:, :2] - low) / span
             draw.line([tuple(place) for place in places], colour, 2)
+            for (x, y), (_, bar) in zip(places, bars[name] * size / span) if line.shape[1] > 2 else ():
+                draw.line([(x, y - bar), (x, y + bar)], colour)
+                draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
             draw.text((corner[0] + 198, 40 + 14 * row), name, colour)
     picture.save(path)
 

@@ -1,6 +1,6 @@
 """Draw Fig. 5 from fine-tuned runs: the score against activated experts, share of the training images and tuned blocks.
 
-    python tests/scaling.py out/tune/*              writes scaling.png of the means, and prints their deviations over seeds
+    python tests/scaling.py out/tune/*              writes scaling.png and prints its numbers: means, deviations over seeds
 
 Takes the runs that pretrain.py's checkpoints `dex` and, for the share of the images, `scratch` began, of one task.
 """
@@ -35,8 +35,7 @@ def main():
     runs = [json.loads(file.read_text()) for file in files if file.exists()]
     task = max((run['task'] for run in runs), key=[run['task'] for run in runs if '-top_k-' in run['method']].count)
     panels = {f'{task}: {title}': curves(runs, option, task) for option, title in PANELS.items()}
-    draw_lines('scaling.png', {title: {name: [(x, y) for x, y, _ in points] for name, points in lines.items()}
-                               for title, lines in panels.items()})
+    draw_lines('scaling.png', panels)
     for title, lines in panels.items():
         for name, points in lines.items():
             print(f'{title}, {name}:', ', '.join(f'{x:g}: {y:.3f} ± {bar:.3f}' for x, y, bar in points))

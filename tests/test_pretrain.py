@@ -182,6 +182,12 @@ def test_lines_are_drawn_from_the_least_to_the_greatest_number(tmp_path):
     assert abs(blue.min(0) - (40, 55)).max() <= 1 and abs(blue.max(0) - (190, 245)).max() <= 1
     middle = blue[blue[:, 1] == 55 + round(190 / 4)][:, 0].mean()       # a quarter of the way at x = 2, y = 2
     assert abs(middle - (190 - 150 / 4)) <= 2
+    pictures.draw_lines(tmp_path / 'bars.png', {'title': dict(up=[(1, 3, 1), (2, 4, 2)])})      # from 2 to 6
+    picture = np.asarray(Image.open(tmp_path / 'bars.png')).astype(int)
+    blue = np.argwhere(abs(picture[:, :250] - (65, 105, 225)).sum(2) == 0)
+    for column, least, most in ((55, 2, 4), (245, 2, 6)):
+        rows = blue[abs(blue[:, 1] - column) <= 1][:, 0]
+        assert abs(rows.max() - (190 - 150 * (least - 2) / 4)) <= 1 and abs(rows.min() - (190 - 150 * (most - 2) / 4)) <= 1
 
 def test_mutual_information_of_known_tables():
     independent = torch.outer(torch.tensor([1.0, 2, 5]), torch.tensor([3.0, 1, 4, 2]))

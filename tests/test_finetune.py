@@ -20,6 +20,7 @@ import finetune
 import prepare_medverse
 import pretrain
 import report
+import scaling
 from model import MAE, SIZES, Config, ViT, read_checkpoint
 from unetr import UNETR
 
@@ -616,6 +617,16 @@ def test_report(tmp_path, capsys):
     report.report(tmp_path.glob('aDEX-E*'))
     printed = capsys.readouterr().out
     assert '| 0.1 | 4 | 0.800 | 1 |' in printed and '| 0.1 | 12 | 0.900 | 1 |' in printed       # what differs is shown
+
+def test_scaling_takes_what_differs_in_one_option_alone():
+    def run(method, value, **options):
+        return dict(task='a', method=method, options=dict(fraction=1.0, tune_blocks=-1) | options, config=dict(top_k=2, depth=4),
+                    scores=dict(f1=dict(mean=value)))
+    runs = [run('DEX-E-dex', 0.5), run('DEX-E-dex', 0.7), run('DEX-E-scratch', 0.4), run('DEX-E-dex-fraction-0.4', 0.3, fraction=0.4),
+            run('DEX-E-dex-pool-mean', 0.1), run('DEX-D-dex', 0.1), run('DEX-E-mae', 0.1), run('DEX-E-dex', 0.1) | dict(task='b'),
+            run('DEX-E-dex-fraction-0.4-tune_blocks-1', 0.1, fraction=0.4, tune_blocks=1)]
+    found = scaling.curves(runs, 'fraction', 'a')
+    assert found == dict(pretrained=[(0.4, 0.3, 0.0), (1.0, 0.6, pytest.approx(0.2 / 2 ** 0.5))], scratch=[(1.0, 0.4, 0.0)])
 
 def test_report_of_pretraining(tmp_path, capsys):
     """The last validation's L_self by what was trained; a run that is not at its last step is not finished."""

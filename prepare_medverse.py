@@ -367,7 +367,8 @@ def decode_video(path, size):  # yield every 30th frame (C.1.1) as uint8 (1, S, 
 # What becomes of an image: pixels uint8 (S, S, c), or why it is dropped. picture: neither slice nor frame of a video.
 Item = namedtuple('Item', 'pixels picture reason detail', defaults=(False, '', ''))
 
-def slices(path, modality, size, min_side):  # in a worker: yield an Item for each image, one for an unusable file
+def slices(path, modality, size, min_side):
+    """In a worker: yield an Item of side `size` px for each image of a file, or one that says why it is unusable."""
     film, count = path.name.lower().endswith(VIDEOS), 0
     try:
         for array in decode_video(path, size) if film else read(path, draft=max(2 * size, min_side)):
@@ -540,7 +541,8 @@ def list_tables(raw):  # of Tables 2 and 3: what lies below RAW, how to get it, 
 # it is absent); its class, of a classification.
 Sample = namedtuple('Sample', 'frames masks label patient', defaults=((), '', ''))
 
-def find_samples(raw, o):  # {path of an image: its Sample}, by a table of classes, pairs or the names of folders
+def find_samples(raw, o):
+    """{path of an image below RAW: its Sample}, by a table of classes, by pairs or by the names of folders."""
     names = [name for name in list_names(raw) if '/.' not in f'/{name}' and not find(o.skip, name)]
     tabled = o.labels and '(' not in o.labels[0]
     rules = () if tabled else o.labels or o.masks or (r'(.*)masks/(.*?)(?:\.nii)?\.\w+$',)
@@ -567,7 +569,8 @@ def find_samples(raw, o):  # {path of an image: its Sample}, by a table of class
     return {name: sample._replace(patient=patients.get(name) or sample.patient or name)
             for name, sample in samples.items()}
 
-def pair(raw, images, layers, o):  # yield (first frame, Sample) of {key: names}, and of masks or labels [{key: names}]
+def pair(raw, images, layers, o):
+    """Yield (first frame, Sample) of images {key: paths} and of their masks or files of labels [{key: paths}]."""
     classes = dict(zip(o.values or map(str, range(len(o.classes))), o.classes))
     for key, frames in images.items():
         masks = [layer.get(key, []) for layer in layers]
@@ -613,14 +616,15 @@ def by_tail(names):
             tail = tail.partition('/')[2]
     return found
 
-def read_table(raw, names, end, *columns):  # {name: Sample} by a CSV's columns of file, class and maybe patient
+def read_table(raw, names, end, *columns):
+    """{name: Sample} by the columns of file, class and maybe patient of a CSV whose path below RAW ends with `end`."""
     lines, ends, samples = read_lines(raw, end), by_tail(names), {}
     table = csv.DictReader(lines, delimiter=max(',;\t', key=lines[0].count))  # Excel may write semicolons
     head = table.fieldnames or []
     columns = columns or head[:2]
     if len(columns) < 2 or not {*columns} <= {*head}:
         sys.exit(f'{end}: needs a column of files and one of classes, has {head}, no {", ".join({*columns} - {*head})}')
-    print(f'{end}: files, classes and patients are its columns {", ".join(columns)}; others are not read')
+    print(f'{end}: file, class and maybe patient are its columns {", ".join(columns)}; others are not read')
     for row in table:
         path, label, *patient = [(row[column] or '').strip() for column in columns]
         found = ends.get(plain(path), []) if label else []

@@ -36,9 +36,9 @@ def draw_lines(path, panels):
     picture = Image.new('RGB', (330 * len(panels), 220), 'white')
     draw = ImageDraw.Draw(picture)
     for number, (title, lines) in enumerate(panels.items()):
-        lines = {name: np.array(line, float) for name, line in lines.items()}       # (points, 2 or 3)
-        bars = {name: np.insert(line[:, 2:].sum(1)[:, None], 0, 0, 1) for name, line in lines.items()}      # (points, 2)
-        ends = np.concatenate([line[:, :2] + sign * bars[name] for name, line in lines.items() for sign in (-1, 1)])
+        dotted = all(len(point) > 2 for line in lines.values() for point in line)
+        lines = {name: np.array([(*point, 0)[:3] for point in line], float) for name, line in lines.items()}
+        ends = np.concatenate([line[:, :2] + sign * line[:, 2:] * (0, 1) for line in lines.values() for sign in (-1, 1)])
         low, span = ends.min(0), np.ptp(ends, 0) + 1e-9
         corner, size = (330 * number + 55, 190), (190, -150)
         draw.text((corner[0], 12), title, 'black')
@@ -49,7 +49,7 @@ def draw_lines(path, panels):
         for row, (colour, (name, line)) in enumerate(zip(COLOURS, lines.items())):
             places = corner + size * (line[:, :2] - low) / span
             draw.line([tuple(place) for place in places], colour, 2)
-            for (x, y), (_, bar) in zip(places, bars[name] * size / span) if line.shape[1] > 2 else ():
+            for (x, y), bar in zip(places, 150 * line[:, 2] / span[1]) if dotted else ():
                 draw.line([(x, y - bar), (x, y + bar)], colour)
                 draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
             draw.text((corner[0] + 198, 40 + 14 * row), name, colour)

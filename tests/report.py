@@ -36,8 +36,7 @@ def pretrained(folder):
 def table(runs):
     """Print runs, pairs of settings and a score; those that differ in nothing but the seed share a row."""
     varied = {name for settings, _ in runs for name, value in settings.items() if value != runs[0][0].get(name)}
-    names = [name for name in dict.fromkeys((*SHOWN, *runs[0][0])) if name in SHOWN or name in varied]
-    names = [name for name in names if name in runs[0][0]]
+    names = [name for name in dict.fromkeys((*SHOWN, *runs[0][0])) if name in runs[0][0] and name in {*SHOWN, *varied}]
     rows = {}
     for settings, score in runs:
         rows.setdefault(tuple(str(settings.get(name)) for name in names), []).append(score)

@@ -1,261 +1,336 @@
-"""data.py: options, shards, the order of images, and augmentation."""
+"""data.py: prepared sources and labelled tasks are read, in which order, and ahead of time.
+Augmentation has a file of its own."""
 import json
-import math
 import os
-import sys
+import threading
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_source
 
 import data
-from prepare_medverse import parse_options
+from tests.support.runs import ends, write_source
+from tests.support.tasks import write_task
 
-@dataclass
-class Settings:
-    name: str = 'base'      # a word
-    count: int = 3          # a number, 100% whole
-    rate: float = 1e-4      # any number
-    fast: bool = False      # yes or no
+# --- Shards ---------------------------------------------------------------------------------------
 
-@pytest.fixture
-def parse(monkeypatch):
-    def parse(line):
-        monkeypatch.setattr(sys, 'argv', ['script.py', *line.split()])
-        return parse_options(Settings())
-    return parse
-
-@pytest.mark.parametrize('line, field, value', [
-    ('--count 5', 'count', 5), ('--count=5', 'count', 5), ('--rate 3', 'rate', 3.0),
-    ('--name a=b=c', 'name', 'a=b=c'), ('--name=a=b=c', 'name', 'a=b=c'),
-    ('--name=', 'name', ''), ('--fast', 'fast', True), ('--fast true', 'fast', True), ('--fast=1', 'fast', True),
-    ('--fast False', 'fast', False), ('--fast=no', 'fast', False)])
-def test_options_are_set_as_name_and_value(parse, line, field, value):
-    changed = vars(parse(line))
-    assert changed[field] == value and type(changed[field]) is type(value)
-    assert {name: v for name, v in changed.items() if name != field} == \
-           {name: v for name, v in vars(Settings()).items() if name != field}
-
-@pytest.mark.parametrize('line, named', [
-    ('--count 0.5', '--count'), ('--count=three', '--count'), ('--rate fast', '--rate'), ('--fast=maybe', '--fast'),
-    ('--cuont 5', '--cuont'), ('--coun 5', '--coun'), ('--count', '--count'), ('stray', 'stray')])
-def test_wrong_options_end_the_program_and_are_named(parse, capsys, line, named):
-    with pytest.raises(SystemExit) as error:
-        parse(line)
-    assert error.value.code == 2 and named in capsys.readouterr().err.splitlines()[-1]
-
-@pytest.mark.parametrize('line', ['--count -5', '--rate=-1e-3', '--rate nan', '--rate inf'])
-def test_numbers_below_zero_or_without_end_are_refused(parse, line):
-    with pytest.raises(SystemExit, match='--(count|rate) .*: must be a number of 0 or more'):
-        parse(line)
-
-def test_help_shows_each_comment_and_default(parse, capsys):
-    with pytest.raises(SystemExit):
-        parse('--help')
-    text = capsys.readouterr().out
-    assert 'a number, 100% whole (default: 3)' in text and 'yes or no (default: False)' in text
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shards
-
-def test_modalities_and_held_out_tails_follow_the_sources(sources):
-    shards = data.Shards(sources[0], val_share=0.1)
-    assert shards.modalities == ['CT', 'MR', 'Photo'] and shards.side == 32
+def test_images_are_numbered_through_and_know_their_modality(sources):
+    shards = data.Shards(sources.folder)
+    assert shards.modalities == ['CT', 'MR', 'Photo']
     assert shards.modality.tolist() == [0] * 20 + [2] * 17 + [0] * 9 + [1] * 22
+    assert shards.side == 32
+
+def test_the_tail_of_each_source_is_held_out(sources):
+    """A tenth of 20, 17, 9 and 22 images, rounded down, but one at least."""
+    shards = data.Shards(sources.folder, val_share=0.1)
     assert shards.val.tolist() == [18, 19, 36, 45, 66, 67]
     assert sorted([*shards.train, *shards.val]) == list(range(68))
-    few = data.Shards(sources[0], val_share=0.5, val_most=2)
-    assert few.val.tolist() == [18, 19, 35, 36, 44, 45, 66, 67]
+
+def test_no_more_images_than_asked_for_are_held_out(sources):
+    shards = data.Shards(sources.folder, val_share=0.5, val_most=2)
+    assert shards.val.tolist() == [18, 19, 35, 36, 44, 45, 66, 67]
+
+def test_a_source_of_one_image_is_trained_on_and_none_of_it_held_out(tmp_path):
+    write_source(tmp_path / 'a', 'CT', 3)
+    write_source(tmp_path / 'b', 'CT', 1)
+    shards = data.Shards(tmp_path)
+    assert (shards.train.tolist(), shards.val.tolist()) == ([0, 1, 3], [2])
 
 def test_gather_equals_indexing_the_images_one_by_one(sources):
-    folder, images = sources
-    flat = [np.broadcast_to(image, (32, 32, 3)) for source in images for image in source]
+    """Over borders of shards and of sources; grey fills three channels."""
+    one_by_one = [image for source in sources.images for image in source]
     ids = np.array([0, 3, 15, 16, 19, 20, 35, 36, 40, 46, 67])
-    batch = data.Shards(folder).gather(ids)
-    assert batch.dtype == torch.uint8
-    assert torch.equal(batch, torch.from_numpy(np.stack([flat[i].transpose(2, 0, 1) for i in ids])))
+    batch = data.Shards(sources.folder).gather(ids)
+    assert batch.dtype == torch.uint8 and batch.shape == (11, 3, 32, 32)
+    for image, number in zip(batch, ids):
+        colours = np.broadcast_to(one_by_one[number], (32, 32, 3))
+        assert np.array_equal(image.permute(1, 2, 0), colours)
 
 def test_no_file_is_open_before_the_first_gather(sources):
-    def opened():
-        return sorted(os.readlink(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd')
-                      if os.path.exists(f'/proc/self/fd/{fd}') and os.readlink(f'/proc/self/fd/{fd}').endswith('.npy'))
     if not os.path.isdir('/proc/self/fd'):
-        pytest.skip('this system does not list open files')
-    before = opened()
-    shards = data.Shards(sources[0])
-    assert opened() == before
-    shards.gather(np.array([1, 30]))
-    assert len(opened()) == len(before) + 2
+        pytest.skip('this system does not list the open files of a process')
 
-def test_more_shards_than_files_that_may_be_open(tmp_path):
+    def opened():
+        links = [f'/proc/self/fd/{number}' for number in os.listdir('/proc/self/fd')]
+        paths = [os.readlink(link) for link in links if os.path.exists(link)]
+        return [path for path in paths if path.endswith('.npy')]
+
+    before = len(opened())
+    shards = data.Shards(sources.folder)
+    assert len(opened()) == before
+    shards.gather(np.array([1, 30]))
+    assert len(opened()) == before + 2
+
+def test_there_may_be_more_shards_than_files_may_be_open(tmp_path):
     resource = pytest.importorskip('resource')
     images = write_source(tmp_path / 'a', 'CT', 600, size=8, shard=1)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (500, hard))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (500, limits[1]))
     try:
         shards = data.Shards(tmp_path)
         for first in range(0, 600, 50):
             part = shards.gather(np.arange(first, first + 50))
-            assert np.array_equal(part, np.broadcast_to(images[first:first + 50].transpose(0, 3, 1, 2), (50, 3, 8, 8)))
+            assert np.array_equal(part[:, 0], images[first:first + 50, ..., 0])
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
-def epoch(shards, number, batch, world, accumulate=1):
-    """One epoch's images: lists [step][rank * accumulate + micro-batch]."""
-    steps = len(shards.train) // (batch * world * accumulate)
-    slots = np.arange(steps * accumulate) + number * steps * accumulate
-    plans = [[shards.plan(0, slot, batch, rank, world, len(slots)).tolist() for rank in range(world)] for slot in slots]
-    return [sum(plans[first:first + accumulate], []) for first in range(0, len(plans), accumulate)]
+# --- Sources that are damaged ---------------------------------------------------------------------
 
-def test_no_image_comes_twice_in_an_epoch_over_ranks_and_micro_batches(sources):
-    shards = data.Shards(sources[0])
-    for number in range(3):
-        batches = sum(epoch(shards, number, 5, world=2, accumulate=2), [])
-        drawn = sum(batches, [])
-        assert len(batches) == 3 * 4 and all(len(batch) == 5 and batch == sorted(batch) for batch in batches)
-        assert len(set(drawn)) == len(drawn) and set(drawn) <= set(shards.train.tolist())
+def said_of(folder, error):
+    """What a sentence says after the folder with which it begins; its path may hold any number."""
+    begin = f'{folder}: '
+    sentence = ends(error)
+    assert sentence.startswith(begin), sentence
+    return sentence.removeprefix(begin)
 
-def test_two_ranks_two_micro_batches_and_one_large_batch_take_the_same_images(sources):
-    shards = data.Shards(sources[0])
-    kinds = [epoch(shards, 1, 4, world=2), epoch(shards, 1, 4, world=1, accumulate=2), epoch(shards, 1, 8, world=1)]
-    assert kinds[0] == kinds[1]         # micro-batch by micro-batch
-    assert [sorted(sum(step, [])) for step in kinds[0]] == [step[0] for step in kinds[2]]
+def cut_short(source):
+    shard = source / '00001.npy'
+    shard.write_bytes(shard.read_bytes()[:-100])
 
-def test_the_order_follows_seed_and_epoch_alone(sources):
-    first, second = data.Shards(sources[0]), data.Shards(sources[0])
-    assert epoch(first, 0, 4, 1) != epoch(first, 1, 4, 1)
-    assert {i for step in epoch(first, 0, 4, 1) for i in step[0]} == set(first.train.tolist())      # 64 images: nothing over
-    assert epoch(second, 1, 4, 1) == epoch(first, 1, 4, 1)      # asked for epoch 1 at once, as a resumed run does
-    assert first.plan(1, 0, 4, 0, 1, 9).tolist() != first.plan(0, 0, 4, 0, 1, 9).tolist()
+def a_shard_is_missing(source):
+    (source / '00001.npy').unlink()
 
-def cut(source):
-    path = source / '00001.npy'
-    path.write_bytes(path.read_bytes()[:-100])
+def meta_is_cut_short(source):
+    (source / 'meta.json').write_text('{"mod')
 
-def miscount(source):
+def meta_is_a_list(source):
+    (source / 'meta.json').write_text('[]')
+
+def no_modality(source):
+    (source / 'meta.json').write_text('{"count": 30}')
+
+def miscounted(source):
     (source / 'meta.json').write_text(json.dumps(dict(modality='CT', count=31)))
 
-@pytest.mark.parametrize('spoil, named', [(cut, 'a: .*cut short'), (miscount, 'a: .*30.*31'),
-                                          (lambda source: (source / '00001.npy').unlink(), 'a: .*16.*30'),
-                                          (lambda source: (source / 'meta.json').write_text('{"mod'), 'a: .*JSON'),
-                                          (lambda source: (source / 'meta.json').write_text('[]'), 'a: .*TypeError'),
-                                          (lambda source: np.save(source / '00001.npy', np.ones((14, 32, 32, 1))), 'a: .*uint8'),
-                                          (lambda source: np.save(source / '00001.npy', np.ones((14, 32, 16, 1), np.uint8)), 'a: .*S, S'),
-                                          (lambda source: np.save(source / '00001.npy', np.ones((14, 32, 32), np.uint8)), 'a: .*S, S'),
-                                          (lambda source: (source / 'meta.json').write_text('{"kind": ""}'), "a: a labelled task, for finetune.py"),
-                                          (lambda source: (source / 'meta.json').write_text('{"count": 30}'), "a: .*'modality'")])
-def test_damaged_sources_are_named(tmp_path, spoil, named):
-    write_source(tmp_path / 'a', 'CT', 30)
+def shard_of(*shape, dtype=np.uint8):
+    def spoil(source):
+        np.save(source / '00001.npy', np.ones(shape, dtype))
+    return spoil
+
+@pytest.mark.parametrize('spoil, named', [
+    pytest.param(cut_short, [], id='cut short'),
+    pytest.param(a_shard_is_missing, ['16', '30'], id='a shard is missing'),
+    pytest.param(meta_is_cut_short, [], id='meta.json is cut short'),
+    pytest.param(meta_is_a_list, [], id='meta.json is a list'),
+    pytest.param(no_modality, ['modality'], id='no modality'),
+    pytest.param(miscounted, ['30', '31'], id='miscounted'),
+    pytest.param(shard_of(14, 32, 32, 1, dtype=float), ['uint8'], id='float'),
+    pytest.param(shard_of(14, 32, 16, 1), ['16', '32'], id='not square'),
+    pytest.param(shard_of(14, 32, 32), ['(n, S, S, c)'], id='without channels'),
+])
+def test_a_damaged_source_is_named(tmp_path, spoil, named):
+    write_source(tmp_path / 'a-whole', 'CT', 5)
+    write_source(tmp_path / 'b-spoilt', 'CT', 30)
     data.Shards(tmp_path)
-    spoil(tmp_path / 'a')
-    with pytest.raises(SystemExit, match=named):
+    spoil(tmp_path / 'b-spoilt')
+    with pytest.raises(SystemExit) as error:
         data.Shards(tmp_path)
+    reason = said_of(tmp_path / 'b-spoilt', error)
+    assert all(word in reason for word in named), reason
 
-def test_nothing_prepared_and_mixed_sizes_end_in_a_sentence(tmp_path):
-    for folder in (tmp_path, tmp_path / 'missing'):
-        with pytest.raises(SystemExit, match=f'{folder}: .*prepare_medverse'):
-            data.Shards(folder)
+def test_a_labelled_task_is_no_source(tmp_path):
+    write_task(tmp_path / 'task', segments=True)
+    with pytest.raises(SystemExit) as error:
+        data.Shards(tmp_path)
+    ends(error, naming=[tmp_path / 'task', 'finetune.py', '--data'])
+
+@pytest.mark.parametrize('folder', ['.', 'missing'])
+def test_a_folder_without_sources_tells_how_to_make_some(tmp_path, folder):
+    with pytest.raises(SystemExit) as error:
+        data.Shards(tmp_path / folder)
+    ends(error, naming=[tmp_path / folder, 'prepare_medverse.py', '--demo'])
+
+def test_sources_without_images_are_as_none(tmp_path):
     write_source(tmp_path / 'empty', 'CT', 0)
-    with pytest.raises(SystemExit, match='no prepared images'):
+    with pytest.raises(SystemExit) as error:
         data.Shards(tmp_path)
-    write_source(tmp_path / 'a', 'CT', 3, size=32)
-    assert data.Shards(tmp_path).val.tolist() == [2]
-    write_source(tmp_path / 'b', 'CT', 3, size=16)
-    with pytest.raises(SystemExit, match=r'b: .*\[16, 32\]'):
-        data.Shards(tmp_path)
+    ends(error, naming=[tmp_path, 'prepare_medverse.py'])
 
-def test_prefetch_keeps_the_order_and_stays_ahead():
+def test_a_source_that_is_not_finished_is_passed_over(tmp_path):
+    write_source(tmp_path / 'a', 'CT', 3)
+    write_source(tmp_path / 'b.part', 'MR', 3)
+    assert data.Shards(tmp_path).modalities == ['CT']
+
+def test_sources_of_two_sizes_are_refused_and_the_second_is_named(tmp_path):
+    write_source(tmp_path / 'a', 'CT', 3, size=32)
+    write_source(tmp_path / 'b', 'CT', 3, size=16)
+    with pytest.raises(SystemExit) as error:
+        data.Shards(tmp_path)
+    reason = said_of(tmp_path / 'b', error)
+    assert '16' in reason and '32' in reason
+
+# --- The order of images --------------------------------------------------------------------------
+
+def epoch(shards, number, batch, world=1, accumulate=1, seed=0):
+    """One epoch's images, [step][rank * accumulate + micro-batch] -> list of numbers."""
+    steps = len(shards.train) // (batch * world * accumulate)
+    micros = steps * accumulate
+    found = []
+    for step in range(steps):
+        parts = []
+        for rank in range(world):
+            for micro in range(accumulate):
+                slot = number * micros + step * accumulate + micro
+                parts.append(shards.plan(seed, slot, batch, rank, world, micros).tolist())
+        found.append(parts)
+    return found
+
+def drawn(steps):
+    """All images of an epoch in one list."""
+    return [image for parts in steps for part in parts for image in part]
+
+@pytest.mark.parametrize('number', range(3))
+def test_no_image_comes_twice_in_an_epoch_over_ranks_and_micro_batches(sources, number):
+    shards = data.Shards(sources.folder)
+    steps = epoch(shards, number, batch=5, world=2, accumulate=2)
+    images = drawn(steps)
+    assert len(images) == 3 * 4 * 5 and len(set(images)) == len(images)
+    assert set(images) <= set(shards.train)
+    assert all(part == sorted(part) for parts in steps for part in parts)
+
+def test_every_training_image_comes_once_in_an_epoch(sources):
+    shards = data.Shards(sources.folder)        # 64 images: sixteen batches of four, nothing over
+    assert sorted(drawn(epoch(shards, 0, batch=4))) == sorted(shards.train)
+
+def test_two_ranks_take_the_images_of_one_large_batch(sources):
+    shards = data.Shards(sources.folder)
+    two = epoch(shards, 1, batch=4, world=2)
+    large = epoch(shards, 1, batch=8)
+    assert [sorted(sum(parts, [])) for parts in two] == [parts[0] for parts in large]
+
+def test_two_micro_batches_take_the_images_of_two_ranks(sources):
+    shards = data.Shards(sources.folder)
+    assert epoch(shards, 1, batch=4, accumulate=2) == epoch(shards, 1, batch=4, world=2)
+
+def test_each_epoch_has_an_order_of_its_own(sources):
+    shards = data.Shards(sources.folder)
+    assert epoch(shards, 0, batch=4) != epoch(shards, 1, batch=4)
+
+def test_an_epoch_asked_for_at_once_is_that_which_comes_after_others(sources):
+    """As a resumed run asks for it."""
+    first, second = data.Shards(sources.folder), data.Shards(sources.folder)
+    for number in range(3):
+        last = epoch(first, number, batch=4)
+    assert epoch(second, 2, batch=4) == last
+
+def test_seed_and_epoch_are_not_mixed_up(sources):
+    """Were the order that of seed + epoch, one run would train on another's epochs."""
+    shards = data.Shards(sources.folder)
+    orders = [drawn(epoch(shards, number, batch=4, seed=seed)) for seed in (0, 1, 2)
+              for number in (0, 1, 2)]
+    assert len(set(map(tuple, orders))) == 9
+
+# --- Ahead of time --------------------------------------------------------------------------------
+
+def test_prefetch_loads_each_once_and_keeps_the_order():
     asked = []
-    batches = data.prefetch(lambda number: asked.append(number) or number ** 2, range(20), threads=2, ahead=4)
-    assert next(batches) == 0
-    time.sleep(0.05)
-    assert max(asked) <= 4
-    assert list(batches) == [number ** 2 for number in range(1, 20)] and sorted(asked) == list(range(20))
+
+    def load(number):
+        asked.append(number)
+        return number ** 2
+
+    assert list(data.prefetch(load, range(20))) == [number ** 2 for number in range(20)]
+    assert sorted(asked) == list(range(20))
+
+def test_prefetch_stays_as_far_ahead_as_asked():
+    """Of what is loaded the first is handed out, and the next four are waiting."""
+    asked, enough = [], threading.Semaphore(0)
+
+    def load(number):
+        asked.append(number)
+        enough.release()
+        return number
+
+    batches = data.prefetch(load, range(20), threads=2, ahead=4)
+    next(batches)
+    for _ in range(5):
+        assert enough.acquire(timeout=60)
+    time.sleep(0.02)        # in which a loader without a limit would go on
+    assert sorted(asked) == [0, 1, 2, 3, 4]
+    batches.close()
 
 def test_prefetch_passes_exceptions_on():
     def load(number):
         if number == 3:
             raise OSError('the disk is gone')
         return number
+
     batches = data.prefetch(load, range(9))
     assert [next(batches) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(OSError, match='the disk is gone'):
         next(batches)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Augmentation
+# --- Labelled tasks -------------------------------------------------------------------------------
 
-def pixel(image, x, y):
-    """Bilinear value of image (3, S, S) at (x, y) in [-1, 1] (edges of the outermost pixels); black outside."""
-    S = image.shape[1]
-    column, row = ((x + 1) * S - 1) / 2, ((y + 1) * S - 1) / 2
-    value = torch.zeros(3)
-    for i in (math.floor(row), math.floor(row) + 1):
-        for j in (math.floor(column), math.floor(column) + 1):
-            if 0 <= i < S and 0 <= j < S:
-                value += (1 - abs(row - i)) * (1 - abs(column - j)) * image[:, i, j]
-    return value
+def test_a_task_holds_the_images_and_answers_of_its_splits(tmp_path):
+    write_task(tmp_path / 'task', segments=True, colour=True)
+    task = data.Task(tmp_path / 'task')
+    assert task.segments and task.classes == ['ground', 'square']
+    for split, count in (('train', 12), ('val', 4), ('test', 5)):
+        stored = np.load(tmp_path / 'task' / split / 'images.npy')
+        masks = np.load(tmp_path / 'task' / split / 'masks.npy')
+        images, answers = task.gather(split, [count - 1, 0])
+        assert images.dtype == torch.uint8 and answers.dtype == torch.int64
+        assert np.array_equal(images.permute(0, 2, 3, 1), stored[[count - 1, 0]])
+        assert np.array_equal(answers, masks[[count - 1, 0]])
 
-def test_views_sample_bilinearly_through_the_matrix():
-    torch.manual_seed(0)
-    images = torch.randint(0, 256, (6, 3, 20, 20), dtype=torch.uint8)       # more than one chunk of four
-    matrices, size = data.draw_views(6, 16 / 20, 'cpu'), 16
-    out = data.views(images, size, matrices)
-    for b, i, j in [(0, 0, 0), (1, 15, 3), (2, 7, 8), (4, 0, 15), (5, 11, 2)]:
-        point = torch.tensor([(2 * j + 1) / size - 1, (2 * i + 1) / size - 1, 1])
-        x, y = (matrices[b] @ point).tolist()
-        torch.testing.assert_close(out[b, :, i, j], pixel(images[b] / 255, x, y), atol=1e-4, rtol=0)
+def test_a_task_of_labels_fills_three_channels_with_grey(tmp_path):
+    write_task(tmp_path / 'task', segments=False)
+    task = data.Task(tmp_path / 'task')
+    images, labels = task.gather('test', np.arange(5))
+    assert not task.segments and labels.tolist() == [0, 1, 0, 1, 0]
+    assert images.shape == (5, 3, 32, 32) and torch.equal(images[:, 0], images[:, 2])
 
-def test_the_identity_view_is_the_image():
-    images = torch.randint(0, 256, (5, 3, 24, 24), dtype=torch.uint8)
-    torch.testing.assert_close(data.denormalize(data.center(images, 24)), images / 255, atol=1e-5, rtol=0)
+def test_a_task_knows_its_files_where_they_are_listed(tmp_path):
+    write_task(tmp_path / 'task', segments=False)
+    assert data.Task(tmp_path / 'task').files == {}
+    (tmp_path / 'task' / 'split.json').write_text(json.dumps(dict(test=['a.png'])))
+    assert data.Task(tmp_path / 'task').files == dict(test=['a.png'])
 
-def test_much_smaller_views_average_pixels_first():
-    stripes = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
-    stripes[..., ::2] = 200
-    grey = torch.full((1, 3, 16, 16), 100 / 255)
-    torch.testing.assert_close(data.denormalize(data.center(stripes, 16)), grey, atol=1e-5, rtol=0)
+def array_is_cut(task):
+    (task / 'test' / 'labels.npy').write_bytes(b'cut')
 
-def test_draws_are_a_flip_a_small_rotation_and_a_crop_inside_the_image():
-    torch.manual_seed(0)
-    for zoom, smallest in ((0.25, 0.2), (0.5, 0.2), (0.8, 0.32), (1.0, 0.5)):
-        m = data.draw_views(4000, zoom, 'cpu')
-        flip = torch.sign(m[:, 0, 0])
-        m[:, 0] *= flip[:, None]
-        (a, b, x), (c, d, y) = m.transpose(0, 2).transpose(0, 1)
-        angle, w, h = torch.atan2(c, a), torch.hypot(a, c), torch.hypot(b, d)
-        assert (torch.atan2(-b, d) - angle).abs().max() < 1e-4      # no shear
-        assert 0.45 < (flip < 0).float().mean() < 0.55
-        assert 14.9 < angle.abs().max().rad2deg() < 15.001 and angle.mean().abs().rad2deg() < 1
-        assert smallest - 1e-5 < (w * h).min() < smallest + 0.01 and max(w.max(), h.max()) < 1 + 1e-5 and (w * h).max() > 0.9
-        assert 0.75 - 1e-4 < (w / h)[w * h < 0.7].min() < 0.78 and 1.29 < (w / h)[w * h < 0.7].max() < 4 / 3 + 1e-4
-        centre = torch.stack([angle.cos() * x + angle.sin() * y, angle.cos() * y - angle.sin() * x])        # rotated back
-        slack = 1 - torch.stack([w, h])
-        assert (centre.abs() < slack + 1e-4).all() and (centre.abs() > 0.9 * slack).any()
+def array_is_missing(task):
+    (task / 'val' / 'images.npy').unlink()
 
-def test_normalize_is_undone_by_denormalize():
-    images = torch.rand(2, 3, 5, 5)
-    normalized = data.normalize(images)
-    torch.testing.assert_close(normalized[1, 2, 3, 4], (images[1, 2, 3, 4] - 0.406) / 0.225)
-    torch.testing.assert_close(data.denormalize(normalized), images)
+def meta_without_classes(task):
+    (task / 'meta.json').write_text('{"kind": "classification"}')
 
-def test_nearly_black_views_are_drawn_again():
-    images = torch.zeros(120, 3, 64, 64, dtype=torch.uint8)
-    images[:, :, :22, :22] = 255        # one lit corner, which about half of the crops miss
-    torch.manual_seed(0)
-    once = (data.views(images, 32, data.draw_views(120, 0.5, 'cpu')).mean((1, 2, 3)) < 0.02).float().mean()
-    black = (data.denormalize(data.augment(images, 32)).mean((1, 2, 3)) < 0.02).float().mean()
-    assert once > 0.1 and black < once ** 4 + 0.02
-    assert data.augment(torch.zeros_like(images[:4]), 32).isfinite().all()        # nothing else to draw: taken as it is
+def no_test_images(task):
+    for name in ('images', 'labels'):
+        np.save(task / 'test' / f'{name}.npy', np.zeros(0, int))
 
-def test_augmentation_follows_the_seed():
-    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
-    views = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        views.append(data.augment(images, 24))
-    assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
-    assert views[0].shape == (5, 3, 24, 24) and not torch.equal(*data.augment(images[:1].expand(2, -1, -1, -1), 24))
+def too_few_answers(task):
+    np.save(task / 'train' / 'labels.npy', np.zeros(3, int))
+
+def a_class_without_a_name(task):
+    np.save(task / 'val' / 'labels.npy', np.arange(4))
+
+@pytest.mark.parametrize('spoil, named', [
+    pytest.param(array_is_cut, ['damaged'], id='cut'),
+    pytest.param(array_is_missing, ['damaged'], id='missing'),
+    pytest.param(meta_without_classes, ['classes'], id='no classes'),
+    pytest.param(no_test_images, ['test', 'empty', '--split'], id='no test images'),
+    pytest.param(too_few_answers, ['train', 'answers'], id='too few answers'),
+    pytest.param(a_class_without_a_name, ['val', 'classes'], id='a class without a name'),
+])
+def test_a_spoilt_task_ends_in_a_sentence(tmp_path, spoil, named):
+    write_task(tmp_path / 'task', segments=False)
+    spoil(tmp_path / 'task')
+    with pytest.raises(SystemExit) as error:
+        data.Task(tmp_path / 'task')
+    reason = said_of(tmp_path / 'task', error)
+    assert all(word in reason for word in named), reason
+
+def test_pixels_that_are_not_scored_are_no_class(tmp_path):
+    write_task(tmp_path / 'task', segments=True)
+    masks = np.load(tmp_path / 'task' / 'train' / 'masks.npy')
+    masks[0, 0] = 255
+    np.save(tmp_path / 'task' / 'train' / 'masks.npy', masks)
+    assert data.Task(tmp_path / 'task').gather('train', [0])[1].max() == 255
+
+def test_a_task_that_is_not_prepared_tells_how_to_prepare_it(tmp_path):
+    with pytest.raises(SystemExit) as error:
+        data.Task(tmp_path / 'fives')
+    ends(error, naming=[tmp_path / 'fives', 'prepare_medverse.py', '--task fives'])

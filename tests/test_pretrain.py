@@ -1,572 +1,274 @@
-"""pretrain.py: real runs on tiny sources, against each other and against a naive training loop."""
+"""pretrain.py: the log and its schedules, the checkpoint, validation, and steps against a naive
+training: in one process, in micro-batches and on two ranks. Stops and mishaps: test_resume.py."""
 import json
 import math
-import os
-import re
-import resource
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import replace
 
-import bench
 import numpy as np
-import pictures
 import pytest
 import torch
-from conftest import ROOT, write_source
-from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import model
 import pretrain
-from model import MAE, SIZES, Config, flops, layer_losses, read_checkpoint
+from model import MAE, Config
+from tests.support import naive, runs
+from tests.support.runs import ends, read_log, weights, write_source
+from tests.support.two_ranks import STEP
 
-TINY = dict(model='tiny', depth=2, experts=4, size=32, patch=8, batch=4, steps=6, warmup=0.34, lr=0.1, log_every=1,
-            device='cpu')
-MODEL = Config(size=32, patch=8, experts=4, **(SIZES['tiny'] | dict(depth=2)))
-FIELDS = {'step', 'loss', 'mae', 'co', 'bal', 'lr', 'momentum', 'sigma', 'images_per_second', 'mfu'}
+FIELDS = {'step', 'loss', 'l_self', 'align', 'balance', 'lr', 'momentum', 'sigma', 'grad_norm',
+          'skipped', 'images_per_second', 'mfu'}
 
-@pytest.fixture(autouse=True)
-def keep_signals():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def network_of(out):
+    """The network of a run's checkpoint."""
+    network = MAE(Config(**weights(out / 'ckpt.pt', 'config')))
+    network.load_state_dict(weights(out / 'ckpt.pt'))
+    return network
 
-def arguments(folder, out, **options):
-    return [f'--{name}={value}' for name, value in dict(TINY, data=folder, out=out, **options).items()]
+# --- One run --------------------------------------------------------------------------------------
 
-def train(folder, out, **options):
-    """Run the script's main in this process; returns its final checkpoint."""
-    argv, sys.argv = sys.argv, ['pretrain.py', *arguments(folder, out, **options)]
-    try:
-        pretrain.main()
-    finally:
-        sys.argv = argv
-    return read_checkpoint(out / 'ckpt.pt')[2]
+def test_the_log_has_a_line_a_step_with_every_field(finished):
+    log = read_log(finished, timed=True)
+    assert [entry['step'] for entry in log] == [0, 1, 2, 3, 4, 5]
+    assert all(FIELDS <= entry.keys() for entry in log)
+    assert all(entry['images_per_second'] > 0 for entry in log)
+    assert all(entry['mfu'] == 0 for entry in log)      # a CPU's peak is not known, and not guessed
 
-def log(out, timed=False):
-    lines = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
-    return [{k: v for k, v in line.items() if timed or k not in ('images_per_second', 'mfu')} for line in lines]
+def test_a_run_learns(finished):
+    log = read_log(finished)
+    assert log[5]['l_self'] < log[0]['l_self']
 
-def same(a, b):
-    """Equal to the last bit, through dictionaries and lists."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-def same_run(ours, theirs):
-    """Two runs' folders hold the same weights, optimizer state and log, but for the times in it."""
-    a, b = (read_checkpoint(out / 'ckpt.pt')[2] for out in (ours, theirs))
-    assert a['step'] == b['step'] and same(a['model'], b['model']) and same(a['optimizer'], b['optimizer'])
-    assert log(ours) == log(theirs)
-
-@pytest.fixture(scope='module')
-def finished(sources, tmp_path_factory):
-    """A run of six steps, never stopped, that looked at its validation images after every second."""
-    out = tmp_path_factory.mktemp('finished')
-    train(sources[0], out, val_every=2)
-    return out
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One run
-
-def test_schedules_and_log_follow_their_closed_forms(finished):
-    lines = log(finished, timed=True)
-    assert [line['step'] for line in lines if 'val' in line] == [0, 1, 3, 5]
-    assert [line['step'] for line in lines] == list(range(6)) and all(FIELDS <= line.keys() for line in lines)
+def test_the_learning_rate_rises_to_its_peak_and_falls_along_a_cosine(finished):
+    """A third of six steps are warm-up; the peak of 0.1 is for 512 images a step; here are 4."""
     peak = 0.1 * 4 / 512
-    for s, line in enumerate(lines):
-        half = (1 + math.cos(math.pi * s / 6)) / 2
-        rate = peak * (s + 1) / 2 if s < 2 else peak * (1 + math.cos(math.pi * (s - 2) / 4)) / 2
-        assert line['lr'] == pytest.approx(rate) and line['lr'] > 0
-        assert line['sigma'] == pytest.approx(half) and line['momentum'] == pytest.approx(1 - 0.01 * half)
-        assert line['loss'] == pytest.approx(line['mae'] + 0.1 * line['co'] + 0.001 * half * line['bal'])
-    assert lines[5]['mae'] < lines[0]['mae']
+    expected = [peak / 2, peak]
+    expected += [peak * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert [entry['lr'] for entry in read_log(finished)] == pytest.approx(expected)
 
-def test_the_checkpoint_is_plain_and_complete(finished, sources):
+def test_noise_and_momentum_follow_a_cosine_over_the_run(finished):
+    for step, entry in enumerate(read_log(finished)):
+        left = (1 + math.cos(math.pi * step / 6)) / 2
+        assert entry['sigma'] == pytest.approx(left)                    # from 1 to 0
+        assert entry['momentum'] == pytest.approx(1 - 0.01 * left)      # from 0.99 to 1
+
+def test_the_loss_is_the_weighted_sum_of_its_parts(finished):
+    """The weight of the balance loss falls along a cosine from 0.001."""
+    for step, entry in enumerate(read_log(finished)):
+        weight = 0.001 * (1 + math.cos(math.pi * step / 6)) / 2
+        parts = entry['l_self'] + 0.1 * entry['align'] + weight * entry['balance']
+        assert entry['loss'] == pytest.approx(parts)
+
+def test_lines_are_written_as_often_as_asked(sources, tmp_path):
+    """And at the first and last step and at each validation, whatever was asked."""
+    options = dict(steps=9, log_every=3, val_every=4)
+    assert runs.pretraining(sources.folder, tmp_path / 'out', **options).code == 0
+    log = read_log(tmp_path / 'out')
+    assert [entry['step'] for entry in log] == [0, 2, 3, 5, 7, 8]
+    assert [entry['step'] for entry in log if 'val' in entry] == [0, 3, 7, 8]
+
+@pytest.mark.parametrize('minutes, found', [(0, [1, 2, 3]), (15, [])])
+def test_checkpoints_are_saved_as_often_as_asked(sources, tmp_path, at_batch, minutes, found):
+    """Of which the next step sees how many steps they hold; a quarter of an hour does not pass."""
+    steps = []
+
+    def look(images):
+        if (tmp_path / 'ckpt.pt').exists():
+            steps.append(weights(tmp_path / 'ckpt.pt', 'step'))
+
+    at_batch([1, 2, 3], look)
+    assert runs.pretraining(sources.folder, tmp_path, steps=4, save_minutes=minutes).code == 0
+    assert steps == found
+    assert weights(tmp_path / 'ckpt.pt', 'step') == 4
+
+def test_epochs_give_the_steps(sources, tmp_path):
+    """Of 64 images 16 a step, two epochs have eight steps; --steps, if given, wins."""
+    for name, options in (('epochs', dict(epochs=2, steps=0)), ('steps', dict(epochs=99, steps=8))):
+        options |= dict(batch=16, val_every=99)
+        result = runs.pretraining(sources.folder, tmp_path / name, **options)
+        assert result.code == 0 and '8 of 8 steps' in result.out
+    assert json.loads((tmp_path / 'epochs' / 'config.json').read_text())['steps'] == 8
+    assert read_log(tmp_path / 'epochs') == read_log(tmp_path / 'steps')
+
+def test_the_checkpoint_is_plain_and_complete(finished):
     file = torch.load(finished / 'ckpt.pt', weights_only=True)
-    assert file['model'].keys() == MAE(MODEL).state_dict().keys() and Config(**file['config']) == MODEL
-    assert file['step'] == 6 and json.loads((finished / 'config.json').read_text())['options'] == file['options']
+    config = Config(**file['config'])
+    assert config == runs.pretrain_config()
+    assert file['model'].keys() == MAE(config).state_dict().keys()
+    assert file['step'] == 6 and file['skipped'] == 0
     assert not list(finished.glob('*.new'))
 
-def test_validation_equals_one_image_at_a_time(finished, sources):
-    shards, model = data.Shards(sources[0]), MAE(MODEL)
-    model.load_state_dict(read_checkpoint(finished / 'ckpt.pt')[0])
-    noise, losses = torch.rand(len(shards.val), 16, generator=torch.Generator().manual_seed(0)), {}
-    counts = torch.zeros(2, 3, 4)
-    for k, image in enumerate(shards.val):
-        pixels = data.normalize(shards.gather(np.array([image])) / 255)
-        with torch.no_grad():
-            loss, routing, _, _ = model(pixels, 0.0, noise[k:k + 1])
-        losses.setdefault(shards.modalities[shards.modality[image]], []).append(loss.item())
-        for layer in range(2):
-            counts[layer, shards.modality[image], routing.scores[layer, 0].argmax()] += 1
-    entry = log(finished)[-1]
-    naive = {name: sum(values) / len(values) for name, values in losses.items()}
-    assert entry['val'] == pytest.approx(naive) and entry['val_mae'] == pytest.approx(sum(naive.values()) / 3)
-    assert entry['bits'] == pytest.approx([pretrain.mutual_information(table)[0] for table in counts])
+def test_config_json_has_the_options_of_the_checkpoint(finished, sources):
+    file = torch.load(finished / 'ckpt.pt')
+    config = json.loads((finished / 'config.json').read_text())
+    assert config['options'] == file['options']
+    assert config['options']['data'] == str(sources.folder) and config['options']['batch'] == 4
+    assert config['model'] == file['config']
 
-def test_reconstructions_show_what_is_seen_and_predicted(finished, sources, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(pretrain, 'draw_grid', lambda path, rows, names, heads: drawn.append(torch.stack(rows)))
-    shards, network = data.Shards(sources[0]), MAE(MODEL)
-    network.load_state_dict(read_checkpoint(finished / 'ckpt.pt')[0])
-    pixels = data.center(shards.gather(shards.val[[3, 1]]), 32)      # MR and Photo hold one out
-    noise = torch.rand(2, 16)
-    with torch.no_grad():
-        pretrain.draw_reconstructions(tmp_path / 'recon.png', network, pixels, noise, ['MR', 'Photo'])
-        prediction, mask = network(pixels, 0.0, noise)[2:]
-    image, seen, shown = drawn[0]
-    _, mean, std = network.targets(pixels)
-    undone = data.denormalize(network.unpatchify(prediction * std + mean)).clamp(0, 1)
-    undone[0] = undone[0].mean(0)       # MR is grey
-    hidden = mask.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3).expand(2, 3, 32, 32) > 0
-    gain = [1 / stored.quantile(0.99).item() for stored in data.denormalize(pixels).clamp(0, 1)]
-    for k, stored in enumerate((sources[1][3][-1], sources[1][1][-1])):
-        truth = gain[k] * torch.from_numpy(stored).permute(2, 0, 1).expand(3, 32, 32) / 255
-        torch.testing.assert_close(image[k], truth, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(shown[k], torch.where(hidden[k], gain[k] * undone[k], truth), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(seen[k], torch.where(hidden[k], torch.tensor(0.5), truth), atol=1e-5, rtol=1e-5)
-    assert hidden.float().mean() == 0.75
+def test_a_run_that_ends_starts_the_program_of_its_pictures(sources, tmp_path, skipped_pictures):
+    before = skipped_pictures.count
+    assert runs.pretraining(sources.folder, tmp_path / 'out', steps=1).code == 0
+    assert skipped_pictures.count == before + 1
 
-def test_a_grid_puts_each_tile_where_its_names_say(tmp_path):
-    tiles = torch.rand(2, 3, 3, 1, 1).expand(2, 3, 3, 8, 8)
-    pretrain.draw_grid(tmp_path / 'grid.png', tiles, ['a', 'b'], ['x', 'y', 'z'], (16, 16))
-    picture = torch.from_numpy(np.array(Image.open(tmp_path / 'grid.png').convert('RGB'))) / 255
-    assert picture.shape == (24 + 2 * 20, 94 + 3 * 20, 3)
-    for r, c in np.ndindex(2, 3):
-        shown = picture[26 + 20 * r:34 + 20 * r, 96 + 20 * c:104 + 20 * c].mean((0, 1))
-        torch.testing.assert_close(shown, tiles[r, c, :, 0, 0], atol=0.03, rtol=0)
-
-def test_a_run_and_what_looks_at_it_leave_five_pictures(sources, tmp_path, monkeypatch):
-    train(sources[0], tmp_path, steps=2, val_share=0.5)
-    with monkeypatch.context() as under_torchrun:       # which is no affair of the script's
-        under_torchrun.setenv('WORLD_SIZE', '2')
-        pretrain.run_script('pictures.py', tmp_path)
-    for name in ('recon', 'experts', 'attention', 'layout', 'curves'):
-        picture = Image.open(tmp_path / f'{name}.png')
-        assert min(picture.size) > 90 and len(picture.convert('RGB').getcolors(1 << 20)) > 2, name
-    with pytest.raises(SystemExit, match='pictures.py: has not finished'):
-        pretrain.run_script('pictures.py', tmp_path / 'none')
-
-def test_clusters_of_features_in_known_directions_are_found():
-    torch.manual_seed(0)
-    directions = torch.linalg.qr(torch.randn(8, 8))[0][:4]
-    x = torch.nn.functional.normalize(directions.repeat_interleave(20, 0) + 0.1 * torch.randn(80, 8), dim=1)
-    centres = pictures.cluster(x[torch.randperm(80)], 4)
-    assert sorted((centres @ directions.T).argmax(1).tolist()) == [0, 1, 2, 3]
-    assert (centres @ directions.T).amax(1).min() > 0.98
-
-def test_modality_share_is_the_share_of_variance_between_groups():
-    torch.manual_seed(0)
-    parts = [torch.randn(2, n, 5) + shift for n, shift in ((7, 0), (4, 2), (9, -1))]
-    kinds = torch.eye(3).repeat_interleave(torch.tensor([7, 4, 9]), 1)
-    shares = pictures.modality_share(torch.cat(parts, 1), kinds)
-    for layer in range(2):
-        everything = torch.cat([part[layer] for part in parts])
-        within = sum((row - part[layer].mean(0)).square().sum() for part in parts for row in part[layer])
-        whole = (everything - everything.mean(0)).square().sum()
-        assert shares[layer].item() == pytest.approx(1 - (within / whole).item(), rel=1e-5)
-
-def test_lines_are_drawn_from_the_least_to_the_greatest_number(tmp_path):
-    pictures.draw_lines(tmp_path / 'lines.png', {'title': dict(up=[(1, 0), (2, 2), (5, 8)])})
-    picture = np.asarray(Image.open(tmp_path / 'lines.png')).astype(int)
-    blue = np.argwhere(abs(picture[:, :250] - (65, 105, 225)).sum(2) == 0)     # royalblue, without the legend
-    assert abs(blue.min(0) - (40, 55)).max() <= 1 and abs(blue.max(0) - (190, 245)).max() <= 1
-    middle = blue[blue[:, 1] == 55 + round(190 / 4)][:, 0].mean()       # a quarter of the way at x = 2, y = 2
-    assert abs(middle - (190 - 150 / 4)) <= 2
-    pictures.draw_lines(tmp_path / 'bars.png', {'title': dict(up=[(1, 3, 1), (2, 4, 2)])})      # from 2 to 6
-    picture = np.asarray(Image.open(tmp_path / 'bars.png')).astype(int)
-    blue = np.argwhere(abs(picture[:, :250] - (65, 105, 225)).sum(2) == 0)
-    for column, least, most in ((55, 2, 4), (245, 2, 6)):
-        rows = blue[abs(blue[:, 1] - column) <= 1][:, 0]
-        assert abs(rows.max() - (190 - 150 * (least - 2) / 4)) <= 1 and abs(rows.min() - (190 - 150 * (most - 2) / 4)) <= 1
-
-def test_mutual_information_of_known_tables():
-    independent = torch.outer(torch.tensor([1.0, 2, 5]), torch.tensor([3.0, 1, 4, 2]))
-    entropy = -sum(p * math.log2(p) for p in (1 / 8, 2 / 8, 5 / 8))
-    assert pretrain.mutual_information(independent) == pytest.approx((0, entropy), abs=1e-9)
-    assert pretrain.mutual_information(torch.eye(4) * 7) == pytest.approx((2, 2))
-    assert pretrain.mutual_information(torch.eye(8).repeat_interleave(2, 1)) == pytest.approx((3, 3))
-    assert pretrain.mutual_information(torch.eye(2).repeat(4, 1)) == pytest.approx((1, 1))       # two columns
-
-def test_every_trained_parameter_is_in_one_optimizer_group():
-    model = MAE(MODEL)
-    optimizer = pretrain.make_optimizer(model, 1e-3, 0.1)
-    names = {id(p): name for name, p in model.named_parameters()}
-    groups = {group['weight_decay']: [names[id(p)] for p in group['params']] for group in optimizer.param_groups}
-    trained = [name for name in names.values() if '.director.' not in name]
-    assert sorted(groups[0.1] + groups[0.0]) == sorted(trained) and len(optimizer.param_groups) == 2
-    plain = {name for name in trained if 'norm' in name or 'bias' in name or 'token' in name}
-    assert set(groups[0.0]) == plain and 'blocks.0.dex.experts.fc1.bias' in plain and 'blocks.0.dex.gate.weight' not in plain
-
-@pytest.mark.parametrize('options', [dict(experts=0), dict(routing='token'), dict(top_k=1, accumulate=2), dict(top_k=4)])
+@pytest.mark.parametrize('options', [
+    dict(experts=0),
+    dict(routing='token'),
+    dict(top_k=1, accumulate=2),
+    dict(top_k=4),
+], ids=str)
 def test_variants_train(sources, tmp_path, options):
-    checkpoint = train(sources[0], tmp_path, steps=2, val_every=100, **options)
-    lines = log(tmp_path)
-    assert all(tensor.isfinite().all() for tensor in checkpoint['model'].values())
-    assert [line['step'] for line in lines] == [0, 1]
-    assert all(math.isfinite(line['loss']) and line['skipped'] == 0 for line in lines)
-    assert all((line['loss'] == line['mae']) == (options.get('experts') == 0) for line in lines)
-    assert lines[-1]['val'].keys() == {'CT', 'Photo', 'MR'}
+    out = tmp_path / 'out'
+    assert runs.pretraining(sources.folder, out, steps=2, val_every=100, **options).code == 0
+    assert all(tensor.isfinite().all() for tensor in weights(out / 'ckpt.pt').values())
+    log = read_log(out)
+    assert [entry['skipped'] for entry in log] == [0, 0]
+    assert log[-1]['val'].keys() == {'CT', 'Photo', 'MR'}
+    plain = options.get('experts') == 0
+    assert all((entry['loss'] == entry['l_self']) == plain for entry in log)
+    assert ('bits' in log[-1]) != plain
 
 def test_a_source_of_a_single_image_only_trains(tmp_path):
     write_source(tmp_path / 'data' / 'a', 'CT', 12)
     write_source(tmp_path / 'data' / 'b', 'PET', 1)
-    train(tmp_path / 'data', tmp_path / 'out', steps=1)
-    assert math.isfinite(log(tmp_path / 'out')[-1]['val_mae'])
+    assert runs.pretraining(tmp_path / 'data', tmp_path / 'out', steps=1).code == 0
+    assert read_log(tmp_path / 'out')[-1]['val'].keys() == {'CT'}
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The step: two ranks, two micro-batches, and one naive loop over both parts' images at once
+def test_init_starts_from_the_weights_of_a_checkpoint(sources, finished, tmp_path):
+    """Also of an encoder alone. Without a learning rate what was loaded is what is saved."""
+    whole = torch.load(finished / 'ckpt.pt')
+    encoder = {name: value for name, value in whole['model'].items()
+               if not name.startswith(('decoder', 'mask_token'))}
+    torch.save(dict(model=encoder, config=whole['config']), tmp_path / 'encoder.pt')
+    for name, path in (('whole', finished / 'ckpt.pt'), ('encoder', tmp_path / 'encoder.pt')):
+        out = tmp_path / name
+        result = runs.pretraining(sources.folder, out, init=path, steps=1, lr=0, momentum=1)
+        assert result.code == 0 and f'{path}: loaded' in result.out
+        found = weights(out / 'ckpt.pt')
+        assert all(torch.equal(found[key], value) for key, value in encoder.items()
+                   if 'usage' not in key)
+        assert torch.equal(found['mask_token'], whole['model']['mask_token']) == (name == 'whole')
+
+def test_init_is_refused_where_the_heads_of_attention_differ(sources, finished, tmp_path):
+    file = torch.load(finished / 'ckpt.pt')
+    file['config']['heads'] *= 2
+    torch.save(file, tmp_path / 'other.pt')
+    result = runs.pretraining(sources.folder, tmp_path / 'out', init=tmp_path / 'other.pt')
+    ends(result, naming=[tmp_path / 'other.pt', 'heads', '--model'])
+
+def test_every_trained_parameter_is_in_one_group_of_the_optimizer():
+    """Weight decay is for matrices and kernels; the directors are not trained."""
+    model = MAE(Config(size=32, patch=8, depth=2, experts=4))
+    optimizer = pretrain.make_optimizer(model, 1e-3, 0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = {group['weight_decay']: [names[id(p)] for p in group['params']]
+              for group in optimizer.param_groups}
+    trained = [name for name in names.values() if '.director.' not in name]
+    assert groups.keys() == {0.1, 0.0} and len(optimizer.param_groups) == 2
+    assert sorted(groups[0.1] + groups[0.0]) == sorted(trained)
+    plain = {name for name in trained if 'norm' in name or 'bias' in name or 'token' in name}
+    assert set(groups[0.0]) == plain
+    assert 'blocks.0.dex.experts.fc1.bias' in plain and 'blocks.0.dex.gate.weight' in groups[0.1]
+
+# --- Validation -----------------------------------------------------------------------------------
+
+def test_validation_equals_one_image_at_a_time(finished, sources):
+    """Without noise of the gate, with the same mask each time; by modality, and their mean."""
+    shards, network = data.Shards(sources.folder), network_of(finished)
+    noise = torch.rand(len(shards.val), 16, generator=torch.Generator().manual_seed(0))
+    losses, used = {}, set()
+    first = torch.zeros(2, 3, 4)        # counts of first choices (layer, modality, expert)
+    for image, own_noise in zip(shards.val, noise):
+        kind = shards.modality[image]
+        pixels = data.normalize(shards.gather(np.array([image])) / 255)
+        with torch.no_grad():
+            loss, routing, _, _ = network(pixels, 0.0, own_noise[None])
+        losses.setdefault(shards.modalities[kind], []).append(loss.item())
+        for layer in range(2):
+            first[layer, kind, routing.scores[layer, 0].argmax()] += 1
+            used |= {f'{layer + 1}.{r}' for r in routing.scores[layer, 0].topk(2).indices}
+    entry = read_log(finished)[-1]
+    expected = {name: sum(values) / len(values) for name, values in losses.items()}
+    assert entry['val'] == pytest.approx(expected)
+    assert entry['val_l_self'] == pytest.approx(sum(expected.values()) / 3)
+    bits, most = zip(*map(pretrain.mutual_information, first))
+    assert entry['bits'] == pytest.approx(bits) and entry['bits_max'] == pytest.approx(most[0])
+    experts = [f'{layer}.{r}' for layer in (1, 2) for r in range(4)]
+    assert entry['dead'] == [name for name in experts if name not in used]
+    assert entry['dead']        # or this would say nothing
+
+def test_mutual_information_of_known_tables():
+    """In bits, and the most that it can be: of rows alone, or of as many columns."""
+    independent = torch.outer(torch.tensor([1.0, 2, 5]), torch.tensor([3.0, 1, 4, 2]))
+    entropy = -sum(p * math.log2(p) for p in (1 / 8, 2 / 8, 5 / 8))
+    assert pretrain.mutual_information(independent) == pytest.approx((0, entropy), abs=1e-9)
+    assert pretrain.mutual_information(torch.eye(4) * 7) == pytest.approx((2, 2))
+    two_columns_a_row = torch.eye(8).repeat_interleave(2, 1)
+    two_rows_a_column = torch.eye(2).repeat(4, 1)
+    assert pretrain.mutual_information(two_columns_a_row) == pytest.approx((3, 3))
+    assert pretrain.mutual_information(two_rows_a_column) == pytest.approx((1, 1))
+
+# --- Steps, against a naive training --------------------------------------------------------------
 
 def naive_training(folder, parts, **options):
-    """Weights after three steps without gate noise: all parts' images in one batch; losses, clipping and GEMA by hand."""
-    o, shards = replace(pretrain.Options(), **dict(TINY, **options)), data.Shards(folder)
-    torch.manual_seed(o.seed)
-    model, norms = MAE(MODEL), []
-    trained = {name: p for name, p in model.named_parameters() if '.director.' not in name}
-    groups = [dict(params=[p], weight_decay=o.weight_decay if name.endswith('weight') and 'norm' not in name else 0)
-              for name, p in trained.items()]
-    optimizer = torch.optim.AdamW(groups, lr=1)
-    for step in range(3):
-        images, noise, half = [], [], (1 + math.cos(math.pi * step / 3)) / 2
-        for part in range(parts):
-            ids = shards.plan(o.seed, step, o.batch, part, parts, len(shards.train) // (o.batch * parts))
-            pretrain.seed_step(o.seed, step, part)
-            images.append(data.augment(shards.gather(ids), o.size))
-            noise.append(torch.rand(o.batch, 16))
-        losses, routing, _, _ = model(torch.cat(images), 0.0, torch.cat(noise))
-        loss = losses.mean()
-        for layer in range(2):
-            loss = loss + o.co / 2 * routing.co[layer] / (2 - layer)
-            frequency = routing.chosen[layer].mean(0)
-            loss = loss + o.balance * half / 2 * 4 * (routing.scores[layer].mean(0) * frequency).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.stack([p.grad.norm() for p in trained.values()]).norm()
-        norms.append(norm.item())
-        for p in trained.values():
-            p.grad *= min(1, o.clip / norm)
-        for group in optimizer.param_groups:
-            group['lr'] = o.lr * o.batch * parts / 512 * (1 if step == 0 else (1 + math.cos(math.pi * (step - 1) / 2)) / 2)
-        optimizer.step()
-        momentum = 1 - (1 - o.momentum) * half
-        for block, weights in zip(model.blocks, routing.weights.detach()):
-            omega = weights.sum(0) / weights.sum()
-            block.dex.usage.mul_(0.99).add_(omega, alpha=0.01)
-            for name, director in block.dex.director.named_parameters():
-                average = sum(omega[r] * block.dex.experts.get_parameter(name)[r] for r in range(4))
-                director.data = momentum * director.data + (1 - momentum) * average
-    return model.state_dict(), norms
+    """The images of all parts (ranks, or micro-batches) in one batch; see support/naive.py."""
+    o, config = runs.pretrain_options(folder, **options), runs.pretrain_config(**options)
+    return naive.training(folder, o, config, parts)
 
-STEP = dict(steps=3, sigma=0.0, momentum=0.5, weight_decay=10.0, clip=0.3)
+def assert_trained_alike(out, expected, *columns):
+    """A run's weights and these columns of its log are those of a naive training."""
+    log = read_log(out)
+    for name in columns:
+        ours, theirs = ([entry[name] for entry in entries] for entries in (log, expected.log))
+        assert ours == pytest.approx(theirs, rel=1e-4), name
+    ours = weights(out / 'ckpt.pt')
+    assert ours.keys() == expected.weights.keys()       # no 'module.' in names
+    for name, value in expected.weights.items():
+        found = ours[name]
+        if name.endswith('attn.qkv.bias'):      # softmax ignores that of keys: rounding moves it
+            found, value = (torch.cat(torch.tensor_split(x, 3)[::2]) for x in (found, value))
+        # AdamW makes a whole step of a gradient that is rounding: one element in a hundred may be.
+        assert torch.isclose(found, value, atol=5e-5, rtol=1e-5).float().mean() > 0.99, name
 
-def close(out, naive, norms):
-    ours = read_checkpoint(out / 'ckpt.pt')[0]
-    assert ours.keys() == naive.keys()      # no 'module.' in names
-    assert [line['grad_norm'] for line in log(out)] == pytest.approx(norms, rel=1e-4)
-    for name, value in naive.items():
-        if name.endswith('attn.qkv.bias'):      # softmax ignores the keys' bias: its gradient is nothing but rounding
-            ours[name], value = (torch.cat(torch.tensor_split(t, 3)[::2]) for t in (ours[name], value))
-        # AdamW makes a whole step of a gradient that is nothing but rounding: one element in a hundred may be such
-        assert torch.isclose(ours[name], value, atol=5e-5, rtol=1e-5).float().mean() > 0.99, name
+LOGGED = ('l_self', 'align', 'balance', 'loss', 'grad_norm')
 
-def test_the_log_of_accumulated_steps_holds_the_loss_that_is_optimised(sources, tmp_path, monkeypatch):
-    products, losses = [], pretrain.layer_losses
+def test_three_steps_equal_a_naive_loop(sources, tmp_path):
+    """Losses, schedules, clipping, AdamW and GEMA, each with weights that let an error be seen."""
+    assert runs.pretraining(sources.folder, tmp_path, **STEP).code == 0
+    assert_trained_alike(tmp_path, naive_training(sources.folder, 1, **STEP), *LOGGED)
 
-    def watch(co, scores, load):
-        if scores.requires_grad:        # the one that is optimised
-            products.append(4 * (scores * load).sum(1).mean().item())
-        return losses(co, scores, load)
-    monkeypatch.setattr(pretrain, 'layer_losses', watch)
-    train(sources[0], tmp_path, accumulate=3, steps=2, sigma=9)
-    assert [line['bal'] for line in log(tmp_path)] == pytest.approx([sum(products[:3]) / 3, sum(products[3:]) / 3])
-    assert len(products) == 6 and max(products) > min(products) + 0.01      # the product of the means would be another
+def test_two_micro_batches_equal_one_batch_in_a_naive_loop(sources, tmp_path):
+    """But for the balance loss, which balances within each of them."""
+    options = STEP | dict(balance=0)
+    assert runs.pretraining(sources.folder, tmp_path, accumulate=2, **options).code == 0
+    expected = naive_training(sources.folder, 2, **options)
+    assert_trained_alike(tmp_path, expected, 'l_self', 'align', 'loss', 'grad_norm')
 
-@pytest.mark.parametrize('parts', [1, 2])
-def test_accumulated_micro_batches_equal_one_batch_in_a_naive_loop(sources, tmp_path, parts):
-    options = dict(STEP, balance=0.5 if parts == 1 else 0.0)      # balanced within a micro-batch
-    train(sources[0], tmp_path, accumulate=parts, **options)
-    close(tmp_path, *naive_training(sources[0], parts, **options))
-
-WRAPPER = '''
-import os, sys
-sys.path.insert(0, {root!r})
-import torch
-import pretrain
-models, MAE = [], pretrain.MAE
-pretrain.MAE = lambda config: models.append(MAE(config)) or models[0]
-pretrain.main()
-torch.save(models[0].state_dict(), os.path.join({out!r}, 'rank' + os.environ['RANK'] + '.pt'))
-'''
-
-@pytest.fixture(scope='module')
-def two_ranks(tmp_path_factory):
-    """Two processes under torchrun, on a source with one validation image, so that one of them has none."""
-    folder = tmp_path_factory.mktemp('two')
-    write_source(folder / 'data' / 'a', 'CT', 30)
-    (folder / 'script.py').write_text(WRAPPER.format(root=str(ROOT), out=str(folder)))
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', folder / 'script.py']
-    command += arguments(folder / 'data', folder / 'out', balance=0.5, **STEP)
-    group = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    try:
-        output, _ = group.communicate(timeout=60)
-    except subprocess.TimeoutExpired:
-        os.killpg(group.pid, signal.SIGKILL)
-        pytest.fail('two ranks wait for each other for ever')
-    assert group.returncode == 0, output
-    return folder
-
+@pytest.mark.slow
 def test_two_ranks_equal_one_process_with_both_batches(two_ranks):
-    close(two_ranks / 'out', *naive_training(two_ranks / 'data', 2, balance=0.5, **STEP))
-    assert [line['step'] for line in log(two_ranks / 'out')] == [0, 1, 2]
+    """Also what rank 0 writes to the log is of both, and so is the balance loss."""
+    expected = naive_training(two_ranks / 'data', 2, **STEP)
+    assert_trained_alike(two_ranks / 'whole', expected, *LOGGED)
+    assert [entry['step'] for entry in read_log(two_ranks / 'whole')] == [0, 1, 2]
 
+@pytest.mark.slow
 def test_two_ranks_hold_the_same_network_to_the_last_bit(two_ranks):
-    ranks = [torch.load(two_ranks / f'rank{rank}.pt', weights_only=True) for rank in (0, 1)]
-    assert same(*ranks) and same(ranks[0], read_checkpoint(two_ranks / 'out' / 'ckpt.pt')[0])
+    first, second = (weights(two_ranks / f'whole-rank{rank}.pt') for rank in (0, 1))
+    assert runs.equal(first, second)
+    assert runs.equal(first, weights(two_ranks / 'whole' / 'ckpt.pt'))
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What may go wrong
-
-@pytest.fixture
-def at_batch(monkeypatch):
-    """at_batch(f) calls f(number, images) with every augmented batch of this process and trains on what it returns."""
-    def at_batch(change):
-        augment, numbers = data.augment, iter(range(10 ** 6))
-        monkeypatch.setattr(data, 'augment', lambda images, size: change(next(numbers), augment(images, size)))
-    return at_batch
-
-def test_killed_and_resumed_equals_never_stopped(sources, tmp_path):
-    options = dict(save_minutes=0, steps=30, val_every=10)
-    command = [sys.executable, ROOT / 'pretrain.py', *arguments(sources[0], tmp_path / 'killed', **options)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {'OMP_NUM_THREADS': '1'})
-    while not (tmp_path / 'killed' / 'ckpt.pt').exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    step = read_checkpoint(tmp_path / 'killed' / 'ckpt.pt')[2]['step']
-    assert process.returncode == -signal.SIGKILL and 0 < step < 30
-    with open(tmp_path / 'killed' / 'log.jsonl', 'a') as file:
-        file.write('{"step": 29, "loss": 1}\n{"step": 3')       # logged after the checkpoint, and cut off
-    options['save_minutes'] = 15
-    train(sources[0], tmp_path / 'killed', resume=True, **options)
-    train(sources[0], tmp_path / 'whole', resume=True, **options)      # nothing to resume: starts fresh
-    same_run(tmp_path / 'killed', tmp_path / 'whole')
-
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_resumed_run_equals_one_never_stopped(sources, finished, tmp_path, at_batch, number):
-    at_batch(lambda step, images: (step == 2 and os.kill(os.getpid(), number)) or images)
-    with pytest.raises(SystemExit, match=f'^{128 + number}$'):
-        train(sources[0], tmp_path, val_every=2)
-    assert read_checkpoint(tmp_path / 'ckpt.pt')[2]['step'] in (3, 4)
-    train(sources[0], tmp_path, val_every=2, resume=True)
-    same_run(tmp_path, finished)
-
-def test_a_step_that_is_not_finite_changes_nothing(sources, tmp_path, at_batch, monkeypatch):
-    at_batch(lambda step, images: images * math.nan if step in (0, 3) else images)
-    saved, save = [], pretrain.save
-
-    def keep(path, content):
-        save(path, content)
-        if path.name == 'ckpt.pt':
-            saved.append(read_checkpoint(path)[2])
-    monkeypatch.setattr(pretrain, 'save', keep)
-    train(sources[0], tmp_path, save_minutes=0)
-    assert [file['step'] for file in saved] == [1, 2, 3, 4, 5, 6]
-    torch.manual_seed(0)
-    assert same(saved[0]['model'], MAE(Config(**saved[0]['config'])).state_dict())
-    assert same(saved[3]['model'], saved[2]['model'])
-    assert same(saved[3]['optimizer']['state'], saved[2]['optimizer']['state'])
-    for before, after in ((0, 1), (1, 2), (3, 4)):
-        assert not same(saved[after]['model'], saved[before]['model'])
-    assert [line['skipped'] for line in log(tmp_path)] == [1, 1, 1, 2, 2, 2]
-    assert [line['loss'] is None for line in log(tmp_path)] == [True, False, False, True, False, False]     # JSON has no NaN
-    assert all(tensor.isfinite().all() for tensor in saved[5]['model'].values())
-
-def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(sources, tmp_path, at_batch):
-    at_batch(lambda step, images: images * math.inf if step > 3 else images)
-    with pytest.raises(SystemExit, match='10 steps in a row'):
-        train(sources[0], tmp_path, steps=40)
-    assert log(tmp_path)[-1]['step'] == 13 and log(tmp_path)[-1]['skipped'] == 10
-
-def test_a_run_is_not_overwritten_unasked(sources, finished, tmp_path):
-    before = (finished / 'ckpt.pt').read_bytes()
-    with pytest.raises(SystemExit, match='--resume.*--overwrite'):
-        train(sources[0], finished)
-    others = ((dict(experts=2), r'experts 4 \(not 2\)'), (dict(batch=2), r'global_batch 4 \(not 2\)'),
-              (dict(seed=1, lr=9.0), r'lr [0-9.]+ \(not 9.0\), seed 0 \(not 1\)'), (dict(steps=99), r'steps 6 \(not 99\)'))
-    for other, sentence in others:
-        with pytest.raises(SystemExit, match=sentence):
-            train(sources[0], finished, resume=True, **other)
-    assert (finished / 'ckpt.pt').read_bytes() == before and len(log(finished)) == 6
-    for _ in range(2):
-        train(sources[0], tmp_path, steps=1, overwrite=True)
-    assert [line['step'] for line in log(tmp_path)] == [0]
-
-def test_two_trainings_do_not_write_to_one_folder(sources, finished, tmp_path):
-    options = dict(steps=10 ** 6, val_every=10 ** 6, log_every=10 ** 6)
-    command = [sys.executable, ROOT / 'pretrain.py', *arguments(sources[0], tmp_path / 'run', **options)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        while not (tmp_path / 'run' / 'config.json').exists() and process.poll() is None:
-            time.sleep(0.01)
-        for options in (dict(), dict(overwrite=True), dict(resume=True)):
-            with pytest.raises(SystemExit, match='run: another process trains here'):
-                train(sources[0], tmp_path / 'run', steps=1, **options)
-    finally:
-        process.kill()
-        process.wait()
-    train(sources[0], tmp_path / 'run', steps=1, overwrite=True)     # what a killed run held is free again
-
-def test_a_finished_run_says_so_and_other_data_are_refused(sources, finished, tmp_path, capsys):
-    with pytest.raises(SystemExit, match='^0$'):
-        train(sources[0], finished, resume=True)
-    assert 'finished, all 6 steps' in capsys.readouterr().out
-    write_source(tmp_path / 'data' / 'a', 'CT', 40)
-    with pytest.raises(SystemExit, match=r'training_images 64 \(not 38\)'):
-        train(tmp_path / 'data', finished, resume=True)
-
-def test_a_new_run_over_an_old_one_leaves_nothing_of_it_to_resume(sources, tmp_path, at_batch):
-    train(sources[0], tmp_path, steps=2)
-    at_batch(lambda step, images: images if step == 1 else 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        train(sources[0], tmp_path, steps=2, overwrite=True)
-    assert not (tmp_path / 'ckpt.pt').exists()
-    with pytest.raises(ZeroDivisionError):      # what did not come to its first step is in nobody's way
-        train(sources[0], tmp_path, steps=2)
-    with pytest.raises(SystemExit, match='holds a run'):        # which may be under way, before its first checkpoint
-        train(sources[0], tmp_path, steps=2)
-
-def test_a_full_disk_in_a_picture_or_the_log_ends_in_a_sentence(sources, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(pretrain, 'draw_grid', full)
-    with pytest.raises(SystemExit, match='No space left'):
-        train(sources[0], tmp_path / 'out')
-    (tmp_path / 'log.jsonl').write_text('{"step": 0, "loss": 1}\n{"step": 1, "lo')
-    monkeypatch.setattr(os, 'replace', full)
-    with pytest.raises(SystemExit, match='log.jsonl: could not be saved.*untouched'):
-        pretrain.save(tmp_path / 'log.jsonl', '')
-    monkeypatch.undo()
-    assert (tmp_path / 'log.jsonl').read_text() and not list(tmp_path.glob('*.new'))
-    pretrain.open_run(tmp_path, pretrain.Options(resume=True), 1, {})
-    assert (tmp_path / 'log.jsonl').read_text() == '{"step": 0, "loss": 1}\n'
-
-def test_a_full_disk_leaves_the_checkpoint_before(sources, tmp_path, at_batch):
-    (soft, hard), before = resource.getrlimit(resource.RLIMIT_FSIZE), []
-
-    def fill_the_disk(step, images):
-        if step == 1:       # after the first checkpoint
-            before.append((tmp_path / 'ckpt.pt').read_bytes())
-            resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[0]) // 2, hard))
-        return images
-
-    at_batch(fill_the_disk)
-    try:
-        with pytest.raises(SystemExit, match='ckpt.pt: could not be saved'):
-            train(sources[0], tmp_path, steps=3, save_minutes=0)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (tmp_path / 'ckpt.pt').read_bytes() == before[0] and not list(tmp_path.glob('*.new'))
-
-@pytest.mark.parametrize('options, sentence', [
-    (dict(batch=100), '64 . 4 images are too few.*100'), (dict(model='giant'), 'giant.*tiny'), (dict(size=30), '30'),
-    (dict(seed=-1), '--seed -1'), (dict(lr='nan'), '--lr nan'), (dict(warmup='inf'), '--warmup inf'), (dict(steps=0, epochs=0), '--epochs'),
-    (dict(init='missing.pt'), 'missing.pt'), (dict(device='gpu'), '--device gpu'), (dict(device='cuda:1'), '--device cuda:1'),
-    (dict(val_share=2), '--val_share'), (dict(momentum=3), '--momentum')])
-def test_options_that_cannot_work_end_in_a_sentence(sources, tmp_path, options, sentence):
-    with pytest.raises(SystemExit, match=sentence):
-        train(sources[0], tmp_path, **options)
-
-def test_a_published_encoder_starts_a_run(sources, finished, tmp_path):
-    state = {name: value for name, value in read_checkpoint(finished / 'ckpt.pt')[0].items()
-             if not name.startswith(('decoder', 'mask_token'))}
-    torch.save(dict(model=state), tmp_path / 'encoder.pth')
-    ours = train(sources[0], tmp_path / 'out', init=tmp_path / 'encoder.pth', steps=1, lr=0)
-    assert same(ours['model']['blocks.1.attn.qkv.weight'], state['blocks.1.attn.qkv.weight'])
-
-# ---------------------------------------------------------------------------------------------------------------------
-# How fast it is
-
-@pytest.mark.parametrize('change', [dict(experts=0), dict(top_k=1), dict(top_k=3, routing='token'), dict(mask_ratio=0.5)])
-def test_counted_operations_are_those_that_torch_counts(change, monkeypatch):
-    def loop(x, weights, offs):         # torch counts no grouped_mm, and of attention its plain form alone
-        return torch.cat([rows @ weight for rows, weight in zip(x.tensor_split(offs[:-1].tolist()), weights)])
-
-    monkeypatch.setattr(model.F, 'grouped_mm', loop)
-    network = MAE(replace(MODEL, **change))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        losses, routing, _, _ = network(torch.randn(6, 3, 32, 32))
-        (losses.mean() + layer_losses(routing.co, routing.scores.mean(1), routing.chosen.mean(1))[1]).backward()
-    assert counter.get_total_flops() == 6 * flops(network.config)
-
-def test_operations_of_the_known_sizes():
-    assert flops(Config(experts=0)) == pytest.approx(77.0e9, rel=1e-3)
-    assert flops(Config()) == pytest.approx(106.5e9, rel=1e-3)
-
-@pytest.mark.parametrize('change', [dict(), dict(routing='token'), dict(experts=0)])
-def test_blocks_compile_in_bf16_with_the_same_results_and_gradients_as_they_come(change):
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    network, images, found, order = MAE(replace(MODEL, **change)), torch.randn(4, 3, 32, 32), [], []
-    blocks = [*network.blocks, *network.decoder_blocks]
-    for number, block in enumerate(blocks):     # in the backward pass: when it comes to a block, and to its weights' gradients
-        block.norm1.weight.register_post_accumulate_grad_hook(lambda _, number=number: order.append(number))
-    for compiled in (False, True):
-        for block in blocks if compiled else ():        # as pretrain.py has it
-            block.forward = torch.compile(block.forward, fullgraph=True, backend='aot_eager')
-
-        def watch(block, inputs, outputs):
-            outputs[0].register_hook(lambda _: order.append('first'))
-
-        handle = network.blocks[0].register_forward_hook(watch)
-        torch.manual_seed(1)
-        network.zero_grad()
-        with torch.autocast('cpu', torch.bfloat16):
-            losses, routing, _, _ = network(images, torch.full((), 0.5), torch.rand(4, 16))
-        (losses.mean() + layer_losses(routing.co, routing.scores.mean(1), routing.chosen.mean(1))[0]).backward()
-        handle.remove()
-        found.append([losses.detach()] + [p.grad for p in network.parameters() if p.requires_grad])
-        assert order == [3, 2, 1, 'first', 0]       # so DDP can send the others' while the first block computes its own
-        order.clear()
-    assert all((a - b).norm() <= 0.01 * a.norm() for a, b in zip(*found))
-    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2      # one for all blocks of the encoder, one for the rest
-
-def test_the_bench_times_both_networks_and_both_gates(sources, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, 'GATES', ((32, 2), (64, 1)))
-    monkeypatch.setattr(pretrain, 'tqdm', pretrain.tqdm)        # what the bench replaces comes back after the test
-    monkeypatch.setattr(pretrain, 'validate', pretrain.validate)
-    bench.real_steps(arguments(sources[0], tmp_path / 'out'), warm=2, count=4)
-    bench.gates(MODEL)
-    lines = capsys.readouterr().out.splitlines()
-    dex, mae = (next(line for line in lines if line.startswith(name)) for name in ('DEX:', 'MAE:'))
-    for line, config, phases in ((dex, MODEL, 5), (mae, replace(MODEL, experts=0), 4)):
-        assert f'{flops(config) / 1e9:.1f} GFLOP' in line and 'MFU 0.000' in line      # no chip, no guess
-        shares = [float(word) for word in re.findall(r'([0-9.]+)%', line)]
-        assert len(shares) == phases and 60 < sum(shares) < 140     # medians need not add up
-    assert 'efficiency' in lines[-5]
-    gates = [re.search(r'(\w+)-wise.* (\d+) images of (\d+) pixels: ([0-9.]+) MFLOP', line).groups() for line in lines[-4:]]
-    assert [gate[:3] for gate in gates] == [(kind, *rest) for rest in (('2', '32'), ('1', '64')) for kind in ('image', 'token')]
-    assert float(gates[1][3]) == pytest.approx(17 * float(gates[0][3]), rel=0.1)      # as many as an image has tokens
-    assert not (tmp_path / 'out').exists()
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
-def test_a_steady_step_never_waits_for_the_gpu(sources, tmp_path):
-    o = replace(pretrain.Options(), **dict(TINY, data=str(sources[0]), out=str(tmp_path), device='cuda', steps=1000, log_every=1000))
-    run = pretrain.set_up(o, *pretrain.setup('cuda'))
-    run.last = 5        # compiles, validates, fills the caches
-    pretrain.train(run)
-    run.first, run.last = 5, 15
-    torch.cuda.set_sync_debug_mode('error')
-    try:
-        pretrain.train(run)
-    finally:
-        torch.cuda.set_sync_debug_mode('default')
+def test_the_log_of_accumulated_steps_holds_the_mean_over_micro_batches(sources, tmp_path):
+    """Which is what is optimised: the balance loss, a product, is not that of the means."""
+    options = dict(accumulate=3, steps=1, sigma=9)
+    assert runs.pretraining(sources.folder, tmp_path, **options).code == 0
+    o, shards = runs.pretrain_options(sources.folder, **options), data.Shards(sources.folder)
+    torch.manual_seed(o.seed)
+    network = MAE(runs.pretrain_config())
+    micros = []
+    for micro in range(3):
+        ids = shards.plan(o.seed, micro, o.batch, 0, 1, len(shards.train) // 12 * 3)
+        pretrain.seed_step(o.seed, 0, micro)
+        images = data.augment(shards.gather(ids), o.size)
+        losses, routing, _, _ = network(images, torch.tensor(9.0))
+        _, balance = naive.layer_losses(*naive.Decisions(*routing)[:3])
+        micros.append((losses.mean().item(), balance.item()))
+    entry = read_log(tmp_path)[0]
+    for name, values in zip(('l_self', 'balance'), zip(*micros)):
+        assert entry[name] == pytest.approx(sum(values) / 3, rel=1e-4), name
+        assert max(values) > min(values) + 0.01

@@ -1,0 +1,193 @@
+"""What stops a preparation, and what it leaves: whole sources, no processes, and one sentence.
+
+A program that stands in for ffmpeg waits until the test lets it go on, so that a preparation is
+stopped in the midst of its second source, however fast the machine is."""
+import os
+import re
+import signal
+import time
+import tracemalloc
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tests.support import files, prepared, runs
+from tests.support.prepared import Prepared, prepare, said
+
+SIZE = prepared.SIZE
+
+@pytest.fixture
+def halted(tmp_path, fake_program):
+    """RAW with the sources a (two pictures) and b (two videos, then pictures).
+
+    Each worker that decodes a video writes its number to `started` and waits for `go`."""
+    raw, go, started = tmp_path / 'raw', tmp_path / 'go', tmp_path / 'started'
+    started.mkdir()
+    fake_program('ffmpeg', f'''
+        touch {started}/$PPID
+        until [ -e {go} ]; do sleep 0.02; done
+        yes | head -c {2 * SIZE * SIZE * 3}''')
+    for seed in range(2):
+        files.save(raw / f'Fundus/a/{seed}.png', files.texture(seed, channels=3))
+        files.write(raw / f'Fundus/b/{seed}.avi', 'video')
+    for seed in range(60):
+        files.save(raw / f'Fundus/b/picture-{seed:02d}.png', files.texture(seed, channels=3))
+
+    def start(out):
+        """A preparation of its own, when both of its workers wait in source b."""
+        process = runs.start('prepare_medverse', '--raw', raw, '--out', out, '--size', SIZE,
+                             '--workers', 2)
+        runs.wait_for(lambda: len(list(started.iterdir())) == 2, process)
+        assert (out / 'a').is_dir() and (out / 'b.part').is_dir() and not (out / 'b').exists()
+        return process, [int(path.name) for path in started.iterdir()]
+
+    yield SimpleNamespace(raw=raw, go=go, start=start)
+    go.touch()     # so that no stand-in outlives the test
+
+def await_end(workers):
+    """Wait until these processes are gone; end them, and fail, where they stay."""
+    deadline = time.monotonic() + 30
+    for worker in workers:
+        while runs_still(worker):
+            if time.monotonic() > deadline:
+                os.kill(worker, signal.SIGKILL)
+                pytest.fail(f'worker {worker} outlives its preparation')
+            time.sleep(0.02)
+
+def runs_still(pid):
+    """Whether a process does anything; one that only waits to be noticed (a zombie) does not."""
+    try:
+        os.kill(pid, 0)
+        return not re.search(r'\) Z ', Path(f'/proc/{pid}/stat').read_text())
+    except ProcessLookupError:
+        return False
+    except FileNotFoundError:     # gone since, or a system without /proc
+        return not Path('/proc/self').exists()
+
+# --- killed, interrupted, started again ----------------------------------------------------------
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_preparation_takes_its_workers_along(halted, tmp_path, number):
+    """They end although they wait in a decoder, which goes on."""
+    process, workers = halted.start(tmp_path / 'out')
+    process.send_signal(number)
+    assert runs.finish(process).code == -number
+    await_end(workers)
+
+def test_a_killed_preparation_that_is_started_again_gives_the_same_bytes(halted, tmp_path):
+    process, _ = halted.start(tmp_path / 'killed')
+    process.kill()
+    runs.finish(process)
+    halted.go.touch()
+    (tmp_path / 'killed/b.part/00009.npy').write_text('left behind')
+    again = prepare(halted.raw, tmp_path / 'killed')
+    assert again.code == 0 and again.out.count('finished before') == 1
+    assert prepare(halted.raw, tmp_path / 'whole').code == 0
+    assert files.contents(tmp_path / 'killed') == files.contents(tmp_path / 'whole')
+    assert len(Prepared(tmp_path / 'whole').images('b')) == 64
+
+def test_ctrl_c_ends_in_a_sentence_and_leaves_the_finished_sources(halted, tmp_path):
+    """A terminal sends it to the workers too."""
+    process, workers = halted.start(tmp_path / 'out')
+    os.killpg(process.pid, signal.SIGINT)
+    halted.go.touch()
+    result = runs.finish(process)
+    assert result.code == 130
+    assert 'stopped' in runs.ends(result)
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['a']
+    await_end(workers)
+
+def test_two_preparations_into_one_folder_do_not_meet(halted, tmp_path):
+    """The second is told so; the first finishes as if it were alone."""
+    process, _ = halted.start(tmp_path / 'out')
+    second = prepare(halted.raw, tmp_path / 'out')
+    halted.go.touch()
+    assert runs.finish(process).code == 0
+    runs.ends(second, [tmp_path / 'out/b', 'another program', '--out'])
+    assert prepare(halted.raw, tmp_path / 'alone').code == 0
+    assert files.contents(tmp_path / 'out') == files.contents(tmp_path / 'alone')
+
+# --- the machine's limits ------------------------------------------------------------------------
+
+def test_a_full_disk_ends_in_a_sentence_and_leaves_the_finished_sources(tmp_path):
+    """No file may become larger than 100 kB; source a has 2 images of 12 kB, source b has 20."""
+    resource = pytest.importorskip('resource')
+    for source, count in ('a', 2), ('b', 20):
+        for seed in range(count):
+            image = files.texture(seed, channels=3)
+            files.save(tmp_path / f'raw/Fundus/{source}/{seed}.png', image)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    out = tmp_path / 'out'
+    words = '--raw', tmp_path / 'raw', '--out', out, '--size', SIZE, '--workers', 2
+    result = runs.finish(runs.start('prepare_medverse', *words, preexec_fn=limit))
+    runs.ends(result, [out, 'start again'])
+    assert result.code == 1 and [path.name for path in out.iterdir()] == ['a']
+
+def test_the_file_that_killed_a_worker_is_named(tmp_path, fake_program):
+    """As the system does where memory runs out."""
+    fake_program('ffmpeg', 'kill -9 $PPID')
+    files.save(tmp_path / 'raw/Endoscope/a/0.png', files.texture(0))
+    files.write(tmp_path / 'raw/Endoscope/a/x.mp4', 'video')
+    runs.ends(prepare(tmp_path / 'raw', tmp_path / 'out'), ['killed', '--workers', 'a/x.mp4'])
+    assert list((tmp_path / 'out').iterdir()) == []
+
+def test_a_long_volume_does_not_wait_in_memory(tmp_path):
+    """It leaves the worker slice by slice, and comes back so."""
+    module = runs.module('prepare_medverse')
+    noise = np.random.default_rng(0).integers(0, 256, (300, 16, 16), np.uint8)
+    volume = files.save(tmp_path / 'long.npy', noise)
+    tracemalloc.start()
+    try:
+        path = module.spill(tmp_path, module.slices, volume, 'MR', 256, 8)
+        size = path.stat().st_size
+        pixels = sum(item.pixels.size for item in module.items(path))
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert size > 300 * 256 ** 2 and pixels == 300 * 256 ** 2
+    assert most < 10 * 256 ** 2
+
+# --- files that would stop it --------------------------------------------------------------------
+
+def write_bomb(path, channels):
+    """A PNG of few bytes whose header claims 60,000 x 60,000 pixels."""
+    return files.png(path, files.ramp(0, 9, 'u2')[..., None].repeat(channels, 2), side=60000)
+
+def test_a_picture_of_billions_of_pixels_is_dropped_and_told(tmp_path):
+    files.save(tmp_path / 'raw/Photo/a/0.png', files.texture(0))
+    write_bomb(tmp_path / 'raw/Photo/a/bomb.png', channels=1)
+    assert prepare(tmp_path / 'raw', tmp_path / 'out').code == 0
+    found = Prepared(tmp_path / 'out')
+    row, = found.dropped('a')
+    assert len(found.images('a')) == 1
+    assert row['path'] == 'bomb.png' and '3600000000 pixels' in row['detail']
+
+def test_a_mask_of_billions_of_pixels_is_refused_by_its_name(tmp_path):
+    for number in range(2):
+        files.save(tmp_path / f'raw/images/{number}.png', files.texture(number))
+        files.save(tmp_path / f'raw/masks/{number}.png', files.blob())
+    write_bomb(tmp_path / 'raw/masks/0.png', channels=4)
+    result = prepare(tmp_path / 'raw', tmp_path / 'out', '--task', 'mini')
+    runs.ends(result, ['masks/0.png', '3600000000 pixels'])
+    assert not list(tmp_path.glob('out*'))
+
+@pytest.mark.parametrize('program', ['ffmpeg', 'dcm2niix'])
+def test_where_a_program_is_missing_its_files_are_dropped_and_tell_its_name(
+        tmp_path, monkeypatch, program):
+    monkeypatch.setenv('PATH', '')
+    for source in 'ab':
+        files.save(tmp_path / f'raw/CT/{source}/0.png', files.texture(0))
+    if program == 'ffmpeg':
+        files.write(tmp_path / 'raw/CT/b/x.mp4', 'video')
+    else:
+        files.dicom(tmp_path / 'raw/CT/b/x/0.dcm', files.ramp(-200, 400, 'i2'), 'CT')
+    result = prepare(tmp_path / 'raw', tmp_path / 'out')
+    assert result.code == 0, said(result)
+    found = Prepared(tmp_path / 'out')
+    assert found.names == ['a', 'b'] and len(found.images('b')) == 1
+    row, = found.dropped('b')
+    assert row['path'].startswith('x') and row['reason'] == 'corrupt' and program in row['detail']

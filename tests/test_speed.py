@@ -1,0 +1,207 @@
+"""How fast it is: counted operations, compiled blocks, the bench, and steps that never wait for a
+GPU. No test measures time."""
+import copy
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import model
+import pretrain
+from model import MAE, Config, flops, layer_losses
+from tests.support import runs
+
+bench = runs.module('bench')
+MODEL = runs.pretrain_config()
+
+def backward(network, images, *noise):
+    """A forward and a backward pass through all losses -> the images' losses."""
+    losses, routing, _, _ = network(images, *noise)
+    loss = losses.mean()
+    if network.config.experts:
+        align, scores, activated, _ = routing
+        loss = loss + sum(layer_losses(align, scores.mean(1), activated.mean(1)))
+    loss.backward()
+    return losses.detach()
+
+# --- Operations -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('change', [
+    dict(experts=0),
+    dict(top_k=1),
+    dict(top_k=3, routing='token'),
+    dict(mask_ratio=0.5),
+], ids=str)
+def test_counted_operations_are_those_that_torch_counts(change, monkeypatch):
+    """It counts no grouped_mm, so a loop replaces it here, and only the plain form of attention."""
+    called = []
+
+    def loop(x, weights, offs):
+        called.append(len(weights))
+        groups = x.tensor_split(offs[:-1].tolist())
+        return torch.cat([rows @ weight for rows, weight in zip(groups, weights)])
+
+    monkeypatch.setattr(model.F, 'grouped_mm', loop)
+    network = MAE(replace(MODEL, **change))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        backward(network, torch.randn(6, 3, 32, 32))
+    assert counter.get_total_flops() == 6 * flops(network.config)
+    assert bool(called) == bool(network.config.experts)
+
+@pytest.mark.parametrize('config, gigaflops', [
+    pytest.param(Config(experts=0), 77.0, id='masked autoencoder'),
+    pytest.param(Config(), 106.5, id='DEX'),
+])
+def test_operations_of_the_base_network(config, gigaflops):
+    assert flops(config) == pytest.approx(gigaflops * 1e9, rel=1e-3)
+
+# --- Compiled blocks ------------------------------------------------------------------------------
+
+VARIANTS = [dict(), dict(routing='token'), dict(experts=0)]
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """torch.compile without generating code, which would take long: its calls; fresh counters."""
+    compile, calls = torch.compile, []
+
+    def compile_fast(function, **options):
+        calls.append(function)
+        return compile(function, **options, backend='aot_eager')
+
+    monkeypatch.setattr(torch, 'compile', compile_fast)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield calls
+    torch._dynamo.reset()
+
+def compiled_copy(network, calls):
+    twin = copy.deepcopy(network)
+    runs.compile_blocks(twin)
+    assert len(calls) == len(network.blocks) + len(network.decoder_blocks)
+    return twin
+
+def bf16_backward(network):
+    """Losses, and gradients by name, of four images under bfloat16 autocast, with all noise."""
+    torch.manual_seed(1)
+    images, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 16)
+    with torch.autocast('cpu', torch.bfloat16):
+        losses = backward(network, images, torch.full((), 0.5), noise)
+    trained = {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
+    return trained | dict(losses=losses)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('change', VARIANTS, ids=str)
+def test_compiled_blocks_have_the_same_results_and_gradients(change, compiling):
+    network = MAE(replace(MODEL, **change))
+    twin = compiled_copy(network, compiling)
+    plain, compiled = bf16_backward(network), bf16_backward(twin)
+    assert plain.keys() == compiled.keys()
+    for name, expected in plain.items():
+        assert expected.norm() > 0, name
+        assert (compiled[name] - expected).norm() <= 0.01 * expected.norm(), name
+
+@pytest.mark.slow
+@pytest.mark.parametrize('change', VARIANTS, ids=str)
+def test_one_graph_serves_all_blocks_of_the_encoder_and_one_those_of_the_decoder(change, compiling):
+    bf16_backward(compiled_copy(MAE(replace(MODEL, **change)), compiling))
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2
+
+@pytest.mark.slow
+@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('change', VARIANTS, ids=str)
+def test_gradients_of_later_blocks_are_there_before_the_first_block_computes_its_own(
+        change, compiled, compiling):
+    """So DDP can send them meanwhile. The blocks of the decoder are numbers 2 and 3."""
+    network, order = MAE(replace(MODEL, **change)), []
+    if compiled:
+        network = compiled_copy(network, compiling)
+    for number, block in enumerate([*network.blocks, *network.decoder_blocks]):
+        def gradient_is_there(_, number=number):
+            order.append(number)
+        block.norm1.weight.register_post_accumulate_grad_hook(gradient_is_there)
+
+    def watch(block, inputs, outputs):
+        outputs[0].register_hook(lambda _: order.append('first block begins'))
+
+    network.blocks[0].register_forward_hook(watch)
+    bf16_backward(network)
+    assert order == [3, 2, 1, 'first block begins', 0]
+
+# --- The bench ------------------------------------------------------------------------------------
+
+@pytest.fixture
+def replaced_by_the_bench(monkeypatch):
+    """What the bench puts into pretrain.py's place comes back after the test."""
+    for name in ('tqdm', 'validate'):
+        monkeypatch.setattr(pretrain, name, getattr(pretrain, name))
+
+def test_the_bench_prints_speed_and_phases_of_both_networks(
+        sources, tmp_path, capsys, replaced_by_the_bench):
+    bench.real_steps(runs.pretrain_words(sources.folder, tmp_path / 'out'), warm=2, count=4)
+    dex, mae, efficiency = capsys.readouterr().out.splitlines()[-3:]
+    phases = ['data', 'forward', 'backward', 'optimizer']
+    for name, line, config, expected in (
+            ('DEX', dex, MODEL, [*phases, 'GEMA']),
+            ('MAE', mae, replace(MODEL, experts=0), phases)):
+        assert line.startswith(f'{name}: ')
+        assert f'{flops(config) / 1e9:.1f} GFLOP' in line
+        assert 'MFU 0.000' in line      # a CPU's peak is not known, and not guessed
+        assert sorted(re.findall(r'(\w+) [0-9.]+%', line)) == sorted(expected)
+    assert 'efficiency' in efficiency
+    assert not (tmp_path / 'out').exists()
+
+def test_the_bench_gives_each_phase_the_time_since_the_mark_before():
+    marks = [('start', 10.0), ('data', 11.0), ('forward', 13.0), ('backward', 16.0),
+             ('forward', 20.0), ('GEMA', 20.5)]
+    assert bench.spent(marks) == dict(data=1.0, forward=2.0 + 4.0, backward=3.0, GEMA=0.5)
+
+@pytest.mark.slow
+def test_the_bench_times_both_gates(capsys, monkeypatch):
+    """The gate of an image costs what that of a token does, and an image of 32 pixels has 17."""
+    monkeypatch.setattr(bench, 'GATES', ((32, 2), (64, 1)))
+    bench.gates(MODEL)
+    pattern = r'(\w+)-wise.* (\d+) images of (\d+) pixels: ([0-9.]+) MFLOP'
+    gates = [re.search(pattern, line).groups() for line in capsys.readouterr().out.splitlines()]
+    assert [gate[:3] for gate in gates] == [('image', '2', '32'), ('token', '2', '32'),
+                                            ('image', '1', '64'), ('token', '1', '64')]
+    image, token = (float(gate[3]) for gate in gates[:2])
+    assert token == pytest.approx(17 * image, rel=0.1)
+
+def test_our_step_in_the_bench_is_that_of_the_obvious_implementation():
+    """Losses of three steps and the directors after them, with a list of experts and a loop."""
+    torch.manual_seed(0)
+    ours = MAE(MODEL)
+    obvious = copy.deepcopy(ours)
+    for block in obvious.blocks:
+        block.dex = bench.ObviousDEX(block.dex)
+    images, losses = torch.randn(4, 3, 32, 32), {}
+    for network in (ours, obvious):
+        trained = [p for p in network.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, 1e-4, fused=network is ours or None)
+        losses[network] = []
+        for seed in range(3):
+            loss, *_ = bench.step(network, trained, optimizer, images, seed, network is ours, False)
+            losses[network].append(loss)
+    assert losses[ours] == pytest.approx(losses[obvious], rel=1e-4)
+    for block, twin in zip(ours.blocks, obvious.blocks):
+        for value, expected in zip(block.dex.director.parameters(), twin.dex.director.parameters()):
+            torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4)
+
+# --- On a GPU -------------------------------------------------------------------------------------
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+def test_a_steady_step_never_waits_for_the_gpu(sources, tmp_path):
+    o = runs.pretrain_options(sources.folder, device='cuda', steps=1000, log_every=1000)
+    run = runs.build_pretraining(replace(o, out=str(tmp_path)))
+    run.last = 5        # compiles, validates, fills the caches
+    pretrain.train(run)
+    run.first, run.last = 5, 15
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        pretrain.train(run)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')

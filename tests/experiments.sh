@@ -13,7 +13,7 @@
 #
 # Pretraining's networks: `mae` is the plain masked autoencoder, `experts` has experts without the alignment loss, `dex`
 # all; `mae138` is the masked autoencoder with the computing of DEX, 1.38 times the steps. ph- are the same on phantoms,
-# and ph-mae-long and ph-dex-long go on for twice as long.
+# and ph-mae-long and ph-dex-long go on for twice as long, ph-dex-2000 and ph-mae-2760 for five times as long.
 set -e
 cd "$(dirname "$0")/.."
 real=${1:?where are the real images? give the folder that holds pretrain and tasks}
@@ -75,6 +75,8 @@ phantoms() {    # Table 6 on simulated images; a plain network has a plain ViT t
         train ph-mae138 $seed 552 $options --experts 0
         train ph-dex-long $seed 800 $options
         train ph-mae-long $seed 1104 $options --experts 0
+        train ph-dex-2000 $seed 2000 $options
+        train ph-mae-2760 $seed 2760 $options --experts 0
         for network in scratch ph-mae ph-experts ph-dex ph-mae138; do
             for task in phantom-organs phantom-vessels; do
                 tune $task $network $seed

@@ -303,7 +303,8 @@ def has_affine(path):  # as NIfTI and Analyze; .img without .hdr is a film of JS
 def read_pages(path, draft):
     """`read` of a picture; its pages of more than 8 bits become one array, which gets one window."""
     pages = []
-    with Image.open(path) as image:
+    # Given a path, Pillow 13 maps an uncompressed TIFF with its sides exchanged if EXIF turns it.
+    with open(path, 'rb') as file, Image.open(file) as image:
         for page in [image] if image.format == 'MPO' else ImageSequence.Iterator(image):  # whose others are previews
             deep = page.mode[0] in 'IF'  # all modes but I;16, I and F have 8 bits
             tags = getattr(page, 'tag_v2', {})  # of TIFF

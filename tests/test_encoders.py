@@ -1,4 +1,5 @@
 """Published encoders: files in their layouts give the features of an independent forward pass."""
+import argparse
 import math
 from dataclasses import replace
 
@@ -53,6 +54,11 @@ def test_a_line_says_the_heads_and_the_normalization_of_a_file(layout, path, cap
     line = capsys.readouterr().out
     assert str(path) in line
     assert f'{HEADS} heads' in line and layout.normalization in line
+
+def test_a_classifiers_head_is_left_out_and_named(path, capsys):
+    torch.save(layouts.deit3().file, path)
+    network(path)
+    assert 'left out: head' in capsys.readouterr().out
 
 @pytest.mark.parametrize('wrap', ['model', 'state_dict'])
 def test_a_wrapped_state_dict_is_found(wrap, path):
@@ -144,10 +150,11 @@ def test_our_own_checkpoint_takes_no_word_on_heads_and_normalization(path):
     """It says itself what it is."""
     config = dict(width=WIDTH, depth=DEPTH, heads=HEADS, size=SIZE, patch=PATCH, experts=0)
     torch.save(dict(model=layouts.vit(), config=config), path)
+    read_checkpoint(path)
     for options in (dict(heads=4), dict(normalization='clip')):
         with pytest.raises(SystemExit) as error:
             layouts.convert(path, **options)
-        ends(error, naming=[path, 'heads'])
+        assert 'damaged' not in ends(error, naming=path)
 
 # ----------------------------------------------------------------------------------------
 # What is refused
@@ -199,8 +206,8 @@ def filled(value):
     pytest.param(lambda: dict(state_dict=changed('pos_embed')), 'pos_embed', id='no positions'),
     pytest.param(lambda: changed('patch_embed.proj.bias'), 'patch_embed.proj.bias', id='no bias'),
     pytest.param(oblong, 'square grid', id='oblong'),
-    pytest.param(grey, 'three colours', id='grey'),
-    pytest.param(one_bias_of_two, 'blocks.0.attn.v_bias', id='no v_bias'),
+    pytest.param(grey, 'colours', id='grey'),
+    pytest.param(one_bias_of_two, 'blocks.0.attn', id='no v_bias'),
     pytest.param(filled(math.nan), 'NaN', id='NaN'),
     pytest.param(filled(math.inf), 'infinity', id='infinity'),
 ])
@@ -209,3 +216,20 @@ def test_what_is_no_plain_vit_is_refused(content, named, path):
     with pytest.raises(SystemExit) as error:
         layouts.convert(path, normalization='imagenet')
     assert ends(error, naming=named).startswith(str(path))
+
+def test_a_cut_file_is_refused(path):
+    torch.save(layouts.mae().file, path)
+    layouts.convert(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(SystemExit) as error:
+        layouts.convert(path)
+    ends(error, naming=path)
+
+def test_code_among_the_options_of_a_published_file_does_not_run(path, tmp_path):
+    options = argparse.Namespace(lr=0.1, code=layouts.Code(tmp_path / 'ran'))
+    torch.save(layouts.mae().file | dict(args=options), path)
+    with pytest.raises(SystemExit) as error:
+        layouts.convert(path)
+    ends(error, naming=[path, 'code'])
+    assert not (tmp_path / 'ran').exists()

@@ -320,12 +320,6 @@ def test_what_is_no_pretrained_network_is_refused(labelled, tuned, tmp_path):
         runs.ends(result, naming=[init, keyword])
     assert not (tmp_path / 'out').exists()
 
-def test_a_folder_that_holds_a_run_is_not_overwritten_unasked(labelled, tuned, pretrained):
-    before = files.contents(tuned / 'tell')
-    result = runs.finetuning(labelled / 'tell', tuned / 'tell', init=pretrained)
-    runs.ends(result, naming=[tuned / 'tell', '--resume', '--overwrite'])
-    assert files.contents(tuned / 'tell') == before
-
 def test_who_has_not_pretrained_is_told_what_to_do(labelled, tmp_path):
     words = runs.finetune_words(labelled / 'tell', tmp_path / 'out')
     result = runs.program('finetune', *words, cwd=tmp_path)

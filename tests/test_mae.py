@@ -83,7 +83,7 @@ def test_the_normalization_of_patches_can_be_undone():
     """As the pictures of reconstructions do."""
     model, batch = MAE(networks.config()), images(2)
     targets, mean, deviation = model.targets(batch)
-    torch.testing.assert_close(model.unpatchify(targets * deviation + mean), batch)
+    torch.testing.assert_close(targets * deviation + mean, model.patchify(batch))
 
 def test_positions_are_the_sines_and_cosines_of_mae():
     """Of column, then row ("here w goes first"), and zeros for the class token."""
@@ -122,8 +122,8 @@ def test_hidden_patches_do_not_reach_the_encoder():
     """Other pixels in hidden patches change no prediction."""
     model, batch, noise = networks.network(MAE, experts=2), images(2), torch.rand(2, 16)
     _, _, prediction, mask = model(batch, 0.0, noise)
-    hidden = model.unpatchify(mask[:, :, None].expand(-1, -1, 48))
-    others = torch.where(hidden > 0, images(2), batch)
+    hidden = mask.view(2, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    others = torch.where(hidden == 1, images(2), batch)
     assert torch.equal(model(others, 0.0, noise)[2], prediction)
 
 def test_a_network_that_predicts_nothing_has_a_loss_of_one():

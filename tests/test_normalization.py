@@ -160,16 +160,19 @@ def test_pages_of_more_than_8_bits_are_one_array_as_they_are(tmp_path):
     array, = prepared.read(files.tiff(tmp_path / 'twelve.tif', *TWO_PAGES))
     assert array.dtype == np.uint16 and np.array_equal(array, TWO_PAGES)
 
+@pytest.mark.parametrize('modality', ['X-ray', 'CT'])
 @pytest.mark.parametrize('comment', ['', '# made by hand, 7 8 9\n'])
 @pytest.mark.parametrize('magic, named, highest, white', [
     ('P5', 4095, 300, 300), ('P5', 65535, 4095, 4095),
     ('P2', 1000, 200, 200), ('P2', 255, 90, 255)])
-def test_a_pgm_is_stretched_by_its_own_values(tmp_path, comment, magic, named, highest, white):
-    """Not by the highest value that its header names; but what has 8 bits stays as it is."""
+def test_a_pgm_is_stretched_by_its_own_values(
+        tmp_path, modality, comment, magic, named, highest, white):
+    """Not by the highest value that its header names, nor in CT as Hounsfield units, since it holds
+    no negative numbers; but what has 8 bits stays as it is."""
     values = files.ramp(0, highest, '>u2')
     text = ' '.join(map(str, values.flat))
     head = f'{magic}\n{comment}{SIDE} {SIDE}\n{named}\n'
     data = values.tobytes() if magic == 'P5' else text.encode()
     path = files.write(tmp_path / 'dark.pgm', head.encode() + data)
-    pixels, = prepared.kept(path, 'X-ray', SIDE)
+    pixels, = prepared.kept(path, modality, SIDE)
     assert most(pixels, stretched(values, 0, white)) <= 1

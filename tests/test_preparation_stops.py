@@ -35,16 +35,26 @@ def halted(tmp_path, fake_program):
     for seed in range(60):
         files.save(raw / f'Fundus/b/picture-{seed:02d}.png', files.texture(seed, channels=3))
 
+    processes = []
+
+    def launch(out):
+        """A preparation as a process of its own, with three workers."""
+        words = '--raw', raw, '--out', out, '--size', SIZE, '--workers', 3
+        processes.append(runs.start('prepare_medverse', *words))
+        return processes[-1]
+
     def start(out):
-        """A preparation of its own, when both of its workers wait in source b."""
-        process = runs.start('prepare_medverse', '--raw', raw, '--out', out, '--size', SIZE,
-                             '--workers', 2)
+        """The same, when two of its workers wait in source b; and the numbers of these."""
+        process = launch(out)
         runs.wait_for(lambda: len(list(started.iterdir())) == 2, process)
         assert (out / 'a').is_dir() and (out / 'b.part').is_dir() and not (out / 'b').exists()
         return process, [int(path.name) for path in started.iterdir()]
 
-    yield SimpleNamespace(raw=raw, go=go, start=start)
+    yield SimpleNamespace(raw=raw, go=go, launch=launch, start=start)
     go.touch()     # so that no stand-in outlives the test
+    for process in processes:
+        if process.poll() is None:
+            runs.kill(process)
 
 def await_end(workers):
     """Wait until these processes are gone; end them, and fail, where they stay."""
@@ -89,7 +99,7 @@ def test_a_killed_preparation_that_is_started_again_gives_the_same_bytes(halted,
     assert len(Prepared(tmp_path / 'whole').images('b')) == 64
 
 def test_ctrl_c_ends_in_a_sentence_and_leaves_the_finished_sources(halted, tmp_path):
-    """A terminal sends it to the workers too."""
+    """A terminal sends it to the workers too, of which one has nothing to do."""
     process, workers = halted.start(tmp_path / 'out')
     os.killpg(process.pid, signal.SIGINT)
     halted.go.touch()
@@ -102,7 +112,7 @@ def test_ctrl_c_ends_in_a_sentence_and_leaves_the_finished_sources(halted, tmp_p
 def test_two_preparations_into_one_folder_do_not_meet(halted, tmp_path):
     """The second is told so; the first finishes as if it were alone."""
     process, _ = halted.start(tmp_path / 'out')
-    second = prepare(halted.raw, tmp_path / 'out')
+    second = runs.finish(halted.launch(tmp_path / 'out'))
     halted.go.touch()
     assert runs.finish(process).code == 0
     runs.ends(second, [tmp_path / 'out/b', 'another program', '--out'])

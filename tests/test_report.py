@@ -1,4 +1,4 @@
-"""What the programs say of finished runs: report (tables), scaling (curves), modularity (shares)."""
+"""What programs say of finished runs: report (tables), scaling (curves), modularity (shares)."""
 import json
 from dataclasses import asdict
 
@@ -10,7 +10,8 @@ from model import MAE, Config
 from tests.support import files, runs
 
 ALIGN = runs.OPTION_NAMES.get('align', 'align')
-VALIDATION = {ours: theirs for theirs, ours in runs.LOG_NAMES.items()}.get('val_l_self', 'val_l_self')
+LOG_NAMES = {ours: theirs for theirs, ours in runs.LOG_NAMES.items()}
+VALIDATION = LOG_NAMES.get('val_l_self', 'val_l_self')
 
 def tables(text):
     """The rows of the markdown tables in a text, each as {column: cell}."""
@@ -132,7 +133,7 @@ def scored(method, score, task='a', **options):
                 scores=dict(f1=dict(mean=score)))
 
 def test_a_curve_takes_what_differs_in_one_option_alone():
-    """Over the share of the images, beside runs with all of them; means and deviations over seeds."""
+    """Over the share of the images, beside runs with all of them; mean and deviation over seeds."""
     taken = [scored('DEX-E-dex', 0.5), scored('DEX-E-dex', 0.7), scored('DEX-E-scratch', 0.4),
              scored('DEX-E-dex-fraction-0.4', 0.3, fraction=0.4)]
     passed_over = [
@@ -153,7 +154,7 @@ def test_a_curve_over_blocks_has_all_of_them_at_its_end():
 # --- modularity -------------------------------------------------------------------------------
 
 def test_shares_are_those_of_simulated_components():
-    """Features (modality, body, channel) with deviations 2, 1 and 0.5 of modality, body and rest."""
+    """Features (modality, body, channel): deviations 2, 1 and 0.5 of modality, body and rest."""
     x = 2 * torch.randn(3, 1, 20000) + torch.randn(1, 40, 20000) + 0.5 * torch.randn(3, 40, 20000)
     shares = runs.module('modularity').shares
     whole = 4 + 1 + 0.25

@@ -1,9 +1,12 @@
 """The commands of README.md, of the scripts' first lines and of experiments.sh, and their parsing.
 
 `in_markdown` and `in_docstring` find commands in texts, `run_recording` those of a shell script;
-`parse` has each parsed by the program that it calls, which does nothing else.
+`parse` has each parsed by the program that it calls, and `parse_fragment` an option or two without
+their command. A command is a list of words. What does not parse is a ValueError.
 """
 import argparse
+import contextlib
+import functools
 import os
 import re
 import shlex
@@ -23,21 +26,37 @@ BENCHMARKS = 'run', 'gates', 'step', 'ranks', 'data', 'memory'
 
 def split(line):
     """The words of a line if it is a command of ours, else none. A comment is left out."""
-    if line.split(' ')[0] not in STARTERS:
+    first = line.split(' ')[0]
+    if first.endswith('.py') and first != line:         # as `pretrain.py --experts 0`
+        line = f'python {line}'
+    elif first not in STARTERS:
         return []
     return shlex.split(line, comments=True)
 
+def inline_code(text):
+    """What stands between `single backticks` in a markdown text."""
+    return re.findall(r'`([^`\n]+)`', re.sub(r'^```.*?^```', '', text, flags=re.M | re.S))
+
 def in_markdown(text):
-    """The commands in code blocks, and in `inline code`, as lists of words."""
+    """The commands in code blocks and in inline code."""
     blocks = re.findall(r'^```\w*\n(.*?)^```', text, re.M | re.S)
     lines = [line for block in blocks for line in block.splitlines()]
-    lines += re.findall(r'`([^`\n]+)`', re.sub(r'^```.*?^```', '', text, flags=re.M | re.S))
-    return [words for words in map(split, lines) if words]
+    return [words for words in map(split, lines + inline_code(text)) if words]
 
 def in_docstring(text):
     """The commands on lines of their own; what follows after two blanks says what they do."""
-    lines = [re.split(r'\s{2,}', line.strip())[0] for line in text.splitlines() if line.startswith('    ')]
+    indented = [line.strip() for line in text.splitlines() if line.startswith('    ')]
+    lines = [re.split(r'\s{2,}', line)[0] for line in indented]
     return [words for words in map(split, lines) if words]
+
+def fragments(text):
+    """The options that stand in inline code without their command; of `--name a|b` one for each."""
+    found = []
+    for code in inline_code(text):
+        if code.startswith('--'):
+            rest, last = code.rpartition(' ')[::2]
+            found += [shlex.split(f'{rest} {choice}') for choice in last.split('|')]
+    return found
 
 RECORDER = '''#!/usr/bin/env bash
 # Stands for python: writes down its words, and makes the folder that it is to write to.
@@ -72,20 +91,21 @@ def run_recording(script, folder, *words, **environment):
 # --- parsing ----------------------------------------------------------------------------------
 
 class Parsed(BaseException):
-    """Ends a program when it has parsed its options."""
+    """Ends a program when it has parsed its options: their values, and the names of all options."""
 
-def arguments(program, words):
-    """The values that a program's own parser gives to these words: {name: value}."""
+def parsed(program, words):
+    """Have a program parse words with its own parser: (values by name, names of all options)."""
     parse_args = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(parser, *more):
-        raise Parsed(vars(parse_args(parser, *more)))
+        names = {word for action in parser._actions for word in action.option_strings}
+        raise Parsed(vars(parse_args(parser, *more)), names)
 
     with mock.patch.object(argparse.ArgumentParser, 'parse_args', parse_and_stop):
         try:
             result = runs.program(program, *words)
-        except Parsed as parsed:
-            values, = parsed.args
+        except Parsed as stop:
+            values, names = stop.args
         else:
             raise ValueError(f'{program} {shlex.join(words)}: {result.err.strip()}')
     options = getattr(runs.module(program), 'Options', None)
@@ -94,7 +114,28 @@ def arguments(program, words):
             options(**values)       # which refuses what is no choice
         except SystemExit as stop:
             raise ValueError(f'{program} {shlex.join(words)}: {stop}')
-    return values
+    return values, names
+
+@functools.cache
+def options_of(program):
+    """The names of all its options."""
+    return parsed(program, [])[1]
+
+def parse_fragment(words):
+    """Check options that stand without their command: one program must have them all, and take the
+    values that are written behind them. A capital, as N, stands for any value."""
+    names = {word for word in words if word.startswith('--')}
+    whole = len(words) == 2 * len(names) and not any(word.isupper() for word in words)
+    for program in ('pretrain', 'finetune', 'prepare_medverse'):
+        if names <= options_of(program):
+            with contextlib.suppress(ValueError):
+                parsed(program, words if whole else [])
+                return program
+    raise ValueError(f'{shlex.join(words)}: no program takes these options')
+
+def must_exist(file):
+    if not (runs.ROOT / file).is_file():
+        raise ValueError(f'{file}: there is no such file')
 
 def script_of(words):
     """Of the words behind `python`, the program, and the words for it. The file must exist."""
@@ -102,24 +143,25 @@ def script_of(words):
         file, rest = words[1].replace('.', '/') + '.py', words[2:]
     else:
         file, rest = words[0], words[1:]
-    if not (runs.ROOT / file).is_file():
-        raise ValueError(f'{file}: there is no such file')
+    must_exist(file)
     return Path(file).stem, rest
 
 def parse(words):
     """Check a command: its program parses all of its words. Returns the program's name."""
     starter, *words = words
     if starter == 'torchrun':
-        launch = get_args_parser().parse_args(words)
+        try:
+            launch = get_args_parser().parse_args(words)
+        except SystemExit:
+            raise ValueError(f'torchrun {shlex.join(words)}: its options are wrong')
         words = [launch.training_script, *launch.training_script_args]
     elif starter in ('pip', 'pytest'):
-        missing = [word for word in words if word.endswith('.txt') and not (runs.ROOT / word).is_file()]
-        if missing:
-            raise ValueError(f'{missing[0]}: there is no such file')
+        for word in words:
+            if word.endswith('.txt'):
+                must_exist(word)
         return starter
     elif starter == 'bash':
-        if not (runs.ROOT / words[0]).is_file():
-            raise ValueError(f'{words[0]}: there is no such file')
+        must_exist(words[0])
         return words[0]
     if words[0] == '-c':
         compile(words[1], '-c', 'exec')
@@ -127,11 +169,11 @@ def parse(words):
     program, words = script_of(words)
     options = [word for word in words if word.startswith('-')]
     if program == 'bench' and words[:1] == ['run']:
-        arguments('pretrain', words[1:])
+        parsed('pretrain', words[1:])
     elif program == 'bench' and (words[0] not in BENCHMARKS or options):
         raise ValueError(f'bench has no {shlex.join(words)}')
     elif program in WITHOUT_OPTIONS and options:
         raise ValueError(f'{program} has no {options[0]}')
     elif program not in ('bench', *WITHOUT_OPTIONS):
-        arguments(program, words)
+        parsed(program, words)
     return program

@@ -161,6 +161,14 @@ class Layout:
     normalization: str      # of the images that the encoder takes
     tells: bool = True      # whether the names and the wrapping tell whose file it is
 
+class Code:
+    """An object in whose pickle is code, which writes a file."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), 'w')
+
 def decoder(side=SIDE):
     """What a masked autoencoder adds."""
     state = {'mask_token': random(1, 1, 8), 'decoder_pos_embed': random(1, side ** 2 + 1, 8)}

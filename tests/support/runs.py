@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 LAB = ''        # package of the programs of tests/; '' while they lie in tests/ itself
 SCRIPTS = ('pretrain', 'finetune', 'prepare_medverse')
 PROGRAMS = ('phantoms', 'pictures', 'report', 'scaling', 'modularity', 'bench', 'bench_prepare')
+ENCODERS = ''   # package of what reads other people's encoders, likewise
+CONVERTERS = ('authors_dex',)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What the product still calls otherwise; empty once it has these names.
 LOG_NAMES = {'mae': 'l_self', 'val_mae': 'val_l_self', 'co': 'align', 'bal': 'balance'}
@@ -49,9 +51,10 @@ def module_name(name):
         return name
     if name == 'two_ranks':
         return 'tests.support.two_ranks'
-    assert name in PROGRAMS, f'{name} is in neither table of tests/support/runs.py'
-    if LAB:
-        return f'{LAB}.{name}'
+    assert name in (*PROGRAMS, *CONVERTERS), f'{name} is in no table of tests/support/runs.py'
+    package = LAB if name in PROGRAMS else ENCODERS
+    if package:
+        return f'{package}.{name}'
     if str(ROOT / 'tests') not in sys.path:
         sys.path.append(str(ROOT / 'tests'))
     return name

@@ -1,5 +1,6 @@
 """Phantoms: ten modalities simulated from their physics, with masks and classes."""
 import copy
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -107,3 +108,23 @@ def test_an_eleventh_modality_takes_a_name_a_rule_and_a_function(tmp_path, monke
     meta = found.meta('phantom-sonar')
     assert meta['count'] == 2 and 'echoes in [0, 50]' in meta['normalization']
     assert np.mean(found.images('phantom-sonar') > 127) > 0.6
+
+# --- their tasks ---------------------------------------------------------------------------------
+
+TASKS = [
+    SimpleNamespace(name='vessels', modality='Fundus', kind='segmentation', count=16, classes=2),
+    SimpleNamespace(name='organs', modality='CT', kind='segmentation', count=80, classes=11),
+    SimpleNamespace(name='lesion', modality='Photo', kind='classification', count=16, classes=2)]
+
+@pytest.mark.parametrize('row', TASKS, ids=lambda row: row.name)
+def test_a_task_of_phantoms_is_simulated_and_prepared_at_once(tmp_path, row):
+    """Of its own modality alone. `count` is of images, of which a volume of CT has several."""
+    words = '--raw', tmp_path / 'raw', '--out', tmp_path / 'out', '--task', f'phantom-{row.name}'
+    result = runs.program('phantoms', *words, '--count', row.count, '--size', 32)
+    assert result.code == 0, result.err
+    assert [path.name for path in (tmp_path / 'raw/raw').iterdir()] == [row.modality]
+    task = prepared.task(tmp_path / 'out')
+    assert task.kind == row.kind and len(task.classes) == row.classes
+    assert sum(task.counts.values()) == row.count
+    if row.name == 'lesion':
+        assert task.classes == ['melanoma', 'naevus']

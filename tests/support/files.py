@@ -75,8 +75,9 @@ def nifti(path, volume, affine=None, spacing=(1, 1, 1), axes='RAS', sform=1, qfo
     if axes != 'RAS':
         start, end = (nib.orientations.axcodes2ornt(codes) for codes in ('RAS', axes))
         image = image.as_reoriented(nib.orientations.ornt_transform(start, end))
-    image.set_sform(image.affine if sform else None, sform)
-    image.set_qform(image.affine if qform else None, qform)
+    affine = image.affine.copy()    # which setting one of the forms to none changes
+    image.set_sform(affine if sform else None, sform)
+    image.set_qform(affine if qform else None, qform)
     if scale:
         image.header.set_slope_inter(*scale)
     nib.save(image, path)

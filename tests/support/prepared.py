@@ -11,7 +11,7 @@ from tests.support import runs
 SIZE = 64   # side of what is stored where a test says nothing else, px
 
 def prepare(raw, out, *words):
-    """The Result of a preparation of RAW into OUT; `words` (--size, ...) win over those given here."""
+    """The Result of a preparation of RAW into OUT; `words` (--size, ...) win over those here."""
     words = '--raw', raw, '--out', out, '--size', SIZE, '--workers', 1, *words
     return runs.program('prepare_medverse', *words)
 
@@ -55,9 +55,9 @@ class Prepared:
         return {row['path']: row['reason'] for row in self.dropped(source)}
 
 def task(folder):
-    """A prepared task read back by NumPy alone: meta, kind, classes, counts; split, images and answers,
-    each by the name of the split; `where` {path: its split}; of pictures, which give one image a file,
-    also `image` and `answer` {path: array}."""
+    """A prepared task read back by NumPy alone: meta, kind, classes, counts; split, images and
+    answers, each by the name of the split; `where` {path: its split}; of pictures, which give one
+    image a file, also `image` and `answer` {path: array}."""
     folder = Path(folder)
     meta = json.loads((folder / 'meta.json').read_text())
     split = json.loads((folder / 'split.json').read_text())
@@ -80,12 +80,17 @@ def read(path, **more):
     """The arrays of a file in its own units, each (n, H, W) or (n, H, W, 3), upright."""
     return runs.module('prepare_medverse').read(path, **more)
 
+def upright(volume, affine):
+    """The view of an array (x, y, z[, time ...]) as upright slices (time, n, H, W)."""
+    return runs.module('prepare_medverse').cut(volume, affine)
+
 def to_uint8(volume, modality):
     """A volume (n, H, W) in 8 bits, by the window of its modality."""
     return np.stack([*runs.module('prepare_medverse').normalize(volume, modality)])
 
 def outcomes(path, modality, size=SIZE, min_side=8):
-    """What becomes of each image of a file: pixels (or None), picture, reason ('' where it is kept) and detail."""
+    """What becomes of each image of a file: pixels (or None), picture, reason ('' where it is
+    kept) and detail."""
     return [*runs.module('prepare_medverse').slices(path, modality, size, min_side)]
 
 def kept(path, modality, size=SIZE):

@@ -134,6 +134,10 @@ found = importlib.import_module({name!r})
 found.main()
 '''
 
+def take_ctrl_c():
+    """In a new process: Ctrl-C ends it, also where it is ignored here, as in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 def start(name, *words, before='', ranks=0, **popen):
     """Start a script as a process (group) of its own -> Popen, for `wait_for` and `finish`.
 
@@ -150,8 +154,9 @@ def start(name, *words, before='', ranks=0, **popen):
     ours = dict(OMP_NUM_THREADS='1', PYTHONPATH=path)
     popen['env'] = {**os.environ, **ours, **popen.get('env', {})}
     out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-    streams = dict(stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
-    process = subprocess.Popen([*command, *map(str, words)], **{**streams, **popen})
+    usual = dict(stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
+                 preexec_fn=take_ctrl_c)
+    process = subprocess.Popen([*command, *map(str, words)], **{**usual, **popen})
     process.streams = out, err
     return process
 

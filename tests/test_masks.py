@@ -1,0 +1,250 @@
+"""Pixels of masks: which numbers and colours are which class, in every kind of file."""
+import re
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from tests.support import files, folders, prepared, runs
+from tests.support.folders import (
+    BLOB, COLOURS, LPS, NAMED, ORGAN, REGIONS, SIDE, refused, task, write_pairs, write_scans)
+
+TASKS = runs.ROOT.parent / 'shared/real/tasks'
+real = pytest.mark.skipif(not TASKS.is_dir(), reason='no real images beside the repository')
+
+def show(task, right, pictures=2, wrong=0):
+    """Whether all masks of a task are right, but for so many pixels of each."""
+    masks = list(task.answer.values())
+    return len(masks) == pictures and all(np.sum(mask != right) <= wrong for mask in masks)
+
+# --- numbers -------------------------------------------------------------------------------------
+
+def test_without_values_the_numbers_of_a_mask_are_the_classes(tmp_path):
+    write_pairs(tmp_path, REGIONS)
+    assert show(task(tmp_path, '--classes', *'abc'), REGIONS)
+
+@pytest.mark.parametrize('values, classes', [
+    (['0', '10', '20'], [0, 1, 2]), (['0', '10+20'], [0, 1, 1]), (['10', '*'], [1, 0, 1]),
+    (['*', '20'], [0, 0, 1]), (['0', '*', '10'], [0, 2, 1])])
+def test_values_say_which_numbers_are_which_class(tmp_path, values, classes):
+    """+ joins several, and * is all others."""
+    write_pairs(tmp_path, 10 * REGIONS)
+    found = task(tmp_path, '--values', *values, '--classes', *'abc'[:len(values)])
+    assert show(found, np.uint8(classes)[REGIONS])
+
+def test_255_is_not_scored_unless_it_is_named(tmp_path):
+    mask = REGIONS.copy()
+    mask[mask == 2] = 255
+    write_pairs(tmp_path, mask)
+    assert show(task(tmp_path, out='not named'), mask)
+    assert show(task(tmp_path, '--values', '0', '1+255', out='named'), REGIONS > 0)
+
+def test_values_after_those_of_the_classes_are_not_scored(tmp_path):
+    write_pairs(tmp_path, REGIONS)
+    found = task(tmp_path, '--values', '0', '1', '2', '--classes', 'a', 'b')
+    assert show(found, np.uint8([0, 1, 255])[REGIONS])
+
+def test_a_mask_of_16_bits_keeps_its_numbers(tmp_path):
+    write_pairs(tmp_path, np.uint16(BLOB) * 300)
+    assert show(task(tmp_path, '--values', '0', '300'), BLOB)
+
+def test_a_mask_of_floating_point_keeps_its_numbers(tmp_path):
+    write_pairs(tmp_path, np.float32(BLOB), name='{}.tif')
+    assert show(task(tmp_path), BLOB)
+
+def test_a_mask_of_one_bit_is_black_and_white(tmp_path):
+    write_pairs(tmp_path, BLOB > 0)
+    assert show(task(tmp_path, '--values', '0', '255'), BLOB)
+
+def test_a_mask_in_npy_may_be_bool(tmp_path):
+    write_pairs(tmp_path, BLOB > 0, name='{}.npy')
+    assert show(task(tmp_path), BLOB)
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_in_a_mask_is_0(tmp_path, value):
+    mask = np.float32(ORGAN)
+    mask[0, 0] = value
+    write_scans(tmp_path, LPS, LPS, mask)
+    assert folders.agree(task(tmp_path, '--modality', 'CT', '--values', '0', '*'))
+
+@pytest.mark.parametrize('many', [False, True])
+def test_a_star_that_stands_for_many_values_tells_them(tmp_path, many):
+    mask = BLOB * (1 + files.noise(5) % 60) if many else BLOB * 255
+    write_pairs(tmp_path, np.uint8(mask))
+    found = task(tmp_path, '--values', '0', '*')
+    assert show(found, BLOB)
+    assert bool(re.search(r'note.*\* of --values.*\b1\.?0?, 2', found.said)) == many
+
+def test_a_class_that_no_mask_shows_is_told(tmp_path):
+    write_pairs(tmp_path, BLOB * 255, count=4)
+    found = task(tmp_path, '--values', '0', '255', '7', '--classes', *'abc')
+    row, = (line.split() for line in found.said.splitlines() if line.startswith('c '))
+    assert row == ['c', '0', '0', '0']      # how many images of each split show it
+
+def test_masks_of_255_alone_are_refused_and_told_how_to_name_it(tmp_path):
+    write_pairs(tmp_path, BLOB * 255, count=4)
+    refused(tmp_path, naming=['no training image shows foreground', '255 counts where named'])
+
+# --- several masks -------------------------------------------------------------------------------
+
+def test_of_several_masks_each_is_a_class_and_later_ones_lie_over_earlier_ones(tmp_path):
+    """A mask that is missing shows that its class is absent."""
+    write_pairs(tmp_path, np.ones_like(BLOB), count=4)
+    for number in (0, 1, 2):
+        files.save(tmp_path / f'raw/second/{number}.png', 255 * BLOB)
+    rules = '--images', r'images/(\d)', '--masks', r'masks/(\d)', r'second/(\d)'
+    found = task(tmp_path, *rules, '--classes', *'abc')
+    assert found.classes == ['a', 'b', 'c']
+    for path, mask in found.answer.items():
+        assert np.array_equal(mask, 1 + BLOB if '3' not in path else np.ones_like(BLOB))
+
+@pytest.mark.parametrize('classes', [[], ['--classes', *'01'], ['--classes', *'0123']])
+def test_several_masks_need_a_name_for_each_and_one_for_the_background(tmp_path, classes):
+    write_pairs(tmp_path)
+    rules = '--images', r'images/(\d)', '--masks', r'masks/(\d)', r'second/(\d)'
+    files.save(tmp_path / 'raw/second/0.png', BLOB)
+    refused(tmp_path, *rules, *classes, naming=['--classes'])
+
+# --- colours -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('end', ['png', 'bmp', 'tif'])
+def test_colours_are_named_as_in_html(tmp_path, end):
+    write_pairs(tmp_path, COLOURS[REGIONS], name='{}.' + end)
+    assert show(task(tmp_path, '--classes', *'abc', '--values', *NAMED), REGIONS)
+
+def test_equal_channels_are_grey(tmp_path):
+    opaque = np.full_like(BLOB, 255)
+    write_pairs(tmp_path, np.dstack([255 * BLOB] * 3 + [opaque]))
+    assert show(task(tmp_path, '--values', '0', '255'), BLOB)
+
+def test_one_colour_beside_black_needs_no_name(tmp_path):
+    write_pairs(tmp_path, COLOURS[BLOB])
+    assert show(task(tmp_path, '--values', '0', '*'), BLOB)
+
+@pytest.mark.parametrize('value', ['*', '255'])
+@pytest.mark.parametrize('third', [(0, 255, 0), (255, 255, 255), (128, 0, 0)])
+def test_several_colours_without_names_are_refused(tmp_path, value, third):
+    colours = np.uint8([(0, 0, 0), (255, 0, 0), third])
+    write_pairs(tmp_path, colours[REGIONS])
+    refused(tmp_path, '--values', '0', value,
+            naming=['masks/?.png', 'several colours', '--values', '#ff0000'])
+
+def test_a_colour_without_a_name_is_refused(tmp_path):
+    write_pairs(tmp_path, COLOURS[REGIONS])
+    refused(tmp_path, '--values', *NAMED[:2], naming=['masks/?.png', '#00ff00', '--values'])
+
+TRANSPARENT = {     # mask, values
+    'white': (np.uint8([255] * 3), ['0', '*']), 'grey': (np.uint8([255]), ['0', '*']),
+    'red': (np.uint8([255, 0, 0]), ['#000000', '#ff0000'])}
+
+@pytest.mark.parametrize('name', TRANSPARENT)
+def test_what_is_transparent_shows_nothing(tmp_path, name):
+    colour, values = TRANSPARENT[name]
+    everywhere = np.broadcast_to(colour, (SIDE, SIDE, len(colour)))
+    write_pairs(tmp_path, np.dstack([everywhere, 255 * BLOB]))
+    assert show(task(tmp_path, '--values', *values), BLOB)
+
+# --- palettes ------------------------------------------------------------------------------------
+
+def write_palette(folder, numbers, colours):
+    """Masks of numbers that stand for colours."""
+    picture = Image.fromarray(numbers)
+    picture.putpalette(np.uint8(colours).flatten().tolist())
+    write_pairs(folder, numbers)
+    for number in range(2):
+        picture.save(folder / f'raw/masks/{number}.png')
+
+def test_a_palette_of_colours_gives_the_numbers(tmp_path):
+    colours = [(0, 0, 0), (255, 255, 255), (0, 128, 0), (128, 128, 0)]
+    write_palette(tmp_path, REGIONS, colours)
+    assert show(task(tmp_path, '--values', *'0123', '--classes', *'abcd'), REGIONS)
+
+def test_a_palette_of_colours_gives_the_numbers_even_if_only_black_and_white_are_shown(tmp_path):
+    colours = [(0, 0, 0), (255, 255, 255), (0, 128, 0)]
+    write_palette(tmp_path, BLOB, colours)
+    assert show(task(tmp_path), BLOB)
+
+def test_a_palette_of_greys_gives_the_greys(tmp_path):
+    write_palette(tmp_path, REGIONS, [(0, 0, 0), (9, 9, 9), (9, 9, 9)])
+    assert show(task(tmp_path, '--values', '0', '9'), REGIONS > 0)
+
+def test_a_palette_gives_its_colours_where_these_are_named(tmp_path):
+    write_palette(tmp_path, 2 - REGIONS, COLOURS[::-1])
+    assert show(task(tmp_path, '--classes', *'abc', '--values', *NAMED), REGIONS)
+
+# --- lossy files ---------------------------------------------------------------------------------
+
+LOSSY = {'jpg': ('{}.jpg', dict(format='JPEG')), 'named png': ('{}.png', dict(format='JPEG')),
+         'in a tiff': ('{}.tif', dict(compression='jpeg'))}
+
+@pytest.mark.parametrize('kind', LOSSY)
+@pytest.mark.parametrize('value', ['*', '255'])
+def test_in_a_lossy_mask_the_nearest_value_counts(tmp_path, kind, value):
+    name, form = LOSSY[kind]
+    write_pairs(tmp_path, 255 * BLOB, name=name, quality=75, **form)
+    assert show(task(tmp_path, '--values', '0', value), BLOB, wrong=0.03 * BLOB.sum())
+
+@pytest.mark.parametrize('values', [[], ['0', '1']])
+def test_lossy_masks_of_values_near_each_other_are_refused(tmp_path, values):
+    write_pairs(tmp_path, 255 * BLOB, name='{}.jpg', quality=95)
+    words = ['--values', *values] if values else []
+    refused(tmp_path, *words, naming=['masks/?.jpg', 'lossy', 'PNG'])
+
+@pytest.mark.parametrize('name', ['{}.jpg', '{}.png'])
+def test_lossy_masks_of_colours_are_refused(tmp_path, name):
+    write_pairs(tmp_path, COLOURS[REGIONS], name=name, format='JPEG', quality=95, subsampling=0)
+    refused(tmp_path, '--classes', *'abc', '--values', *NAMED,
+            naming=['masks/?', 'lossy', 'PNG'])
+
+# --- outlines and frames -------------------------------------------------------------------------
+
+def test_an_outline_is_filled(tmp_path):
+    right = {}
+    for number in range(4):
+        box = 7 + number, 12, 30 + 4 * number, 35
+        outline, inside = (Image.new('L', (SIDE, SIDE)) for _ in range(2))
+        ImageDraw.Draw(outline).ellipse(box, outline=255)
+        ImageDraw.Draw(inside).ellipse(box, fill=1, outline=1)
+        files.save(tmp_path / f'raw/images/{number}.png', files.noise(number))
+        files.save(tmp_path / f'raw/masks/{number}.png', np.asarray(outline))
+        right[f'images/{number}.png'] = np.asarray(inside)
+    found = task(tmp_path, '--values', '0', '255', '--outline')
+    assert found.answer.keys() == right.keys()
+    for path, mask in found.answer.items():
+        assert np.array_equal(mask, right[path])
+
+def test_of_frames_with_one_mask_the_darkest_of_each_pixel_counts(tmp_path):
+    for number in range(2):
+        for frame in range(3):
+            picture = files.noise(10 * number + frame)
+            files.save(tmp_path / f'raw/images/{number}_{frame}.png', picture)
+        files.save(tmp_path / f'raw/masks/{number}.png', BLOB)
+    rules = '--images', r'images/(\d)', '--masks', r'masks/(\d)'
+    refused(tmp_path, *rules, naming=['images/?_0.png', 'images/?_1.png', 'cannot be a pair'])
+    found = task(tmp_path, *rules, '--frames')
+    for path, image in found.image.items():
+        number = int(path[len('images/')])
+        darkest = np.min([files.noise(10 * number + frame) for frame in range(3)], axis=0)
+        assert np.array_equal(image[..., 0], darkest)
+
+# --- real masks ----------------------------------------------------------------------------------
+
+@real
+@pytest.mark.slow
+def test_real_outlines_of_heads_are_filled(tmp_path):
+    rules = '--images', r'(.*)\.png', '--masks', '(.*)_Annotation', '--values', '0', '255'
+    words = '--task', 'heads', *rules, '--outline'
+    assert prepared.prepare(TASKS / 'HC18', tmp_path / 'out', *words).code == 0
+    found = prepared.task(tmp_path / 'out')
+    assert found.counts == dict(train=30, val=12, test=18)
+    assert all(0.02 < mask.mean() < 0.7 for mask in found.answers['train'])
+
+@real
+@pytest.mark.slow
+def test_real_masks_of_one_bit_show_vessels(tmp_path):
+    rules = '--images', r'(.*)\.jpg', '--masks', '(.*)_1stHO', '--values', '0', '255'
+    words = '--task', 'vessels', *rules, '--patient', r'Image_\d+'
+    assert prepared.prepare(TASKS / 'CHASEDB1', tmp_path / 'out', *words).code == 0
+    found = prepared.task(tmp_path / 'out')
+    assert found.counts == dict(train=14, val=4, test=10)
+    assert 0.05 < found.answers['test'].mean() < 0.12

@@ -1,17 +1,19 @@
 """Pretrain a Director-Experts masked autoencoder on prepared images of many modalities.
 
-    python pretrain.py --demo                           phantoms and a small model, minutes on a laptop's CPU
+    python pretrain.py --demo                           phantoms and a small model, minutes on a CPU
     torchrun --nproc_per_node=2 pretrain.py             the paper's run, on two GPUs
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py   on each of two
 
-Writes to --out: config.json, log.jsonl (one object a line), ckpt.pt, at a validation two, at the end five pictures.
-Ctrl-C and SIGTERM save first; the same command with --resume goes on from there as if nothing had happened.
+Writes to --out: config.json, log.jsonl (one JSON object a line), ckpt.pt, and pictures at the end.
+Ctrl-C and SIGTERM save first; the same command with --resume goes on as if nothing had happened.
+Letters as in model.py: B images, N tokens, R experts, K activated experts, L layers.
 """
+import argparse
 import ctypes
-import fcntl
+import inspect
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,419 +22,480 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')     # spinning threads slow a busy laptop down
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from model import MAE, flops, layer_losses, load_weights, named_config, read_checkpoint
-from prepare_medverse import parse_options
+from model import MAE, layer_losses, load_weights, named_config, read_checkpoint
 
 @dataclass
 class Options:
-    """The options, by default the paper's run; the comment beside each is its --help."""
-    # files
+    """The options, by default the paper's run (C.2.1, supplement). Each comment is its --help."""
     data: str = 'data/medverse'     # folder of prepared sources
     out: str = 'out/pretrain'       # folder of this run
-    init: str = ''                  # checkpoint to start from: ours, MAE's or timm's; empty: from scratch
-    resume: bool = False            # continue from out's checkpoint; start fresh where there is none
+    init: str = ''                  # checkpoint to start from; empty: from scratch
+    resume: bool = False            # continue from out's checkpoint; start fresh if there is none
     overwrite: bool = False         # start anew although out holds a run
-    demo: bool = False              # make phantoms if there are none, and train a small model on them
-    # model
+    demo: bool = False              # a small model on phantoms, which are made if there are none
     model: str = 'base'             # tiny, small, base, large or huge
     depth: int = 0                  # blocks of the encoder; 0: as the model has
     size: int = 256                 # side of the training images in pixels
     patch: int = 16                 # side of a patch in pixels
     experts: int = 8                # R experts in every block; 0: the plain masked autoencoder
     top_k: int = 2                  # K experts activated for an image
-    routing: str = 'image'          # image: one choice for the whole image; token: one for each token
-    # optimization (Appendix C.2.1 and the published supplement)
+    routing: str = 'image'          # image: one choice for a whole image; token: one for each token
     batch: int = 224                # images per process and micro-batch
     accumulate: int = 1             # micro-batches per optimizer step
     epochs: int = 100               # passes over the training images
     steps: int = 0                  # optimizer steps; 0: as the epochs give
     warmup: float = 0.1             # share of the steps in which the learning rate rises
-    lr: float = 1e-4                # peak learning rate for a global batch of 512; scales with the batch
+    lr: float = 1e-4                # peak learning rate for 512 images a step; scales with them
     weight_decay: float = 1e-6      # on weight matrices only
     clip: float = 1.0               # largest norm of the gradient
-    # DEX
-    co: float = 0.1                 # weight of the alignment loss (Eq. 8)
+    align: float = 0.1              # weight of the alignment loss (Eq. 8)
     balance: float = 0.001          # weight of the balance loss at the start (Eq. 8), cosine to 0
     momentum: float = 0.99          # of the directors at the start (Eq. 7), cosine to 1
     sigma: float = 1.0              # deviation of the gate noise at the start (Eq. 21), cosine to 0
-    # machine
-    device: str = ''                # cpu, cuda or mps; empty: the best there is
+    device: str = ''                # cpu, cuda or mps; empty: cuda, or cpu where there is none
     seed: int = 0                   # of weights, order, augmentation, masks and noise
     bf16: bool = True               # bfloat16 autocast and torch.compile, on CUDA only
-    # looking after it
     log_every: int = 10             # steps between lines of log.jsonl
     val_every: int = 0              # steps between validations; 0: ten a run
-    val_share: float = 0.05         # share of each source held out (its tail, 1 to 200 images) for validation
+    val_share: float = 0.05         # share of each source held out for validation (its tail)
     save_minutes: float = 15.0      # between checkpoints
 
     def __post_init__(self):
-        few = min(self.batch, self.accumulate, self.log_every) < 1 or not self.clip or not (self.steps or self.epochs)
-        if few or max(self.val_share, self.warmup, self.momentum) > 1:
-            raise SystemExit('--batch, --accumulate, --log_every, and --epochs or --steps are 1 or more, --clip is '
-                             'above 0, and --val_share, --warmup and --momentum are at most 1')
+        if min(self.batch, self.accumulate, self.log_every, self.steps or self.epochs) < 1:
+            raise SystemExit('--batch, --accumulate, --log_every, --steps or --epochs: at least 1')
+        if not self.clip or max(self.val_share, self.warmup, self.momentum) > 1:
+            raise SystemExit('--clip must be above 0, --val_share, --warmup, --momentum at most 1')
 
-DEMO = dict(data='data/phantoms-64', out='out/demo', model='tiny', depth=4, size=64, patch=8, batch=64, steps=400,
-            lr=8e-3, val_share=0.2, val_every=100)
-PEAK = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, '4090': 165}     # bfloat16 TFLOP/s
-MAX_SKIPPED = 10        # steps in a row that are not finite end a training
-FREE = ('data', 'out', 'init', 'resume', 'overwrite', 'accumulate', 'device', 'bf16', 'log_every', 'val_every',
-        'save_minutes')     # options that a resumed run may change; accumulate, device and bf16 round otherwise
+DEMO = dict(data='data/phantoms-64', out='out/demo', model='tiny', depth=4, size=64, patch=8,
+            batch=64, steps=400, lr=8e-3, val_share=0.2, val_every=100)
+MAX_SKIPPED = 10    # steps in a row that are not finite end a training
+# A resumed run may change these options. Another accumulate, device or bf16 rounds otherwise.
+MAY_CHANGE = ('data', 'out', 'init', 'resume', 'overwrite', 'accumulate', 'device', 'bf16',
+              'log_every', 'val_every', 'save_minutes')
 
-# --- shared with finetune.py ------------------------------------------------------------------------------------------
-def cosine(start, end, progress):       # half of one, from start at progress 0 to end at 1
-    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+# --- shared with finetune.py: options, processes, optimizer ---------------------------------------
+def parse_options(defaults, words=None):
+    """`defaults` with what the command line, or `words`, changes. Help is each field's comment."""
+    cls = type(defaults)
+    comments = dict(re.findall(r'^    (\w+): .*?  # (.*)$', inspect.getsource(cls), re.M))
+    parser = argparse.ArgumentParser(
+        description=inspect.getmodule(cls).__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, kind in cls.__annotations__.items():
+        reading = dict(type=kind)
+        if kind is bool:        # --bf16 or --no-bf16
+            reading = dict(action=argparse.BooleanOptionalAction)
+        elif kind is tuple:
+            reading = dict(nargs='+')
+        default = getattr(defaults, name)
+        text = comments[name].replace('%', '%%')
+        if default not in ('', ()):
+            text += f' (default: {default})'
+        parser.add_argument('--' + name, default=default, **reading).help = text
+    values = vars(parser.parse_args(words))
+    for name, value in values.items():
+        is_number = type(value) in (int, float) and value != getattr(defaults, name)
+        if is_number and not 0 <= value < math.inf:
+            raise SystemExit(f'--{name} {value}: must be a number of 0 or more')
+    return cls(**values)
 
-def learning_rate(step, steps, warmup, peak):   # linear from above 0 to the peak, then half a cosine towards 0
-    return peak * min((step + 1) / warmup, cosine(1, 0, max(0, step - warmup) / max(1, steps - warmup)))
-
-def seed_step(seed, step, rank):    # from which alone every draw of a step follows: augmentation, mask, gate noise
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
-
-def setup(kind):
-    """Join torchrun's processes if there are any: (rank, world size, rank on this machine, device). '' is the best."""
-    rank, world, local = (int(os.environ.get(*pair)) for pair in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
-    kind = kind or (torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')).type
+def join_processes(kind):
+    """Join torchrun's processes if there are any: (rank, world size, local rank, device)."""
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    local = int(os.environ.get('LOCAL_RANK', 0))
+    kind = kind or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         device = torch.empty(0, device=f'cuda:{local}' if kind == 'cuda' else kind).device
     except (RuntimeError, AssertionError) as error:
         raise SystemExit(f'--device {kind}: {str(error).splitlines()[0]}')
-    if device.type == 'cuda':
+    # The moments of idle experts fade to denormal numbers, on which a CPU is ten times as slow.
+    torch.set_flush_denormal(True)
+    if sys.platform == 'linux':
+        # glibc would give big tensors back to the system, and faulting in the stacked gradients
+        # anew would cost a fifth of a step: M_MMAP_MAX = 0, M_TRIM_THRESHOLD = -1.
+        for parameter, value in ((-4, 0), (-1, -1)):
+            ctypes.CDLL(None).mallopt(parameter, value)
+    gpu = device.type == 'cuda'
+    if gpu:
         torch.cuda.set_device(device)
-    torch.set_flush_denormal(True)  # what fades of an idle expert's moments would slow AdamW on a CPU to a tenth
-    if sys.platform == 'linux':     # glibc would give each big tensor back to the system, and faulting in the stacked
-        for option, value in ((-4, 0), (-1, -1)):       # gradients anew would cost a fifth of a step on the CPU
-            ctypes.CDLL(None).mallopt(option, value)    # M_MMAP_MAX, M_TRIM_THRESHOLD
     if world > 1:
-        gpu = device.type == 'cuda'
         dist.init_process_group('nccl' if gpu else 'gloo', device_id=device if gpu else None)
     return rank, world, local, device
 
+def computes_bf16(device):
+    """Whether the device is a GPU that computes in bfloat16 natively."""
+    return device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+
+def cosine(start, end, progress):
+    """Half a cosine from start (progress 0) to end (progress 1)."""
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+def learning_rate(step, steps, warmup, peak):
+    """Linear from above 0 to the peak in `warmup` steps, then half a cosine towards 0."""
+    progress = max(0, step - warmup) / max(1, steps - warmup)
+    return peak * min((step + 1) / warmup, cosine(1, 0, progress))
+
+def seed_step(seed, step, rank):
+    """Seed torch for one step. All its draws follow from these numbers: crops, masks, noise."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
+
 def make_optimizer(model, lr, weight_decay):
-    """AdamW, decay on matrices and kernels; none on norms, biases (stacked ones are two-dimensional) and tokens."""
-    groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
+    """AdamW with decay on matrices and kernels, none on norms, tokens and biases, also stacked."""
+    decayed, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = name.endswith('.weight') and 'norm' not in name
-            groups[not decays]['params'].append(parameter)
+            is_matrix = name.endswith('.weight') and 'norm' not in name
+            (decayed if is_matrix else others).append(parameter)
+    groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=others, weight_decay=0)]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
 
-def resume(path, about, model, optimizer, token='cls_token'):
-    """Load a run into model and optimizer, if it is the one that `about` describes; returns what else its file has."""
-    state, _, file = read_checkpoint(path, token)
-    was = file.get('about', {})
-    if changed := [f'{name} {was.get(name)!s:.40} (not {value!s:.40})' for name, value in about.items()
-                   if was.get(name) != value]:
-        raise SystemExit(f'{path}: a run goes on as it began, with {", ".join(changed)}; a new one can --init from it')
-    model.load_state_dict(state)
-    optimizer.load_state_dict(file['optimizer'])
-    return {name: value for name, value in file.items() if name not in ('model', 'optimizer')}      # gigabytes less
+def step_if_finite(optimizer, lr, parameters, clip, finite=True):
+    """Clip the gradients and let AdamW step, or skip the step if something is not finite.
+    Returns the norm of the gradients and whether it was finite; the host need not wait for them."""
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    finite = norm.isfinite() & finite
+    optimizer.found_inf = (~finite).float()     # where it is 1, fused AdamW skips the step
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm, finite
 
-def run_script(name, *options):
-    """Run a script of tests/ as a process of its own, until it ends."""
-    script = Path(__file__).with_name('tests') / name
-    if subprocess.run([sys.executable, script, *options]).returncode:
-        raise SystemExit(f'{script}: has not finished; the reason is above')
+def end_if_diverged(out, in_a_row):
+    """End the program after MAX_SKIPPED steps in a row that were not finite."""
+    if in_a_row >= MAX_SKIPPED:
+        raise SystemExit(f'{out}: {MAX_SKIPPED} losses in a row not finite; see images, lower --lr')
 
+# --- shared with finetune.py: the folder of a run -------------------------------------------------
 def stop_signals():
-    """A list to which SIGTERM and SIGINT (Ctrl-C) add their numbers from now on, so that a training can save first."""
+    """A list to which SIGTERM and SIGINT (Ctrl-C) add their numbers. A training then saves."""
     signals = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: signals.append(number))
     return signals
 
-def open_run(out, o, first, config):
-    """Open a run's log.jsonl, cut to the steps before `first`, and write config.json. The log stays locked until this
-    process ends, however it ends, so that no two trainings (or --resume, and workers that outlived their torchrun)
-    write to one folder."""
+def open_run(out, o, start, about):
+    """Open a run's log.jsonl, cut to the steps before `start`, and write config.json.
+    The log is locked until this process ends, so that no two trainings write to one folder."""
     out.mkdir(parents=True, exist_ok=True)
-    log = open(out / 'log.jsonl', 'a+')
+    log = open(out / 'log.jsonl', 'a+', newline='\n')
     try:
+        import fcntl
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:     # on Windows
+        print(f'{out}: cannot be locked on this system; start no second training in it')
     except BlockingIOError:
-        raise SystemExit(f'{out}: another process trains here (a killed torchrun leaves workers); end it first')
+        raise SystemExit(f'{out}: another process trains here, perhaps of a killed torchrun')
     log.seek(0)
     lines = log.readlines()
     if lines and not (o.resume or o.overwrite):
-        raise SystemExit(f'{out}: holds a run; go on with --resume, start anew with --overwrite, or choose --out')
-    whole = [line for line in lines if line.endswith('}\n') and json.loads(line)['step'] < first]
-    log.truncate(len(''.join(whole)))       # ASCII, so characters are bytes; the last line may have been cut short
-    save(out / 'config.json', json.dumps(config, indent=1))
+        raise SystemExit(f'{out}: holds a run; give --resume, --overwrite or another --out')
+    whole = [line for line in lines if line.endswith('}\n')]    # a killed run may cut its last line
+    kept = [line for line in whole if json.loads(line)['step'] < start]
+    log.truncate(len(''.join(kept)))        # JSON is ASCII, so characters are bytes
+    save(out / 'config.json', json.dumps(dict(about, options=asdict(o)), indent=1))
     return log
 
-def write_line(log, entry):     # to log.jsonl; NaN and infinity, which JSON does not know, become null
+def write_line(log, entry):
+    """Add a line to log.jsonl. NaN and infinity, unknown to JSON, become null."""
     entry = json.loads(json.dumps(entry), parse_constant=lambda name: None)
     print(json.dumps(entry), file=log, flush=True)
 
 def save(path, content):
-    """Write text or a checkpoint beside the old file, then move it into place: at any moment there is a whole one."""
+    """Write text or a checkpoint beside the old file, then move it into place."""
     new = path.with_name(path.name + '.new')
     try:
         with open(new, 'wb') as file:
-            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                torch.save(content, file)
         os.replace(new, path)
     except (OSError, RuntimeError) as error:
-        why = error.__context__ or error        # torch hides 'no space left on device' behind an error of its own
-        raise SystemExit(f'{path}: could not be saved ({why}); what was there before is untouched')
-    finally:
         new.unlink(missing_ok=True)
+        why = error.__context__ or error    # torch hides 'no space left on device' behind its own
+        raise SystemExit(f'{path}: could not be saved ({why}); what was there before is untouched')
 
-# --- validation and pictures ------------------------------------------------------------------------------------------
+def resume(path, identity, model, optimizer, token='cls_token'):
+    """Load a run that began with the same `identity`, and return the rest of its checkpoint."""
+    state, _, checkpoint = read_checkpoint(path, token)
+    was = checkpoint.get('identity', {})
+    changed = [f'{name} {was.get(name)!s:.40} (not {value!s:.40})'
+               for name, value in identity.items() if was.get(name) != value]
+    if changed:
+        raise SystemExit(f'{path}: a run goes on as it began, with {", ".join(changed)}')
+    model.load_state_dict(state)
+    optimizer.load_state_dict(checkpoint['optimizer'])
+    del checkpoint['model'], checkpoint['optimizer']        # gigabytes
+    return checkpoint
+
+def run_program(name, *words):
+    """Run a program of tests/lab in a process of its own, which never outlives this one."""
+    path = os.pathsep.join([str(Path(__file__).resolve().parent), os.environ.get('PYTHONPATH', '')])
+    # -P, or a folder `tests` where the user works would take the place of ours
+    command = [sys.executable, '-P', '-m', 'tests.lab', name, *map(str, words)]
+    # When this process ends, so does its end of the pipe, for which tests/lab/__main__.py waits.
+    with subprocess.Popen(command, env=dict(os.environ, PYTHONPATH=path),
+                          stdin=subprocess.PIPE) as program:
+        program.wait()
+    if program.returncode:
+        raise SystemExit(f'tests.lab.{name}: has not finished; the reason is above')
+
+# --- validation -----------------------------------------------------------------------------------
 def mutual_information(counts):
-    """Mutual information in bits between row and column of a table of counts (D, R), and its maximum, the smaller of
-    the rows' entropy and log2 R. Where experts ignore the modality, few images still give about DR / 1.4 / images."""
+    """Mutual information in bits of the rows and columns of a table of counts, and its maximum:
+    the smaller of the rows' entropy and log2 of the number of columns."""
     joint = counts.double() / counts.sum()
-    rows, columns, both = (torch.special.entr(p).sum().item() / math.log(2)
-                           for p in (joint.sum(1), joint.sum(0), joint))
+    rows, columns, both = [torch.special.entr(shares).sum().item() / math.log(2)
+                           for shares in (joint.sum(1), joint.sum(0), joint)]
     return rows + columns - both, min(rows, math.log2(counts.shape[1]))
 
 @torch.no_grad()
 @torch.compiler.set_stance('force_eager')       # its shapes are not worth compiling for
-def validate(model, shards, o, device, autocast):
-    """Look at the whole held-out images without gate noise: draw recon.png, experts.png; print and return the rest."""
-    names = np.array(shards.modalities)[shards.modality[shards.val]]
-    names, picks, kinds = np.unique(names, return_index=True, return_inverse=True)
-    kinds = F.one_hot(torch.from_numpy(kinds)).T.float()        # (D, images)
-    # one fixed draw (images, N - 1), so that each image has the same mask at every validation
-    noise = torch.rand(kinds.shape[1], (o.size // o.patch) ** 2, generator=torch.Generator().manual_seed(o.seed))
+def look_at_held_out(model, shards, o, device, autocast):
+    """L_self (V,) of the V held-out images and, with experts, their weights omega (L, V, R).
+    The images are seen whole, without gate noise, under the same masks each time."""
+    generator = torch.Generator().manual_seed(o.seed)
+    mask_noise = torch.rand(len(shards.val), (o.size // o.patch) ** 2, generator=generator)
     losses, weights = [], []
-    for ids, part in zip(torch.from_numpy(shards.val).split(o.batch), noise.split(o.batch)):
-        images = data.center(shards.gather(ids.numpy()).to(device), o.size)
+    for ids, noise in zip(torch.from_numpy(shards.val).split(o.batch), mask_noise.split(o.batch)):
+        images = data.whole_view(shards.gather(ids.numpy()).to(device), o.size)
         with autocast:
-            loss, routing, _, _ = model(images, 0.0, part.to(device))
-        losses.append(loss.cpu())
-        if o.experts:
-            weights.append(routing.weights.unflatten(1, (len(ids), -1)).mean(2).cpu())        # omega (L, B, R)
-    losses = kinds @ torch.cat(losses) / kinds.sum(1)
-    entry = dict(val_mae=losses.mean().item(), val=dict(zip(names, losses.tolist())))
-    text = f'validation: L_self {entry["val_mae"]:.3f}'
-    if o.experts:
-        weights = torch.cat(weights, 1)
-        first = kinds @ F.one_hot(weights.argmax(2), o.experts).float()      # counts of first choices (L, D, R)
-        bits, (most, *_) = zip(*map(mutual_information, first))
-        dead = [f'{layer + 1}.{expert}' for layer, expert in (weights.sum(1) == 0).nonzero().tolist()]
-        entry |= dict(bits=bits, bits_max=most, dead=dead)
-        text += f'; modality in first expert {" ".join(f"{b:.2f}" for b in bits)} of {most:.2f} bits; {len(dead)} dead'
-        heads = [f'layer {layer}: {b:.2f} bits' for layer, b in enumerate(bits, 1)]
-        shares = 0.94 - 0.94 * F.normalize(kinds @ weights, 1, 2)     # Fig. 9: a row a modality, a strip a layer
-        rows = shares.movedim(1, 0)[:, :, None, None].expand(-1, -1, 3, -1, -1)
-        note = f'in each strip experts 0 to {o.experts - 1}: the darker, the larger their mean weight, up to 1'
-        draw_grid(Path(o.out, 'experts.png'), rows, names, heads, (24, 96), note)
-    images = data.center(shards.gather(shards.val[picks]).to(device), o.size)
-    draw_reconstructions(Path(o.out, 'recon.png'), model, images, noise[picks].to(device), names)
-    tqdm.write(text)
-    return entry
+            l_self, routing, _, _ = model(images, 0.0, noise.to(device))
+        losses.append(l_self.cpu())
+        if routing is not None:     # if each token has its own weights, their mean
+            weights.append(routing.weights.unflatten(1, (len(ids), -1)).mean(2).cpu())
+    return torch.cat(losses), torch.cat(weights, 1) if weights else None
 
-def brightness(images):     # what to multiply images (B, 3, S, S) in [0, 1] by, so that dark ones, as PET, are seen
-    return 1 / images.flatten(1).quantile(0.99, 1).clamp(min=0.1)[:, None, None, None]
+def validate(model, shards, o, device, autocast):
+    """The numbers of a validation, as log.jsonl has them."""
+    losses, weights = look_at_held_out(model, shards, o, device, autocast)
+    shown, modality = np.unique(shards.image_modality[shards.val], return_inverse=True)
+    modality = F.one_hot(torch.from_numpy(modality)).T.float()      # (modalities, V)
+    losses = modality @ losses / modality.sum(1)
+    names = [shards.modalities[number] for number in shown]
+    entry = dict(val_l_self=losses.mean().item(), val=dict(zip(names, losses.tolist())))
+    if weights is None:
+        return entry
+    first_expert = F.one_hot(weights.argmax(2), weights.shape[2]).float()       # (L, V, R)
+    information = [mutual_information(counts) for counts in modality @ first_expert]
+    second = 1 - weights.max(2).values.median(1).values     # all but the first expert's weight
+    idle = (weights.sum(1) == 0).nonzero().tolist()
+    return dict(entry, bits=[bits for bits, _ in information], bits_max=information[0][1],
+                second=second.tolist(), dead=[f'{layer + 1}.{expert}' for layer, expert in idle])
 
-def draw_grid(path, rows, names, heads, size=(96, 96), note=''):
-    """Rows of tiles (n, 3, H, W) in [0, 1] with a name before each row, a head over each column, a note below."""
-    rows = [F.pad(F.interpolate(row.float().cpu(), size, mode='area'), (4, 0, 4, 0), value=1) for row in rows]
-    page = torch.cat([torch.cat([*row], 2) for row in rows], 1)         # (3, rows, columns) of pixels
-    page = F.pad(page, (90, 4, 20, 24 if note else 4), value=1).clamp(0, 1).mul(255).byte()
-    picture = Image.fromarray(page.permute(1, 2, 0).numpy())
-    draw = ImageDraw.Draw(picture)
-    for number, name in enumerate(names):
-        draw.text((6, 24 + (size[0] + 4) * number + size[0] / 2), name, 'black', anchor='lm')
-    for number, head in enumerate(heads):
-        draw.text((94 + (size[1] + 4) * number, 14), head, 'black', anchor='lm')
-    draw.text((94, picture.height - 12), note, 'gray', anchor='lm')
-    picture.quantize(palette=picture.quantize(method=Image.Quantize.MAXCOVERAGE)).save(path)    # a third of the bytes
-
-def draw_reconstructions(path, model, images, noise, names):
-    """Of images (B, 3, S, S) with mask noise (B, N - 1) each image, what the encoder sees, and the prediction in place
-    of the rest, with the per-patch normalization undone (so a patch's mean and contrast come from the truth)."""
-    _, _, prediction, mask = model(images, 0.0, noise)
-    _, mean, std = model.targets(images)
-    hidden = model.unpatchify(mask[:, :, None].expand_as(prediction)) > 0
-    seen, guess = (data.denormalize(x).clamp(0, 1) for x in (images, model.unpatchify(prediction * std + mean)))
-    grey = (seen - seen[:, :1]).abs().amax((1, 2, 3), keepdim=True) < 1e-3
-    guess = torch.where(grey, guess.mean(1, keepdim=True), guess)       # of three guesses at one channel the mean
-    gain = brightness(seen)
-    rows = [seen * gain, torch.where(hidden, 0.5, seen * gain), torch.where(hidden, guess, seen) * gain]
-    draw_grid(path, rows, ['image', 'what the\nencoder sees', 'its guess\nat the rest'], names)
-
-# --- training ---------------------------------------------------------------------------------------------------------
-def set_up(o, rank, world, local, device):
-    """All that a training works with: data, schedule, network and optimizer, new or as --out's checkpoint has them."""
-    gpu, out = device.type == 'cuda', Path(o.out)
-    bf16 = gpu and o.bf16 and torch.cuda.is_bf16_supported(including_emulation=False)
-    shards = data.Shards(o.data, o.val_share)
+# --- training -------------------------------------------------------------------------------------
+def plan_steps(o, shards, world):
+    """Length of a training in images and steps, and the learning rate's warm-up and peak."""
     global_batch = o.batch * o.accumulate * world
     epoch_steps = len(shards.train) // global_batch
     if not epoch_steps or not len(shards.val):
-        raise SystemExit(f'{o.data}: {len(shards.train)} + {len(shards.val)} images are too few to train on, '
-                         f'{global_batch} a step, and to validate')
+        raise SystemExit(f'{o.data}: {len(shards.train)} + {len(shards.val)} images are too few '
+                         f'for {global_batch} a step')
     steps = o.steps or o.epochs * epoch_steps
-    warmup, peak = max(1, round(o.warmup * steps)), o.lr * global_batch / 512       # linear scaling, C.2.1
-
-    torch.manual_seed(o.seed)
-    model = MAE(named_config(o.model, o.depth, size=o.size, patch=o.patch, experts=o.experts, top_k=o.top_k,
-                             routing=o.routing)).to(device)
-    optimizer = make_optimizer(model, peak, o.weight_decay)
-    about = {name: value for name, value in vars(o).items() if name not in FREE}
-    about |= dict(steps=steps, global_batch=global_batch, training_images=len(shards.train))
-    first = skipped = 0
-    if o.resume and (out / 'ckpt.pt').exists():
-        file = resume(out / 'ckpt.pt', about, model, optimizer)
-        first, skipped = file['step'], file['skipped']
-        if first == steps:
-            print(f'{out}: this run is finished, all {steps} steps')
-            sys.exit(0)
-    elif o.init:
-        state, config, _ = read_checkpoint(o.init)
-        if config.heads != model.config.heads:
-            raise SystemExit(f'{o.init}: has {config.heads} heads of attention, --model {o.model} {model.config.heads}')
-        load_weights(model, state, o.init)
-    # by block: one graph serves all of a kind, and DDP need not wait for the gradients of the whole network
-    for block in (*model.blocks, *model.decoder_blocks) if bf16 else ():
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
-    net = model
-    if world > 1:       # sends the gradients of a block while those of the block below are computed
-        torch._dynamo.config.optimize_ddp = False       # which would cut a block's graph once more
-        net = DistributedDataParallel(model, [local] if gpu else None, broadcast_buffers=False,
-                                      gradient_as_bucket_view=True)
-    log = None
-    if rank == 0:
-        log = open_run(out, o, first, dict(options=asdict(o), model=asdict(model.config), steps=steps))
-        if not first:
-            (out / 'ckpt.pt').unlink(missing_ok=True)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-        print(f'{o.model}: {len(model.blocks)} blocks, {trained:.1f} M parameters, {world} x {device.type}, '
-              f'{"bfloat16" if bf16 else "float32"}; {len(shards.train)} + {len(shards.val)} images of {shards.side} '
-              f'pixels, seen at {o.size}; {steps} steps ({steps / epoch_steps:.1f} epochs) of {o.batch} x '
-              f'{o.accumulate} x {world} = {global_batch} images, learning rate up to {peak:.2e} after {warmup} steps')
-    batches = data.batches(shards, o.seed, range(first * o.accumulate, steps * o.accumulate), o.batch, rank, world,
-                           epoch_steps * o.accumulate, device)
-    chip = torch.cuda.get_device_name() if gpu else ''
     return SimpleNamespace(
-        o=o, rank=rank, world=world, device=device, out=out, log=log, signals=stop_signals(),
-        shards=shards, batches=batches, model=model, net=net, optimizer=optimizer,
-        autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16), about=about, warmup=warmup, peak=peak,
-        chip_flops=next((1e12 * value for name, value in PEAK.items() if name in chip), math.inf),
-        first=first, last=steps, skipped=torch.tensor(skipped, device=device))
+        global_batch=global_batch, epoch_steps=epoch_steps, steps=steps,
+        warmup=max(1, round(o.warmup * steps)), peak=o.lr * global_batch / 512)     # C.2.1
 
-def save_run(run, step):
-    save(run.out / 'ckpt.pt', dict(
-        model=run.model.state_dict(), optimizer=run.optimizer.state_dict(), step=step, skipped=run.skipped.item(),
-        config=asdict(run.model.config), options=asdict(run.o), about=run.about))
+def build_network(o, plan, identity, device):
+    """Model and optimizer from scratch, --init or out's checkpoint; steps done and skipped."""
+    torch.manual_seed(o.seed)
+    config = named_config(o.model, o.depth, size=o.size, patch=o.patch, experts=o.experts,
+                          top_k=o.top_k, routing=o.routing)
+    model = MAE(config).to(device)
+    optimizer = make_optimizer(model, plan.peak, o.weight_decay)
+    path = Path(o.out, 'ckpt.pt')
+    if o.resume and path.exists():
+        checkpoint = resume(path, identity, model, optimizer)
+        return model, optimizer, checkpoint['step'], checkpoint['skipped']
+    if o.init:
+        state, theirs, _ = read_checkpoint(o.init)
+        if theirs.heads != config.heads:
+            raise SystemExit(f'{o.init}: {theirs.heads} heads, but {o.model} has {config.heads}')
+        load_weights(model, state, o.init)
+    return model, optimizer, 0, 0
 
-def pack(mae, routing, signals):
-    """What a step adds up over its ranks as one table (L, 3 R + 3); a row for each layer."""
-    means = [tensor.mean(1) for tensor in (routing.scores, routing.chosen, routing.weights)]        # 3 of (L, R)
-    others = torch.stack([routing.co, mae.expand_as(routing.co), torch.full_like(routing.co, len(signals))], 1)
-    return torch.cat([*means, others], 1).detach()
+def compile_blocks(model):
+    """Compile block by block: one graph serves all blocks of a kind, and DDP can send the gradients
+    of the last blocks while those of the first are computed."""
+    torch._dynamo.config.optimize_ddp = False       # it would cut a block's graph once more
+    for block in (*model.blocks, *model.decoder_blocks):
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
 
-def unpack(table):
-    """Mean scores, load and usage (L, R); alignment losses (L,), L_self (), and whether there was a signal to stop."""
-    R = table.shape[1] // 3 - 1
-    scores, load, usage, others = table.split([R, R, R, 3], 1)
-    return scores, load, usage, others[:, 0], others[0, 1], others[0, 2] > 0
+def announce(run):
+    """Say what will happen, before it does."""
+    o, plan, shards = run.o, run.plan, run.shards
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
+    print(f'{o.model}: {len(run.model.blocks)} blocks, {trained:.1f} M parameters, {run.world} x '
+          f'{run.device.type} in {"bfloat16" if run.bf16 else "float32"}\n{len(shards.train)} + '
+          f'{len(shards.val)} images; {plan.steps} steps of {plan.global_batch}, learning rate up '
+          f'to {plan.peak:.2e}\npictures at any time: python -m tests.lab.pictures {run.out}')
+
+def build_run(o, rank, world, local, device):
+    """All that a training works with, new or as --out's checkpoint has it."""
+    out, shards = Path(o.out), data.Shards(o.data, o.val_share)
+    plan = plan_steps(o, shards, world)
+    identity = {name: value for name, value in vars(o).items() if name not in MAY_CHANGE}
+    identity.update(steps=plan.steps, global_batch=plan.global_batch, images=len(shards.train))
+    model, optimizer, start, skipped = build_network(o, plan, identity, device)
+    if start == plan.steps:
+        print(f'{out}: this run is finished, all {start} steps')
+        sys.exit()
+    bf16 = o.bf16 and computes_bf16(device)
+    if bf16:
+        compile_blocks(model)
+    net = model
+    if world > 1:
+        net = DistributedDataParallel(model, [local] if device.type == 'cuda' else None,
+                                      gradient_as_bucket_view=True)
+        net.broadcast_buffers = False       # all ranks update theirs alike
+    micros = range(start * o.accumulate, plan.steps * o.accumulate)
+    batches = data.batches(shards, o.seed, micros, o.batch, rank, world,
+                           plan.epoch_steps * o.accumulate, device)
+    run = SimpleNamespace(
+        o=o, rank=rank, world=world, device=device, out=out, shards=shards, plan=plan, bf16=bf16,
+        model=model, net=net, optimizer=optimizer, batches=batches, start=start,
+        autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16), signals=stop_signals(),
+        product=dict(config=asdict(model.config), options=asdict(o), identity=identity),
+        skipped=torch.tensor(skipped, device=device))
+    if rank == 0:
+        run.log = open_run(out, o, start, dict(model=asdict(model.config), steps=plan.steps))
+        if not start:
+            (out / 'ckpt.pt').unlink(missing_ok=True)
+        announce(run)
+    return run
+
+def mean_over_ranks(world, *tensors):
+    """Means of tensors over all ranks, by one all-reduce for all of them."""
+    if world == 1:
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = (flat / world).split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
+
+def loss_terms(l_self, routing, world):
+    """The terms of Eq. 8 for this rank's images, by name, and Omega of Eq. 6.
+    Omega (L, R) is the mean weight of each expert over all ranks' images; empty without experts."""
+    l_self = l_self.mean()
+    if routing is None:
+        return dict(l_self=l_self, align=0 * l_self, balance=0 * l_self), torch.zeros(0)
+    usage = routing.weights.detach().mean(1)
+    load, usage = mean_over_ranks(world, routing.activated.mean(1), usage)
+    align, balance = layer_losses(routing.align, routing.scores.mean(1), load)
+    return dict(l_self=l_self, align=align, balance=balance), usage
+
+def log_step(run, validating, entry):
+    """Write a line of log.jsonl, with a validation if it is time for one."""
+    if validating:
+        found = validate(run.model, run.shards, run.o, run.device, run.autocast)
+        text = f'validation: L_self {found["val_l_self"]:.3f}'
+        if run.o.experts:
+            bits = ' '.join(f'{bits:.2f}' for bits in (*found['bits'], found['bits_max']))
+            text += f'; bits by layer, and at most: {bits}; dead experts: {len(found["dead"])}'
+        tqdm.write(text)
+        entry = dict(entry, **found)
+    write_line(run.log, entry)
 
 def train(run):
-    """The steps from run.first to run.last: losses (Eq. 8), AdamW, GEMA (Eq. 7). Returns how many steps are done."""
-    o, model, optimizer, master, gpu = run.o, run.model, run.optimizer, run.rank == 0, run.device.type == 'cuda'
-    steps, global_batch = run.about['steps'], run.about['global_batch']
+    """Make the steps that are left: losses, AdamW, GEMA. Returns how many steps are done."""
+    o, plan, model = run.o, run.plan, run.model
     trained = [p for p in model.parameters() if p.requires_grad]
+    val_every = o.val_every or max(1, plan.steps // 10)
     in_a_row = torch.zeros_like(run.skipped)
-    logged, logged_at, saved_at = run.first, time.perf_counter(), time.perf_counter()
-    bar = tqdm(range(run.first, run.last), initial=run.first, total=steps, unit='step', disable=not master)
+    logged, logged_at, saved_at = run.start, time.perf_counter(), time.perf_counter()
+    bar = tqdm(range(run.start, plan.steps), initial=run.start, total=plan.steps, unit='step',
+               disable=run.rank > 0)
     for step in bar:
-        sigma = cosine(o.sigma, 0, step / steps)
-        balance = cosine(o.balance, 0, step / steps)
-        momentum = cosine(o.momentum, 1, step / steps)
-        rate = learning_rate(step, steps, run.warmup, run.peak)
-        for group in optimizer.param_groups:
-            group['lr'] = rate
-        losses = usage = 0      # of the global batch: L_self, the layer sums of L_co and L_bal (3,); Omega (L, R)
+        progress = step / plan.steps
+        sigma, momentum = cosine(o.sigma, 0, progress), cosine(o.momentum, 1, progress)
+        weights = dict(l_self=1, align=o.align, balance=cosine(o.balance, 0, progress))
+        rate = learning_rate(step, plan.steps, plan.warmup, plan.peak)
+        losses, usage = 0, 0        # of the whole step: the terms of Eq. 8, and Omega (L, R)
         for micro in range(o.accumulate):
             images = next(run.batches)
             seed_step(o.seed, step, run.rank * o.accumulate + micro)
             images = data.augment(images, o.size)
-            run.net.require_backward_grad_sync = micro == o.accumulate - 1      # DDP's gradients travel once a step
+            run.net.require_backward_grad_sync = micro == o.accumulate - 1      # DDP sends once
             with run.autocast:
-                mae, routing, _, _ = run.net(images, torch.full((), sigma, device=run.device))
-            mae = mae.mean()
-            table = pack(mae, routing, run.signals)
-            if run.world > 1:       # the one small all-reduce of a step
-                dist.all_reduce(table)
-                table /= run.world
-            scores, load, omega, all_co, all_mae, stopping = unpack(table)
-            co, bal = layer_losses(routing.co, routing.scores.mean(1), load)
-            ((mae + o.co * co + balance * bal) / o.accumulate).backward()       # Eq. 8
-            losses = losses + torch.stack([all_mae, *layer_losses(all_co, scores, load)]) / o.accumulate
-            usage = usage + omega / o.accumulate
+                l_self, routing, _, _ = run.net(images, torch.full((), sigma, device=run.device))
+            terms, micro_usage = loss_terms(l_self, routing, run.world)
+            loss = sum(weights[name] * terms[name] for name in weights)         # Eq. 8
+            (loss / o.accumulate).backward()
+            losses = losses + torch.stack([*terms.values()]).detach() / o.accumulate
+            usage = usage + micro_usage / o.accumulate
 
-        norm = nn.utils.clip_grad_norm_(trained, o.clip)
-        finite = norm.isfinite() & losses.isfinite().all()      # the same on every rank
-        optimizer.found_inf = (~finite).float()                 # fused AdamW skips the step, and the host need not know
-        optimizer.step()
-        optimizer.zero_grad()
-        for block, omega in zip(model.blocks, usage if o.experts else ()):
-            block.dex.gema(omega, momentum, finite)
+        stop = torch.full((), float(len(run.signals)), device=run.device)
+        losses, stop = mean_over_ranks(run.world, losses, stop)
+        all_finite = losses.isfinite().all()                    # the same on every rank
+        norm, finite = step_if_finite(run.optimizer, rate, trained, o.clip, all_finite)
+        for block, batch_usage in zip(model.blocks, usage):     # without experts there is none
+            block.dex.gema(batch_usage, momentum, finite)       # Eq. 7
         run.skipped, in_a_row = run.skipped + ~finite, (in_a_row + 1) * ~finite
 
         done = step + 1
-        looking = done in (1, steps) or done % (o.val_every or max(1, steps // 10)) == 0
-        logging = looking or done % o.log_every == 0
-        if gpu and not logging:     # what follows waits for the device; a steady step never does
+        validating = done in (1, plan.steps) or done % val_every == 0
+        logging = validating or done % o.log_every == 0
+        # What follows waits for the device, so on CUDA it is done about every tenth micro-batch.
+        if run.device.type == 'cuda' and not logging and done % max(1, 10 // o.accumulate):
             continue
         if logging:
-            mae, co, bal = losses.tolist()
-            speed = global_batch * (done - logged) / (time.perf_counter() - logged_at)
-            entry = dict(step=step, loss=mae + o.co * co + balance * bal, mae=mae, co=co, bal=bal, lr=rate,
-                         momentum=momentum, sigma=sigma, grad_norm=norm.item(), skipped=run.skipped.item(),
-                         images_per_second=speed, mfu=speed * flops(model.config) / (run.world * run.chip_flops))
-            bar.set_postfix_str(f'loss {entry["loss"]:.4f}, {speed:.0f} images/s' + f', MFU {entry["mfu"]:.2f}' * gpu)
-            if master:
-                if looking:
-                    entry |= validate(model, run.shards, o, run.device, run.autocast)
-                write_line(run.log, entry)
+            losses = dict(zip(terms, losses.tolist()))
+            loss = sum(weights[name] * losses[name] for name in weights)
+            speed = plan.global_batch * (done - logged) / (time.perf_counter() - logged_at)
+            bar.set_postfix_str(f'loss {loss:.4f}, {speed:.0f} images/s')
+            if run.rank == 0:
+                log_step(run, validating, dict(
+                    step=step, loss=loss, **losses, lr=rate, momentum=momentum, sigma=sigma,
+                    grad_norm=norm.item(), skipped=run.skipped.item(), images_per_second=speed))
             logged, logged_at = done, time.perf_counter()
-        if in_a_row >= MAX_SKIPPED:
-            raise SystemExit(f'{run.out}: {MAX_SKIPPED} steps in a row were not finite; lower --lr')
-        if master and (stopping or done == steps or time.perf_counter() - saved_at > 60 * o.save_minutes):
-            save_run(run, done)
+        end_if_diverged(run.out, in_a_row)
+        is_due = stop or done == plan.steps or time.perf_counter() - saved_at > 60 * o.save_minutes
+        if run.rank == 0 and is_due:
+            save(run.out / 'ckpt.pt', dict(
+                run.product, model=model.state_dict(), optimizer=run.optimizer.state_dict(),
+                step=done, skipped=run.skipped.item()))
             saved_at = time.perf_counter()
-        if stopping:
+        if stop:
             break
     return done
 
 def main():
-    """Options, processes, the phantoms of a demo; then train."""
+    """Read the options, make the phantoms of a demo, train, and draw."""
     o = parse_options(Options())
     if o.demo:
         o = parse_options(Options(demo=True, **DEMO))
-    rank, world, local, device = setup(o.device)
+    rank, world, local, device = join_processes(o.device)
     try:
-        if o.demo and rank == 0 and len([*Path(o.data).glob('phantom-*/meta.json')]) < 10:
-            run_script('phantoms.py', '--out', o.data, '--size', str(o.size))
+        if o.demo and rank == 0 and len(list(Path(o.data).glob('phantom-*/meta.json'))) < 10:
+            run_program('phantoms', '--out', o.data, '--size', o.size)
         if world > 1:
             dist.barrier()
-        run = set_up(o, rank, world, local, device)
-        done, steps = train(run), run.about['steps']
-    except OSError as error:        # a full disk, say
+        run = build_run(o, rank, world, local, device)
+        done, steps = train(run), run.plan.steps
+    except OSError as error:        # a full disk, for example
         raise SystemExit(f'{error}; the last checkpoint is whole')
     except KeyboardInterrupt:       # before the first step, when there is nothing to save
         raise SystemExit(130)
     if world > 1:
         dist.destroy_process_group()
-    if rank == 0:       # other ranks leave with 0 in any case, or torchrun would kill this one while it saves
-        stopped = '; go on with --resume' if done < steps else ''
-        print(f'{o.out}: {done} of {steps} steps; ckpt.pt is the network, *.png are its pictures{stopped}')
-        if stopped:
-            sys.exit(128 + (run.signals or [signal.SIGTERM])[0])
-        run_script('pictures.py', o.out)
+    if rank > 0:    # these leave with 0 in any case, or torchrun would kill rank 0 while it saves
+        return
+    if done < steps:
+        print(f'{o.out}: stopped after {done} of {steps} steps; go on with --resume')
+        sys.exit(128 + (run.signals or [signal.SIGTERM])[0])
+    print(f'{o.out}: all {steps} steps; ckpt.pt is the network, *.png are its pictures')
+    run_program('pictures', o.out)
 
 if __name__ == '__main__':
     main()

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import data
+import finetune
 import pretrain
 from tests.support import runs, tasks
 from tests.support.two_ranks import train_on_two_ranks
@@ -38,16 +39,17 @@ def signal_handlers():
 def skipped_pictures():
     """Trainings in this process end without the program of their pictures, which takes seconds; it
     runs where `wanted` is set. `count` is how often it did not."""
-    state, run = SimpleNamespace(wanted=False, count=0), pretrain.run_script
+    state, run = SimpleNamespace(wanted=False, count=0), pretrain.run_program
 
     def run_unless_pictures(name, *words):
-        if 'pictures' in str(name) and not state.wanted:
+        if name == 'pictures' and not state.wanted:
             state.count += 1
         else:
             run(name, *words)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, 'run_script', run_unless_pictures)
+        for module in (pretrain, finetune):
+            patch.setattr(module, 'run_program', run_unless_pictures)
         yield state
 
 @pytest.fixture

@@ -5,17 +5,15 @@ import pytest
 import torch
 
 import data
+from tests.support.naive import denormalized
 
 def draw_crops(count, zoom):
     """Matrices (count, 2, 3) of random crops, at output side / stored side = zoom."""
-    return data.draw_views(count, zoom, 'cpu')
-
-def sample(images, size, matrices):
-    return data.views(images, size, matrices)
+    return data.draw_crops(count, zoom, 'cpu')
 
 def whole_view(images, size):
     """The whole images in [0, 1], as a validation sees them."""
-    return data.denormalize(data.center(images, size))
+    return denormalized(data.whole_view(images, size))
 
 def noise(*shape):
     return torch.randint(0, 256, shape, dtype=torch.uint8)
@@ -36,7 +34,7 @@ def bilinear(image, x, y):
 def test_a_view_samples_bilinearly_through_its_matrix():
     images, size = noise(6, 3, 20, 20), 16      # more than one chunk of four
     matrices = draw_crops(6, 16 / 20)
-    views = sample(images, size, matrices)
+    views = data.sample(images, size, matrices)
     for b, i, j in [(0, 0, 0), (1, 15, 3), (2, 7, 8), (4, 0, 15), (5, 11, 2)]:
         place = torch.tensor([(2 * j + 1) / size - 1, (2 * i + 1) / size - 1, 1])
         expected = bilinear(images[b] / 255, *(matrices[b] @ place).tolist())
@@ -58,10 +56,6 @@ def test_normalize_takes_the_mean_and_deviation_of_imagenet():
     normalized = data.normalize(images)
     for channel, (mean, std) in enumerate([(0.485, 0.229), (0.456, 0.224), (0.406, 0.225)]):
         torch.testing.assert_close(normalized[:, channel], (images[:, channel] - mean) / std)
-
-def test_denormalize_undoes_normalize():
-    images = torch.rand(2, 3, 5, 5)
-    torch.testing.assert_close(data.denormalize(data.normalize(images)), images)
 
 # --- Random crops ---------------------------------------------------------------------------------
 
@@ -122,13 +116,13 @@ def test_nearly_black_crops_are_drawn_again():
     def share_of_black(views):
         return (views.mean((1, 2, 3)) < 0.02).float().mean()
 
-    once = share_of_black(sample(images, 32, draw_crops(120, 0.5)))
-    augmented = share_of_black(data.denormalize(data.augment(images, 32)))
+    once = share_of_black(data.sample(images, 32, draw_crops(120, 0.5)))
+    augmented = share_of_black(denormalized(data.augment(images, 32)))
     assert once > 0.1
     assert augmented < once ** 4 + 0.02
 
 def test_a_black_image_is_taken_as_it_is():
-    views = data.denormalize(data.augment(torch.zeros(4, 3, 64, 64, dtype=torch.uint8), 32))
+    views = denormalized(data.augment(torch.zeros(4, 3, 64, 64, dtype=torch.uint8), 32))
     torch.testing.assert_close(views, torch.zeros(4, 3, 32, 32), atol=1e-6, rtol=0)
 
 def test_augmentation_follows_the_seed():
@@ -159,7 +153,7 @@ def test_masks_are_augmented_with_their_images(drawn_masks):
     """An image that shows its own mask still does after augmentation."""
     views, masks = data.augment_labelled(*drawn_masks, 48)
     assert views.shape == (8, 3, 48, 48) and masks.shape == (8, 48, 48)
-    for view, mask in zip(data.denormalize(views)[:, 0], masks):
+    for view, mask in zip(denormalized(views)[:, 0], masks):
         levels = [view[mask == c].median() for c in (0, 1, 2)]
         assert levels[0] < levels[1] < levels[2]
         nearest = torch.stack([(view - level).abs() for level in levels]).argmin(0)
@@ -171,7 +165,7 @@ def test_what_lies_outside_of_the_image_is_not_learnt(drawn_masks):
     white = torch.full((8, 3, 64, 64), 255, dtype=torch.uint8)
     views, masks = data.augment_labelled(white, masks, 64)
     assert masks.unique().tolist() == [0, 1, 2, 255]
-    outside = data.denormalize(views)[:, 0] < 0.5
+    outside = denormalized(views)[:, 0] < 0.5
     assert outside.any()
     assert (outside == (masks == 255)).float().mean() > 0.99        # but for the border itself
 
@@ -222,7 +216,7 @@ def test_brightness_changes_by_a_fifth_at_most():
     images = torch.full((2000, 3, 32, 32), 100, dtype=torch.uint8)
     views, masks = data.augment_labelled(images, torch.zeros(2000, 32, 32, dtype=torch.long), 32)
     inside = (masks != 255).flatten(1).all(1)
-    change = data.denormalize(views)[inside, 0, 16, 16] * 255 / 100
+    change = denormalized(views)[inside, 0, 16, 16] * 255 / 100
     assert inside.sum() > 100
     assert 0.8 - 1e-4 < change.min() < 0.82 and 1.18 < change.max() < 1.2 + 1e-4
 
@@ -232,7 +226,7 @@ def test_contrast_changes_by_a_fifth_at_most():
     masks[:, 16:] = 1
     images = (100 + 40 * masks)[:, None].expand(-1, 3, -1, -1).byte()
     views, masks = data.augment_labelled(images, masks, 32)
-    grey = data.denormalize(views)[:, 0] * 255
+    grey = denormalized(views)[:, 0] * 255
     apart = [view[mask == 1].median() - view[mask == 0].median() for view, mask in zip(grey, masks)]
     change = torch.stack(apart) / 40
     assert 0.8 - 1e-3 < change.min() < 0.82 and 1.18 < change.max() < 1.2 + 1e-3

@@ -85,6 +85,7 @@ def test_what_is_missing_in_a_plain_vit_is_named(name, experts):
 @pytest.mark.parametrize('experts', [0, 3])
 @pytest.mark.parametrize('name, shape, named', [
     ('blocks.9.norm1.bias', (16,), 'blocks.9.norm1.bias'),      # which three blocks leave over
+    ('blocks.0.attn.gate.weight', (16, 16), 'blocks.0.attn.gate.weight'),   # no gate of ours
     ('norm.weight', (17,), 'norm.weight'),
     ('blocks.0.mlp.fc1.weight', (60, 16), 'fc1.weight'),
 ])
@@ -171,6 +172,7 @@ def filled(value):
 FINE_TUNED = dict(model={'vit.' + name: value for name, value in network().state_dict().items()},
                   config=vars(networks.config()), meta={})
 
+@pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('content, keyword', [
     pytest.param(b'', 'damaged', id='empty'),
     pytest.param(b'hello\nworld', 'damaged', id='text'),
@@ -181,7 +183,7 @@ FINE_TUNED = dict(model={'vit.' + name: value for name, value in network().state
     pytest.param(checkpoint(network(), done=argparse.ArgumentParser), 'damaged', id='class'),
     pytest.param(filled(float('nan')), 'NaN', id='nan'),
     pytest.param(filled(float('inf')), 'infinity', id='infinity'),
-    pytest.param(FINE_TUNED, '--predict', id='fine-tuned'),
+    pytest.param(FINE_TUNED, 'cls_token', id='fine-tuned'),
 ])
 def test_what_is_no_checkpoint_of_a_pretraining_is_refused(content, keyword, tmp_path):
     path = tmp_path / 'file.pt'
@@ -193,12 +195,15 @@ def test_what_is_no_checkpoint_of_a_pretraining_is_refused(content, keyword, tmp
         read_checkpoint(path)
     assert ends(error, naming=keyword).startswith(str(path))
 
-def test_a_file_of_other_tensors_is_refused(tmp_path):
-    path = tmp_path / 'file.pt'
-    torch.save(dict(weight=torch.zeros(3)), path)
+@pytest.mark.parametrize('wrap', ['', 'model', 'state_dict', 'teacher'])
+def test_a_file_of_others_is_refused_and_its_converter_named(wrap, tmp_path):
+    """By the command that reads it. It may be a ViT, or anything else."""
+    path, state = tmp_path / 'file.pt', network(experts=0).state_dict()
+    torch.save({wrap: state} if wrap else state, path)
     with pytest.raises(SystemExit) as error:
         read_checkpoint(path)
-    assert ends(error).startswith(str(path))
+    sentence = ends(error, naming=f'python -m tests.encoders.published {path} ')
+    assert sentence.startswith(str(path))
 
 @pytest.mark.parametrize('share', [0.3, 0.5, 0.9])
 def test_a_cut_file_is_refused(share, tmp_path):

@@ -49,11 +49,29 @@ def test_a_file_in_a_published_layout_gives_the_published_features(layout, path)
     assert all(output.shape == tokens.shape for output in outputs)
     assert torch.equal(model.norm(outputs[-1]), tokens)
 
-def test_a_line_says_the_heads_and_the_normalization_of_a_file(layout, path, capsys):
+def test_what_was_read_of_a_file_is_printed(layout, path, capsys):
+    """Depth, width, heads, patches, their grid, and how images are normalized; also whether the
+    class token has a position, as 25 positions are those of 5 x 5 patches, or its own and those of
+    4 x 6."""
     layouts.convert(path, **layout.options)
-    line = capsys.readouterr().out
-    assert str(path) in line
-    assert f'{HEADS} heads' in line and layout.normalization in line
+    text = capsys.readouterr().out
+    assert all(line.startswith(f'{path}: ') for line in text.splitlines())
+    has_position = layout.encoder['pos_embed'].shape[1] == SIDE ** 2 + 1
+    for words in (f'{DEPTH} blocks', f'width {WIDTH}', f'{HEADS} heads', f'{PATCH} pixels',
+                  f'{SIDE} x {SIDE} patches', f'normalized as {layout.normalization}',
+                  f'class token has {"a" if has_position else "no"} position'):
+        assert words in text, words
+
+@pytest.mark.parametrize('depth, warned', [(12, False), (11, True)])
+def test_a_depth_width_and_heads_of_no_known_vit_are_warned_of(depth, warned, path, capsys):
+    """As where the last block is missing: what is left looks like a whole ViT."""
+    state = layouts.vit(width=192, depth=12, side=2)
+    last = {name: value for name, value in state.items() if name.startswith(f'blocks.{depth}.')}
+    torch.save({name: value for name, value in state.items() if name not in last}, path)
+    _, config = layouts.convert(path, normalization='imagenet')
+    text = capsys.readouterr().out
+    assert config.depth == depth and f'{depth} blocks' in text
+    assert ('warning' in text) == warned
 
 def test_a_classifiers_head_is_left_out_and_named(path, capsys):
     torch.save(layouts.deit3().file, path)
@@ -118,11 +136,19 @@ def test_the_normalization_of_the_images_can_be_named(name, path):
     model = network(path, normalization=name)
     same(model(normalized(images))[0], layouts.features(state, normalized(images, name)))
 
-def test_a_file_that_does_not_tell_its_normalization_is_read_as_imagenets(path, capsys):
-    state, images = layouts.vit(), normalized(pixels())
-    torch.save(state, path)
-    same(network(path)(images)[0], layouts.features(state, images))
-    assert 'imagenet' in capsys.readouterr().out
+@pytest.mark.parametrize('name', [name for name in LAYOUTS if not LAYOUTS[name]().tells])
+def test_a_file_that_does_not_tell_its_normalization_needs_the_option(name, path):
+    """A bare ViT of timm may want any: features by a wrong one are several deviations off."""
+    torch.save(LAYOUTS[name]().file, path)
+    with pytest.raises(SystemExit) as error:
+        layouts.convert(path)
+    ends(error, naming=[path, '--normalization', *layouts.NORMALIZATIONS])
+
+def test_the_option_wins_over_what_a_layout_tells(path):
+    found, images = LAYOUTS['DeiT'](), pixels()
+    torch.save(found.file, path)
+    ours = network(path, normalization='half')(normalized(images))[0]
+    same(ours, layouts.features(found.encoder, normalized(images, 'half')))
 
 def test_the_heads_can_be_named(path):
     state, images = layouts.vit(), normalized(pixels())
@@ -130,11 +156,12 @@ def test_the_heads_can_be_named(path):
     model = network(path, heads=4, normalization='imagenet')
     same(model(images)[0], layouts.features(state, images, heads=4))
 
-def test_heads_that_do_not_divide_the_width_are_refused(path):
+@pytest.mark.parametrize('heads', [3, 256, -2])
+def test_heads_that_do_not_divide_the_width_are_refused(heads, path):
     torch.save(layouts.vit(), path)
     with pytest.raises(SystemExit) as error:
-        layouts.convert(path, heads=3, normalization='imagenet')
-    ends(error, naming=['width', 'heads', 3])
+        layouts.convert(path, heads=heads, normalization='imagenet')
+    ends(error, naming=[path, 'width', 'heads', heads])
 
 def test_a_width_of_1280_has_16_heads_of_80_channels(path):
     """ViT-H's; every smaller published ViT has 64 channels a head."""
@@ -146,15 +173,16 @@ def test_a_width_of_1280_has_16_heads_of_80_channels(path):
     same(ours, layouts.features(state, images, heads=16))
     assert (ours - layouts.features(state, images, heads=20)).abs().max() > 0.01
 
-def test_our_own_checkpoint_takes_no_word_on_heads_and_normalization(path):
-    """It says itself what it is."""
+@pytest.mark.parametrize('options', [
+    dict(), dict(heads=4), dict(normalization='clip')], ids=str)
+def test_our_own_checkpoint_is_not_converted_again(options, path):
+    """It says itself what it is, and it reads images as ours."""
     config = dict(width=WIDTH, depth=DEPTH, heads=HEADS, size=SIZE, patch=PATCH, experts=0)
     torch.save(dict(model=layouts.vit(), config=config), path)
     read_checkpoint(path)
-    for options in (dict(heads=4), dict(normalization='clip')):
-        with pytest.raises(SystemExit) as error:
-            layouts.convert(path, **options)
-        assert 'damaged' not in ends(error, naming=path)
+    with pytest.raises(SystemExit) as error:
+        layouts.convert(path, **options)
+    assert 'damaged' not in ends(error, naming=[path, '--init'])
 
 # ----------------------------------------------------------------------------------------
 # What is refused
@@ -166,6 +194,10 @@ def test_our_own_checkpoint_takes_no_word_on_heads_and_normalization(path):
     pytest.param('norm_pre.weight', (WIDTH,), id='CLIP in timm'),
     pytest.param('blocks.0.DEX.router.linear.bias', (3,), id='authors'),
     pytest.param('blocks.1.attn.q_norm.weight', (64,), id='normalized queries'),
+    pytest.param('blocks.0.attn.gate.weight', (WIDTH, WIDTH), id='gated attention'),
+    pytest.param('blocks.1.attn.head_scale', (1, HEADS, 1, 1), id='scaled heads'),
+    pytest.param('blocks.1.attn.norm.head.weight', (64,), id='a head inside'),
+    pytest.param('blocks.0.attn.mask_token', (1, 1, WIDTH), id='a mask token inside'),
 ])
 def test_a_part_that_our_network_does_not_have_is_refused_by_name(name, shape, path):
     torch.save(layouts.vit() | {name: layouts.random(*shape)}, path)

@@ -1,5 +1,4 @@
 """Pixels of masks: which numbers and colours are which class, in every kind of file."""
-import re
 
 import numpy as np
 import pytest
@@ -67,13 +66,9 @@ def test_what_is_no_number_in_a_mask_is_0(tmp_path, value):
     write_scans(tmp_path, LPS, LPS, mask)
     assert folders.agree(task(tmp_path, '--modality', 'CT', '--values', '0', '*'))
 
-@pytest.mark.parametrize('many', [False, True])
-def test_a_star_that_stands_for_many_values_tells_them(tmp_path, many):
-    mask = BLOB * (1 + files.noise(5) % 60) if many else BLOB * 255
-    write_pairs(tmp_path, np.uint8(mask))
-    found = task(tmp_path, '--values', '0', '*')
-    assert show(found, BLOB)
-    assert bool(re.search(r'note.*\* of --values.*\b1\.?0?, 2', found.said)) == many
+def test_a_star_stands_for_many_values(tmp_path):
+    write_pairs(tmp_path, np.uint8(BLOB * (1 + files.noise(5) % 60)))
+    assert show(task(tmp_path, '--values', '0', '*'), BLOB)
 
 def test_a_class_that_no_mask_shows_is_told(tmp_path):
     write_pairs(tmp_path, BLOB * 255, count=4)

@@ -96,7 +96,7 @@ def test_ten_steps_in_a_row_that_are_not_finite_end_a_training(training, tmp_pat
     spoilt = []
     at_batch(range(4, 30), lambda images: spoilt.append(1) or nan(images))
     result = training.run(tmp_path, **LONG)
-    ends(result, naming=[tmp_path, '10 steps', '--lr'])
+    ends(result, naming=[tmp_path, '10', 'in a row', '--lr'])
     assert len(spoilt) == 10
     assert not (tmp_path / 'results.json').exists()
 
@@ -111,13 +111,13 @@ def test_the_log_says_what_led_to_the_end(sources, tmp_path, at_batch):
     last = read_log(tmp_path)[-1]
     assert (last['step'], last['skipped'], last['loss']) == (13, 10, None)
 
-@pytest.mark.parametrize('first, advice, skipped', [(0, 'images', 9), (2, '--lr', 7)])
-def test_a_finetuning_without_one_finite_step_blames_the_images(
-        labelled, pretrained, tmp_path, at_batch, first, advice, skipped):
+@pytest.mark.parametrize('first, skipped', [(0, 9), (2, 7)])
+def test_a_finetuning_that_is_no_longer_finite_says_what_to_look_at(
+        labelled, pretrained, tmp_path, at_batch, first, skipped):
     """The log has a line an epoch, of three steps: the last of them is before the end."""
     at_batch(range(first, 15), nan)
     result = runs.finetuning(labelled / 'tell', tmp_path, init=pretrained, epochs=5)
-    ends(result, naming=[tmp_path, '10 steps', advice])
+    ends(result, naming=[tmp_path, '10', 'in a row', 'images', '--lr'])
     last = read_log(tmp_path)[-1]
     assert (last['step'], last['skipped'], last['loss']) == (8, skipped, None)
 

@@ -96,7 +96,7 @@ def test_an_eleventh_modality_takes_a_name_a_rule_and_a_function(tmp_path, monke
         return echoes, np.zeros((side, side, 2), np.uint8)
 
     names = *preparation.MODALITIES, 'Sonar'
-    rule = (0, 50), (), 0, 'echoes in [0, 50]'
+    rule = preparation.Rule((0, 50), None, 0, 'echoes in [0, 50]')
     monkeypatch.setattr(preparation, 'MODALITIES', names)
     monkeypatch.setitem(preparation.RULES, 'Sonar', rule)
     monkeypatch.setitem(simulated.PHANTOMS, 'Sonar', (2, sonar))

@@ -1,107 +1,138 @@
-"""The pictures of a pretraining: grids, curves, reconstructions, what patches have in common."""
+"""What pictures show: grids, curves, reconstructions, what patches have in common, cases. The
+program that draws them of a run: test_pictured_runs.py."""
 import json
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import data
-import pretrain
-from model import MAE, Config, read_checkpoint
-from tests.support import naive, runs
-from tests.support.runs import ends
+from model import MAE, Config, ViT, read_checkpoint
+from tests.support import files, naive, networks, runs
+from tests.support.pictures import drawn_in, tiles_of
+from unetr import UNETR
 
 pictures = runs.module('pictures')
-# Where reconstructions are drawn: in the training, until all drawing is in one program.
-drawing = pretrain if hasattr(pretrain, 'draw_reconstructions') else pictures
-
-def load(path):
-    """A picture (H, W, 3) in [0, 1]."""
-    return torch.from_numpy(np.array(Image.open(path).convert('RGB'))) / 255
-
-def tiles_of(path, height=96, width=96, note=False):
-    """The tiles (rows, columns, height, width, 3) of a grid: 4 pixels apart, with 90 for the names
-    on the left, 20 for the heads above, and 4, or 24 for a note, below."""
-    picture = load(path)
-    rows, over = divmod(picture.shape[0] - 20 - (24 if note else 4), height + 4)
-    columns, aside = divmod(picture.shape[1] - 90 - 4, width + 4)
-    assert (over, aside) == (0, 0), f'{path}: no such tiles make {tuple(picture.shape)}'
-    tiles = torch.zeros(rows, columns, height, width, 3)
-    for r in range(rows):
-        for c in range(columns):
-            y, x = 24 + r * (height + 4), 94 + c * (width + 4)
-            tiles[r, c] = picture[y:y + height, x:x + width]
-    return tiles
 
 # --- Grids and lines ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('note', ['', 'a note'])
-def test_a_grid_puts_each_tile_where_its_names_say(tmp_path, note):
+@pytest.mark.parametrize('note', ['', 'a note', 20 * 'a note that is long '])
+@pytest.mark.parametrize('heads', [['x', 'y', 'z'], ['x\nof two lines', 'y', 'z']])
+def test_a_grid_puts_each_tile_where_its_names_say(tmp_path, note, heads):
     colours = torch.rand(2, 3, 3, 1, 1)
     rows = colours.expand(2, 3, 3, 8, 8)
-    pictures.draw_grid(tmp_path / 'grid.png', rows, ['a', 'b'], ['x', 'y', 'z'], (16, 16), note)
-    tiles = tiles_of(tmp_path / 'grid.png', 16, 16, bool(note))
+    pictures.draw_grid(tmp_path / 'grid.png', rows, ['a', 'b'], heads, (16, 16), note)
+    tiles = tiles_of(tmp_path / 'grid.png', 2, 16, 16, heads[0].count('\n') + 1)
     assert tiles.shape == (2, 3, 16, 16, 3)
     expected = colours.permute(0, 1, 3, 4, 2).expand_as(tiles)
     torch.testing.assert_close(tiles, expected, atol=0.03, rtol=0)      # a picture has 256 colours
 
-def blue_pixels(path):
-    """Rows and columns (n, 2) of the first line of the first panel, without its legend."""
-    picture = np.asarray(Image.open(path)).astype(int)[:, :250]
-    return np.argwhere((picture == (65, 105, 225)).all(2))      # royalblue
+def draw(path, *lines, **options):
+    """Draw panels of one line each, side by side; `options` are those of the panels."""
+    panels = [pictures.Panel('title', 'steps', 'error', dict(up=line), **options) for line in lines]
+    pictures.draw_lines(path, panels, columns=len(panels), same_heights=len(panels) > 1)
 
-LEFT, RIGHT, TOP, BOTTOM = 55, 245, 40, 190      # of a panel's frame, in pixels
+def heights_at(points, x):
+    """The heights of what is drawn at x."""
+    return points[abs(points[:, 0] - x) < 0.006][:, 1]
 
 def test_a_line_is_drawn_from_the_least_to_the_greatest_number(tmp_path):
-    points = [(1, 0), (2, 2), (5, 8)]
-    pictures.draw_lines(tmp_path / 'lines.png', {'title': dict(up=points)})
-    blue = blue_pixels(tmp_path / 'lines.png')
-    assert abs(blue.min(0) - (TOP, LEFT)).max() <= 1
-    assert abs(blue.max(0) - (BOTTOM, RIGHT)).max() <= 1
-    for x, y in points:
-        column = LEFT + (RIGHT - LEFT) * (x - 1) / 4
-        row = BOTTOM - (BOTTOM - TOP) * y / 8
-        drawn = blue[abs(blue[:, 1] - column) <= 1][:, 0]
-        assert abs(drawn.mean() - row) <= 2
+    line = [(1, 0), (2, 2), (5, 8)]
+    draw(tmp_path / 'lines.png', line)
+    blue = drawn_in(tmp_path / 'lines.png')
+    assert abs(blue.min(0)).max() < 0.01 and abs(blue.max(0) - 1).max() < 0.01
+    for x, y in line:
+        assert abs(heights_at(blue, (x - 1) / 4).mean() - y / 8) < 0.015
+
+def test_a_logarithmic_axis_has_each_factor_of_the_same_height(tmp_path):
+    draw(tmp_path / 'lines.png', [(0, 0.1), (1, 1), (2, 10)], log=True)
+    assert abs(heights_at(drawn_in(tmp_path / 'lines.png'), 0.5).mean() - 0.5) < 0.015
 
 def test_a_bar_shows_the_deviation_of_a_dot(tmp_path):
     """Two dots, 3 with a deviation of 1 and 4 with one of 2: all between 2 and 6."""
-    pictures.draw_lines(tmp_path / 'bars.png', {'title': dict(up=[(1, 3, 1), (2, 4, 2)])})
-    blue = blue_pixels(tmp_path / 'bars.png')
-    for column, least, most in ((LEFT, 2, 4), (RIGHT, 2, 6)):
-        rows = blue[abs(blue[:, 1] - column) <= 1][:, 0]
-        assert abs(rows.max() - (BOTTOM - (BOTTOM - TOP) * (least - 2) / 4)) <= 1
-        assert abs(rows.min() - (BOTTOM - (BOTTOM - TOP) * (most - 2) / 4)) <= 1
+    draw(tmp_path / 'bars.png', [(1, 3, 1), (2, 4, 2)])
+    blue = drawn_in(tmp_path / 'bars.png')
+    for x, least, most in ((0, 2, 4), (1, 2, 6)):
+        heights = heights_at(blue, x)
+        assert abs(heights.min() - (least - 2) / 4) < 0.01
+        assert abs(heights.max() - (most - 2) / 4) < 0.01
 
-def test_curves_show_every_number_of_the_log(finished, monkeypatch):
+def test_a_level_is_a_dashed_line_from_side_to_side(tmp_path):
+    """In black, as the first level is; the numbers of the axes begin at it."""
+    draw(tmp_path / 'levels.png', [(1, 3), (2, 4)], levels=dict(ideal=2.0))
+    black = drawn_in(tmp_path / 'levels.png', (0, 0, 0))
+    dashes = black[(abs(black[:, 1]) < 0.01) & (black[:, 0] >= 0)]
+    assert dashes[:, 0].min() < 0.01 and dashes[:, 0].max() > 0.95
+    assert 0.2 < len(set(dashes[:, 0])) / pictures.AXES[0] < 0.8
+
+def test_panels_of_one_height_can_be_compared(tmp_path):
+    """Both reach from the least to the greatest number of all."""
+    draw(tmp_path / 'two.png', [(1, 0), (2, 1)], [(1, 1), (2, 4)])
+    low, high = (drawn_in(tmp_path / 'two.png', number=number)[:, 1] for number in (0, 1))
+    assert abs(low.max() - 0.25) < 0.015 and abs(high.min() - 0.25) < 0.015
+
+# --- Curves ---------------------------------------------------------------------------------------
+
+@pytest.fixture
+def panels_drawn(monkeypatch):
+    """draw_curves(entries, top_k) -> the panels that it draws."""
+    def panels_drawn(entries, top_k):
+        drawn = []
+        with monkeypatch.context() as patch:
+            patch.setattr(pictures, 'draw_lines', lambda path, panels: drawn.extend(panels))
+            pictures.draw_curves('curves.png', entries, top_k)
+        return drawn
+    return panels_drawn
+
+def test_curves_show_every_number_of_the_log(finished, panels_drawn):
     """Against the steps done; training and validation in one panel, bits of each layer in one."""
-    drawn = []
-    monkeypatch.setattr(pictures, 'draw_lines', lambda path, panels: drawn.append(panels))
-    lines = (finished / 'log.jsonl').read_text().splitlines()
-    pictures.draw_curves('curves.png', [json.loads(line) for line in lines])
     log = runs.read_log(finished)
     seen = [entry for entry in log if 'val' in entry]
-    panels = [list(panel.values()) for panel in drawn[0].values()]
+    drawn = [panel.lines for panel in panels_drawn(log, top_k=2)]
 
     def curve(entries, value):
         return [(entry['step'] + 1, value(entry)) for entry in entries]
 
-    errors = [curve(log, lambda entry: entry['l_self']),
-              curve(seen, lambda entry: entry['val_l_self'])]
-    bits = [curve(seen, lambda entry, layer=layer: entry['bits'][layer]) for layer in (0, 1)]
-    align, balance = ([curve(log, lambda entry: entry[name])] for name in ('align', 'balance'))
-    for expected in (errors, align, balance, bits):
-        assert expected in panels
-    assert len(panels) == 4
+    errors = dict(training=curve(log, lambda entry: entry['l_self']),
+                  validation=curve(seen, lambda entry: entry['val_l_self']))
+    align, balance = (dict(training=curve(log, lambda entry: entry[name]))
+                      for name in ('align', 'balance'))
+    bits = {f'layer {layer}': curve(seen, lambda entry, layer=layer: entry['bits'][layer - 1])
+            for layer in (1, 2)}
+    second = {f'layer {layer}': curve(seen, lambda entry, layer=layer: entry['second'][layer - 1])
+              for layer in (1, 2)}
+    assert drawn == [errors, align, balance, bits, second]
 
-def test_curves_leave_out_what_is_not_finite(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(pictures, 'draw_lines', lambda path, panels: drawn.append(panels))
-    name = next(iter(pictures.CURVES))
-    pictures.draw_curves('curves.png', [{'step': 0, name: 2.0}, {'step': 1, name: None}])
-    (panel,) = drawn[0].values()
-    assert list(panel.values()) == [[(1, 2.0)]]
+def test_curves_are_beside_what_they_are_to_be_compared_with(finished, panels_drawn):
+    """A flat guess, the balance of equal use, the most bits, and those before training."""
+    first = next(entry for entry in runs.read_log(finished) if 'val' in entry)
+    levels = [panel.levels for panel in panels_drawn(runs.read_log(finished), top_k=2)]
+    untrained = pytest.approx(sum(first['bits']) / 2)
+    assert levels == [{'flat guess': 1}, {}, {'ideal': 2},
+                      {'maximum': first['bits_max'], 'untrained': untrained}, {'even': 0.5}]
+
+def test_curves_of_many_layers_show_some_from_the_first_to_the_last(panels_drawn):
+    entry = dict(step=0, l_self=1.0, align=1.0, balance=1.0, bits=[0.1] * 32, bits_max=3.0,
+                 second=[0.5] * 32)
+    *_, bits, second = panels_drawn([entry], top_k=2)
+    assert 5 <= len(bits.lines) <= 12
+    assert [*bits.lines][0] == 'layer 1' and [*bits.lines][-1] == 'layer 32'
+    assert [*second.lines] == [*bits.lines]
+
+def test_curves_without_experts_are_the_errors_alone(panels_drawn):
+    entry = dict(step=0, l_self=2.0, val_l_self=3.0, align=0.0, balance=0.0)
+    panel, = panels_drawn([entry], top_k=0)
+    assert panel.lines == dict(training=[(1, 2.0)], validation=[(1, 3.0)])
+
+def test_curves_leave_out_what_is_not_finite(panels_drawn):
+    panel, = panels_drawn([dict(step=0, l_self=2.0), dict(step=1, l_self=None)], top_k=2)
+    assert panel.lines == dict(training=[(1, 2.0)])
+
+# --- Patches --------------------------------------------------------------------------------------
+
+def test_patches_are_put_back_where_they_were():
+    model, images = MAE(networks.config()), torch.randn(2, 3, 16, 16)
+    assert torch.equal(pictures.unpatchify(model.patchify(images), 4), images)
 
 # --- Reconstructions ------------------------------------------------------------------------------
 
@@ -114,7 +145,7 @@ def reconstructed(sources, tmp_path, monkeypatch):
     def keep(path, rows, *names):
         drawn.append(torch.stack(list(rows)))
 
-    monkeypatch.setattr(drawing, 'draw_grid', keep)
+    monkeypatch.setattr(pictures, 'draw_grid', keep)
     network = MAE(Config(size=32, patch=8, width=64, heads=2, depth=2, experts=0, decoder_width=32,
                          decoder_heads=2, decoder_depth=1))
     grey, colour = sources.images[3][0] // 8, sources.images[1][0]      # the first as dark as PET
@@ -122,7 +153,7 @@ def reconstructed(sources, tmp_path, monkeypatch):
     stored = torch.from_numpy(np.stack([grey, colour])).permute(0, 3, 1, 2) / 255
     pixels, noise = data.normalize(stored), torch.rand(2, 16)
     with torch.no_grad():
-        drawing.draw_reconstructions(tmp_path / 'recon.png', network, pixels, noise, ['a', 'b'])
+        pictures.draw_reconstructions(tmp_path / 'recon.png', network, pixels, noise, ['a', 'b'])
         found = [naive.mae(network, image, own) for image, own in zip(pixels, noise)]
     hidden, guess = torch.zeros(2, 3, 32, 32, dtype=torch.bool), torch.zeros(2, 3, 32, 32)
     for b, (_, prediction, mask) in enumerate(found):
@@ -131,7 +162,7 @@ def reconstructed(sources, tmp_path, monkeypatch):
             y, x = n // 4 * 8, n % 4 * 8
             guess[b, :, y:y + 8, x:x + 8] = values.view(8, 8, 3).permute(2, 0, 1)
             hidden[b, :, y:y + 8, x:x + 8] = mask[n] > 0
-    guess = data.denormalize(guess).clamp(0, 1)
+    guess = naive.denormalized(guess).clamp(0, 1)
     guess[0] = guess[0].mean(0)     # of a grey image the mean of three guesses
     gain = [1 / max(0.1, image.quantile(0.99).item()) for image in stored]
     gain = torch.tensor(gain)[:, None, None, None]
@@ -165,73 +196,51 @@ def test_clusters_of_features_in_known_directions_are_found():
     assert sorted(likeness.argmax(1).tolist()) == [0, 1, 2, 3]
     assert likeness.amax(1).min() > 0.98
 
-def test_modality_share_is_the_share_of_variance_between_groups():
+def test_the_share_between_modalities_is_that_of_variance_between_groups():
     groups = [torch.randn(2, n, 5) + shift for n, shift in ((7, 0), (4, 2), (9, -1))]
     kinds = torch.eye(3).repeat_interleave(torch.tensor([7, 4, 9]), 1)
-    shares = pictures.modality_share(torch.cat(groups, 1), kinds)
+    shares = pictures.share_between(torch.cat(groups, 1), kinds)
     for layer in range(2):
         everything = torch.cat([group[layer] for group in groups])
         within = sum((group[layer] - group[layer].mean(0)).square().sum() for group in groups)
         whole = (everything - everything.mean(0)).square().sum()
         assert shares[layer].item() == pytest.approx(1 - (within / whole).item(), rel=1e-5)
 
-# --- All pictures of a run ------------------------------------------------------------------------
+def test_experts_that_no_image_activates_are_dead_and_some_are_rare(monkeypatch):
+    """Of four experts; 400 held-out images of two modalities, of which each has one expert."""
+    weights, drawn = torch.zeros(1, 400, 4), []
+    weights[0, :200, 0], weights[0, 200:, 1] = 1, 1
+    weights[0, 0] = torch.tensor([0, 0, 1.0, 0])
+    kinds = torch.eye(2).repeat_interleave(200, 1)
+    monkeypatch.setattr(pictures, 'draw_grid', lambda *answer: drawn.extend(answer))
+    pictures.draw_experts('experts.png', weights, kinds, ['CT', 'MR'])
+    title, = drawn[3]
+    assert title.split('\n') == ['layer 1', '1.00 bits', '1 dead', '1 rare']
 
-@pytest.fixture(scope='module')
-def pictured(sources, tmp_path_factory, skipped_pictures):
-    """The folder of a finished run with its pictures. WORLD_SIZE is torchrun's, and no affair of
-    the program that draws."""
-    out = tmp_path_factory.mktemp('pictured')
-    assert runs.pretraining(sources.folder, out, steps=2, val_share=0.5).code == 0
-    skipped_pictures.wanted = True
-    with pytest.MonkeyPatch.context() as under_torchrun:
-        under_torchrun.setenv('WORLD_SIZE', '2')
-        runs.draw_pictures(out)
-    skipped_pictures.wanted = False
-    return out
+# --- Cases of a segmentation ----------------------------------------------------------------------
 
-@pytest.mark.slow
-@pytest.mark.parametrize('name, rows, side', [
-    ('recon', 3, 96), ('attention', 4, 88), ('layout', 6, 72)])
-def test_a_picture_has_a_column_for_each_modality(pictured, name, rows, side):
-    """Image, seen and guess; an image and three patches like it; six groups of patches."""
-    tiles = tiles_of(pictured / f'{name}.png', side, side)
-    assert tiles.shape[:2] == (rows, 3)
-    for tile in tiles.flatten(0, 1):
-        assert tile.flatten(0, 1).std(0).max() > 0.05, 'a tile without content'
-    for first in range(3):
-        for second in range(first):
-            assert not torch.equal(tiles[:, first], tiles[:, second])
+def test_test_images_are_named_by_their_files_where_each_is_one_image(tmp_path):
+    assert pictures.case_names(tmp_path, 2) == ['image 0', 'image 1']
+    names = ['test/a.scan.png', 'test/b.png']
+    files.write(tmp_path / 'split.json', json.dumps(dict(train=['c.png'], test=names)))
+    assert pictures.case_names(tmp_path, 2) == ['a.scan', 'b']
+    assert pictures.case_names(tmp_path, 3) == ['image 0', 'image 1', 'image 2']
 
-@pytest.mark.slow
-def test_the_picture_of_the_experts_is_the_darker_the_larger_their_weight(pictured, sources):
-    """A row for each modality, a tile for each layer, a strip for each expert."""
-    state, config, _ = read_checkpoint(pictured / 'ckpt.pt')
-    network, shards = MAE(config), data.Shards(sources.folder, val_share=0.5)
-    network.load_state_dict(state)
-    noise = torch.rand(len(shards.val), 16, generator=torch.Generator().manual_seed(0))
-    weights = torch.zeros(3, 2, 4)
-    for image, own_noise in zip(shards.val, noise):
-        pixels = data.normalize(shards.gather(np.array([image])) / 255)
-        with torch.no_grad():
-            routing = network(pixels, 0.0, own_noise[None])[1]
-        weights[shards.modality[image]] += naive.Decisions(*routing).weights[:, 0]
-    tiles = tiles_of(pictured / 'experts.png', 24, 96, note=True)
-    assert tiles.shape[:2] == (3, 2)
-    strips = tiles[:, :, 12, 12::24].mean(3)
-    expected = 0.94 * (1 - weights / weights.sum(2, keepdim=True))
-    torch.testing.assert_close(strips, expected, atol=0.03, rtol=0)
-
-@pytest.mark.slow
-def test_curves_have_four_panels(pictured):
-    assert Image.open(pictured / 'curves.png').size == (4 * 330, 220)
-
-@pytest.mark.slow
-def test_a_program_of_pictures_that_fails_is_named(tmp_path, with_pictures):
-    with pytest.raises(SystemExit) as error:
-        runs.draw_pictures(tmp_path / 'none')
-    ends(error, naming='pictures')
-
-def test_a_full_disk_in_a_picture_ends_a_training_in_a_sentence(sources, tmp_path, full_disk):
-    full_disk('*/recon.png')
-    ends(runs.pretraining(sources.folder, tmp_path), naming='No space left')
+def test_pictures_of_cases_are_named_and_ordered_by_dice(labelled, tuned, monkeypatch):
+    """Best, median and worst; a legend says which colour is which class."""
+    task, drawn = data.Task(labelled / 'find'), []
+    state, config, _ = read_checkpoint(tuned / 'find' / 'best.pt', 'head.weight')
+    net = UNETR(ViT(config), len(task.classes))
+    net.load_state_dict(state)
+    hits = 3, 0, 4, 1, 2        # of five images: the more, the better
+    table = np.array([[[50, 0], [10, 10 * n]] for n in hits])
+    monkeypatch.setattr(pictures, 'draw_grid', lambda *answer: drawn.extend(answer))
+    pictures.draw_cases(None, net, task, [*'abcde'], table, torch.device('cpu'))
+    _, rows, names, *_, note = drawn
+    lines = [name.split('\n') for name in names]
+    assert [line[:2] for line in lines] == [['best', 'c'], ['median', 'e'], ['worst', 'b']]
+    assert [line[2] for line in lines] == ['Dice 0.889', 'Dice 0.800', 'Dice 0.000']
+    assert note == 'lime is square'
+    for row, number in zip(rows, (2, 4, 1), strict=True):
+        image = torch.tensor(task.images['test'][number]).permute(2, 0, 1).expand(3, -1, -1)
+        assert torch.equal((row[0] * 255).round().byte(), image)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-import finetune
 from tests.support import files, naive, runs, tasks
 
 SIDE = tasks.SIDE
@@ -166,7 +165,7 @@ def test_an_overlay_shows_the_slice_with_most_foreground(finder, tmp_path):
 def test_an_overlay_without_foreground_shows_the_middle(tmp_path):
     images = [np.full((4, 5), value, np.uint8) for value in (0, 100, 200)]
     nothing = [np.zeros((4, 5), np.uint8)] * 3
-    finetune.write_masks(tmp_path / 'x.npy', tmp_path / 'x.npy', images, nothing)
+    runs.module('predict').write_masks(tmp_path / 'x.npy', tmp_path / 'x.npy', images, nothing)
     assert (np.asarray(Image.open(tmp_path / 'x.npy-overlay.png')) == 100).all()
 
 # --- where they lie ---------------------------------------------------------------------------

@@ -152,9 +152,9 @@ def test_a_long_volume_does_not_wait_in_memory(tmp_path):
     volume = files.save(tmp_path / 'long.npy', noise)
     tracemalloc.start()
     try:
-        path = module.spill(tmp_path, module.slices, volume, 'MR', 256, 8)
+        path = module.spill(tmp_path, module.source_items, volume, 'MR', 256, 8)
         size = path.stat().st_size
-        pixels = sum(item.pixels.size for item in module.items(path))
+        pixels = sum(item.pixels.size for item in module.spilled_items(path))
         most = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

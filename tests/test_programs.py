@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -14,14 +15,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-import data
-import finetune
-from model import MAE, Config, ViT, read_checkpoint
+from model import MAE, Config
 from tests.support import commands, files, layouts, prepared, runs, tasks
-from unetr import UNETR
 
-README = (runs.ROOT / 'README.md').read_text()
-DRAWING = finetune              # the module of draw_cases
+# All that is written for users, as one text.
+READMES = [runs.ROOT / 'README.md', *sorted((runs.ROOT / 'tests').glob('**/*.md'))]
+README = READMES[0].read_text()
+EVERYTHING = '\n'.join(path.read_text() for path in READMES)
 
 def find(name):
     """A file of tests/ or .github/, in whichever of their folders it lies."""
@@ -40,32 +40,39 @@ def check(found, parse=commands.parse):
             errors.append(str(error))
     return called, errors
 
-def test_every_command_of_the_readme_is_understood():
-    called, errors = check(commands.in_markdown(README))
+def test_every_command_of_the_readmes_is_understood():
+    called, errors = check(commands.in_markdown(EVERYTHING))
     assert errors == []
     assert called['prepare_medverse'] >= 7 and called['finetune'] >= 4 and called['pretrain'] >= 4
-    programs = 'report', 'pictures', 'scaling', 'modularity', 'bench', 'bench_prepare'
-    assert called.keys() >= {'pip', 'pytest', *programs}
+    programs = {name for names in runs.PACKAGES.values() for name in names}
+    assert called.keys() >= {'pip', 'pytest', *programs - {'predict', 'two_ranks', 'phantoms'}}
+
+def test_each_readme_has_commands():
+    assert {path.parent.name for path in READMES} >= {'tests', 'encoders'}
+    for path in READMES:
+        assert commands.in_markdown(path.read_text()), path
 
 def test_every_option_that_the_readme_names_exists():
     """Those in running text and in tables, with their values, where they have values."""
     found = commands.fragments(README)
-    assert len(found) >= 20
+    assert len(found) >= 10
     assert check(found, commands.parse_fragment)[1] == []
 
 def test_every_file_that_the_readme_names_exists():
     inline = commands.inline_code(README)
     named = [code for code in inline if code.endswith(('.py', '.sh')) and ' ' not in code]
-    assert len(named) >= 10
+    assert len(named) >= 6
     assert check(named, commands.must_exist)[1] == []
 
 def test_every_command_in_the_first_lines_of_a_script_is_understood():
-    scripts = [*runs.ROOT.glob('*.py'), *(runs.ROOT / 'tests').rglob('*.py')]
+    scripts = [path for folder in ('.', 'tests/lab', 'tests/encoders', '.github')
+               for path in (runs.ROOT / folder).glob('*.py')]
     found = {}
     for script in scripts:
         docstring = ast.get_docstring(ast.parse(script.read_text()), clean=False) or ''
         found[script.stem] = commands.in_docstring(docstring)
-    for name in (*runs.SCRIPTS, 'bench', 'bench_prepare', 'modularity', 'phantoms', 'scaling'):
+    programs = {name for names in runs.PACKAGES.values() for name in names}
+    for name in {*runs.SCRIPTS, *programs, 'timm_encoder'} - {'two_ranks'}:
         assert found[name], name
     assert check(sum(found.values(), []))[1] == []
 
@@ -93,7 +100,10 @@ def test_no_run_of_the_experiments_takes_the_place_of_another(experiments):
     'python finetune.py --epoch 8', 'python finetune.py --epochs eight',
     'python finetune.py --adapt directors', 'python pretrain.py --demo=perhaps',
     'torchrun --nproc_per_nodes=2 pretrain.py', 'python prepare_medverse.py --raw RAW --outlines',
-    'python tests/none.py out/*', 'pip install -r requirement.txt'])
+    'python tests/none.py out/*', 'python -m tests.lab.none out/*',
+    'python -m tests.lab.pictures --colour out/demo', 'python -m tests.lab.report --seeds out/*',
+    'python -m tests.encoders.published a.pth b.pt --normalization CLIP',
+    'python -m tests.encoders.published a.pth', 'pip install -r requirement.txt'])
 def test_a_typo_in_a_command_is_found(command):
     """That is, the tests above can fail."""
     words, = commands.in_markdown(f'Text, then `{command}`, and text.')
@@ -104,9 +114,9 @@ def test_a_typo_in_an_option_is_found(code):
     found = commands.fragments(f'Text, then `{code}`.')
     assert len(check(found, commands.parse_fragment)[1]) == 1
 
-def test_the_readme_exports_the_encoder_as_a_plain_vit(pretrained, tmp_path, monkeypatch):
+def test_a_readme_exports_the_encoder_as_a_plain_vit(pretrained, tmp_path, monkeypatch):
     """Its one-line program, run as it is, writes a file in timm's names."""
-    code, = [words[2] for words in commands.in_markdown(README) if words[1:2] == ['-c']]
+    code, = [words[2] for words in commands.in_markdown(EVERYTHING) if words[1:2] == ['-c']]
     (tmp_path / 'out' / 'demo').mkdir(parents=True)
     shutil.copy(pretrained, tmp_path / 'out' / 'demo' / 'ckpt.pt')
     monkeypatch.chdir(tmp_path)
@@ -130,44 +140,6 @@ def test_phantoms_say_which_tasks_they_have():
     result = runs.program('phantoms', '--task', 'phantom-none', '--out', 'x')
     runs.ends(result, naming=['--task', 'phantom-vessels', 'phantom-organs', 'phantom-lesion'])
 
-def test_pictures_are_drawn_of_a_finished_pretraining(tmp_path):
-    for number, modality in enumerate(('CT', 'Photo')):
-        folder = tmp_path / 'data' / modality
-        runs.write_source(folder, modality, count=20 + number, size=64)
-    options = dict(size=64, val_share=0.2, depth=2)
-    assert runs.pretraining(tmp_path / 'data', tmp_path / 'out', **options).code == 0
-    result = runs.program('pictures', tmp_path / 'out')
-    assert result.code == 0, result.err
-    for name in ('curves.png', 'attention.png', 'layout.png'):
-        picture = Image.open(tmp_path / 'out' / name).convert('RGB')
-        assert len(picture.getcolors(10 ** 6)) > 3, name
-    line, = [line for line in result.out.splitlines() if 'modality in the features' in line]
-    shares = line.rpartition(':')[2].split()
-    assert len(shares) == 2 and all(0 <= float(share) <= 1 for share in shares)
-
-def test_pictures_of_cases_are_named_and_ordered_by_dice(labelled, tuned, monkeypatch):
-    """Best, median and worst, named by file where each file is one image and by number where not;
-    a legend says which colour is which class."""
-    task, drawn = data.Task(labelled / 'find'), []
-    state, config, _ = read_checkpoint(tuned / 'find' / 'best.pt', 'head.weight')
-    net = UNETR(ViT(config), len(task.classes))
-    net.load_state_dict(state)
-    hits = 3, 0, 4, 1, 2        # of five images: the more, the better
-    table = np.array([[[50, 0], [10, 10 * n]] for n in hits])
-    monkeypatch.setattr(DRAWING, 'draw_grid', lambda *answer: drawn.append(answer))
-    for task.files in ({}, dict(test=[f'test/{letter}.scan.png' for letter in 'abcde'])):
-        DRAWING.draw_cases(None, net, task, table, torch.device('cpu'))
-    by_number, by_file = drawn
-    expected = ['image 2', 'image 4', 'image 1'], ['c.scan', 'e.scan', 'b.scan']
-    for (_, rows, names, *_, note), cases in zip(drawn, expected, strict=True):
-        lines = [name.split('\n') for name in names]
-        assert [line[0] for line in lines] == ['best', 'median', 'worst']
-        assert [line[1] for line in lines] == cases
-        assert note == 'lime is square'
-        for row, number in zip(rows, (2, 4, 1), strict=True):
-            image = torch.tensor(task.images['test'][number]).permute(2, 0, 1).expand(3, -1, -1)
-            assert torch.equal((row[0] * 255).byte(), image)
-
 def test_report_makes_a_table_of_real_runs(tuned):
     result = runs.program('report', *tuned.iterdir())
     assert result.code == 0 and result.err == ''
@@ -181,20 +153,21 @@ def test_scaling_draws_its_curves(tuned, tmp_path):
     """Of runs that differ in the share of the images, in blocks and in activated experts."""
     found = runs.results(tuned / 'tell')
     variants = dict(all={}, some=dict(fraction=0.4), one=dict(tune_blocks=1), single=dict(top_k=1))
+    network = Path(found['init']).parent.name
     for name, changes in variants.items():
-        method = 'DEX-E-dex' + ''.join(f'-{option}-{value}' for option, value in changes.items())
-        run = found | dict(method=method, options=found['options'] | changes)
+        run = found | dict(options=found['options'] | changes)
         if 'top_k' in changes:
             run['config'] = found['config'] | changes
         files.write(tmp_path / name / 'results.json', json.dumps(run))
     result = runs.program('scaling', *(tmp_path / name for name in variants), cwd=tmp_path)
     assert result.code == 0, result.err
-    assert Image.open(tmp_path / 'scaling.png').size == (3 * 330, 220)
+    width, height = runs.module('pictures').PANEL
+    assert Image.open(tmp_path / 'scaling.png').size == (2 * width, 2 * height)
     score = found['scores']['f1']['mean']
     for what, first, second in (('activated experts', 1, 2), ('tuned blocks', 1, 4),
                                 ('share of the training images', 0.4, 1)):
         points = f'{first}: {score:.3f} ± 0.000, {second}: {score:.3f} ± 0.000'
-        assert f'tell: {what}, pretrained: {points}' in result.out
+        assert f'tell: {what}, {network}: {points}' in result.out
 
 def test_scaling_without_runs_ends_in_a_sentence(tmp_path):
     runs.ends(runs.program('scaling', tmp_path), naming='fine-tuning')
@@ -204,7 +177,7 @@ def test_modularity_has_a_row_for_each_layer_of_each_network(tmp_path, experts):
     """Also of random weights and, where there are experts, of the director alone."""
     path = tasks.write_pretrained(tmp_path / 'ckpt.pt', experts=experts)
     content = runs.weights(path, None)
-    options = {'seed': 0, 'steps': 9, runs.OPTION_NAMES.get('align', 'align'): 0.1}
+    options = dict(seed=0, steps=9, align=0.1)
     torch.save(content | dict(options=options), path)
     result = runs.program('modularity', path, '--bodies', 3)
     assert result.code == 0, result.err
@@ -224,9 +197,9 @@ def test_bench_runs_the_real_steps(sources):
     words = runs.words(data=sources.folder, device='cpu', **sizes)
     result = runs.finish(runs.start('bench', 'run', *words))
     assert result.code == 0, result.err
-    dex, mae, last = result.out.splitlines()[-3:]
-    assert dex.startswith('DEX: ') and mae.startswith('MAE: ')
-    assert all(f'{phase} ' in dex for phase in ('data', 'forward', 'backward', 'optimizer', 'GEMA'))
+    *lines, last = result.out.splitlines()
+    names = {line.strip().split('  ')[0] for line in lines}
+    assert {'DEX', 'images/s', 'data', 'forward', 'backward', 'optimizer', 'GEMA'} <= names
     assert last.startswith('FLOP-normalised efficiency of DEX against MAE')
 
 def test_the_obvious_implementation_of_bench_has_our_losses():
@@ -257,12 +230,17 @@ def test_bench_compares_gates_and_measures_data_and_memory(tmp_path, monkeypatch
     bench.memory()
     out = capsys.readouterr().out
     assert 'image-wise gate' in out and 'token-wise gate' in out
-    assert 'cold: ' in out and 'warm: ' in out
+    assert all(f'{state}, {threads} threads: ' in out
+               for state in ('cold', 'warm') for threads in (1, 2, 4))
     assert 'MB an image' in out
 
 def test_bench_says_what_it_can_measure():
-    listed = [words[2] for words in commands.in_docstring(runs.program('bench').out)]
+    listed = [words[3] for words in commands.in_docstring(runs.program('bench').out)]
     assert {*commands.BENCHMARKS} <= {*listed}
+
+@pytest.mark.parametrize('words', [('runs',), ('step', 'fp16'), ('ranks',), ('data', 'x')], ids=str)
+def test_bench_names_what_it_cannot_measure(words):
+    runs.ends(runs.program('bench', *words), naming=words)
 
 def test_bench_prepare_compares_with_the_bare_readers(monkeypatch):
     """On a few small files."""

@@ -5,13 +5,10 @@ from dataclasses import asdict
 import pytest
 import torch
 
+import finetune
 import pretrain
 from model import MAE, Config
 from tests.support import files, runs
-
-ALIGN = runs.OPTION_NAMES.get('align', 'align')
-LOG_NAMES = {ours: theirs for theirs, ours in runs.LOG_NAMES.items()}
-VALIDATION = LOG_NAMES.get('val_l_self', 'val_l_self')
 
 def tables(text):
     """The rows of the markdown tables in a text, each as {column: cell}."""
@@ -30,7 +27,8 @@ def write_tuned(folder, score, **changes):
     """Write what report.py reads of a fine-tuned run, and return its folder."""
     run = dict(task='a', method='DEX-E', seed=0, steps=9, batch=4, lr=0.1, weight_decay=0, warmup=1)
     config = dict(size=32, depth=changes.pop('depth', 4))
-    run |= dict(config=config, scores=dict(dice=dict(mean=score))) | changes
+    options = vars(finetune.Options()) | changes.pop('options', {})
+    run |= dict(config=config, options=options, scores=dict(dice=dict(mean=score))) | changes
     files.write(folder / 'results.json', json.dumps(run))
     return folder
 
@@ -40,7 +38,7 @@ def write_pretrained(folder, *validations, steps=2, **changes):
     files.write(folder / 'config.json', json.dumps(dict(options=options, steps=steps)))
     lines = []
     for step, value in enumerate(validations):
-        line = dict(step=step) if value is None else {'step': step, VALIDATION: value}
+        line = dict(step=step) if value is None else dict(step=step, val_l_self=value)
         lines.append(json.dumps(line) + '\n')
     files.write(folder / 'log.jsonl', ''.join(lines))
     return folder
@@ -71,7 +69,12 @@ def test_a_classification_is_told_by_its_score_and_nothing_counts_as_zero(tmp_pa
     assert (row['score'], row['mean ± deviation']) == ('macro-F1', '0.000')
 
 @pytest.mark.parametrize('changes, column, values', [
-    (dict(lr=9), 'lr', ['0.1', '9']), (dict(depth=12), 'depth', ['12', '4'])])
+    (dict(lr=9), 'lr', ['0.1', '9']),
+    (dict(depth=12), 'depth', ['12', '4']),
+    (dict(options=dict(tune_blocks=0)), 'tune_blocks', ['-1', '0']),
+    (dict(options=dict(fraction=0.5)), 'fraction', ['0.5', '1.0']),
+    (dict(options=dict(pool='mean')), 'pool', ['cls', 'mean']),
+])
 def test_what_else_differs_has_rows_of_its_own_and_is_shown(tmp_path, changes, column, values):
     """What all runs share, and is not always shown, has no column."""
     write_tuned(tmp_path / '0', 0.8)
@@ -80,7 +83,22 @@ def test_what_else_differs_has_rows_of_its_own_and_is_shown(tmp_path, changes, c
     assert [row[column] for row in rows] == values
     assert {row['mean ± deviation'] for row in rows} == {'0.800', '0.900'}
     assert all('weight_decay' not in row for row in rows)
-    assert all(('depth' in row) == (column == 'depth') for row in rows)
+    for name in ('depth', 'tune_blocks', 'fraction', 'pool'):
+        assert all((name in row) == (column == name) for row in rows), name
+
+def test_what_lies_elsewhere_and_was_otherwise_looked_after_shares_a_row(tmp_path):
+    """As another folder, device or data; two that were resumed."""
+    write_tuned(tmp_path / '0', 0.8)
+    others = dict(out='out/b', device='cuda', bf16=False, resume=True, overwrite=True, seed=1)
+    write_tuned(tmp_path / '1', 0.9, seed=1, options=others | dict(data='elsewhere'))
+    row, = tables(runs.program('report', *tmp_path.iterdir()).out)
+    assert row['seeds'] == '2'
+
+def test_a_run_is_told_by_its_name_whatever_its_folder_is_called(tmp_path):
+    """Minus signs in it are no borders of anything."""
+    write_tuned(tmp_path / 'out' / 'my-run-0.4', 0.8, method='DEX-E-my-run')
+    row, = tables(runs.program('report', tmp_path / 'out' / 'my-run-0.4').out)
+    assert (row['method'], row['mean ± deviation']) == ('DEX-E-my-run', '0.800')
 
 def test_what_is_not_whole_is_named_and_what_is_no_run_is_passed_over(tmp_path):
     write_tuned(tmp_path / 'whole', 0.8)
@@ -99,13 +117,13 @@ def test_pretrainings_are_told_by_what_was_trained_and_their_last_validation_cou
     """Experts without the alignment loss have no director to speak of."""
     write_pretrained(tmp_path / 'dex0', 0.9, 0.5)
     write_pretrained(tmp_path / 'dex1', 0.8, 0.7, seed=1)
-    write_pretrained(tmp_path / 'experts', 0.9, 0.4, **{ALIGN: 0.0})
+    write_pretrained(tmp_path / 'experts', 0.9, 0.4, align=0.0)
     write_pretrained(tmp_path / 'mae', 0.9, 0.3, experts=0)
     rows = tables(runs.program('report', *tmp_path.iterdir()).out)
     found = {row['network']: (row['mean ± deviation'], row['seeds']) for row in rows}
     assert found == {'+ director': ('0.600 ± 0.141', '2'), '+ experts': ('0.400', '1'),
                      'masked autoencoder': ('0.300', '1')}
-    assert {row[ALIGN] for row in rows} == {'0.1', '0.0'}
+    assert {row['align'] for row in rows} == {'0.1', '0.0'}
     assert {(row['size'], row['steps']) for row in rows} == {('256', '2')}
 
 def test_pretrainings_of_other_networks_have_rows_of_their_own(tmp_path):
@@ -126,30 +144,58 @@ def test_a_pretraining_that_is_not_finished_is_named(tmp_path):
 
 # --- scaling ----------------------------------------------------------------------------------
 
-def scored(method, score, task='a', **options):
-    """The results of a run, as scaling.py reads them."""
-    options = dict(fraction=1.0, tune_blocks=-1) | options
-    return dict(task=task, method=method, options=options, config=dict(top_k=2, depth=4),
-                scores=dict(f1=dict(mean=score)))
+def scored(folder, score, init='out/0/dex/ckpt.pt', task='a', top_k=2, experts=8, **options):
+    """Write what scaling.py reads of a fine-tuned run."""
+    options = vars(finetune.Options()) | dict(init=init, task=task) | options
+    config = dict(top_k=top_k, depth=4, experts=experts, size=32)
+    run = dict(task=task, method='DEX', init=init, options=options, config=config,
+               scores=dict(f1=dict(mean=score)))
+    files.write(folder / 'results.json', json.dumps(run))
 
-def test_a_curve_takes_what_differs_in_one_option_alone():
-    """Over the share of the images, beside runs with all of them; mean and deviation over seeds."""
-    taken = [scored('DEX-E-dex', 0.5), scored('DEX-E-dex', 0.7), scored('DEX-E-scratch', 0.4),
-             scored('DEX-E-dex-fraction-0.4', 0.3, fraction=0.4)]
-    passed_over = [
-        scored('DEX-E-dex-pool-mean', 0.1), scored('DEX-D-dex', 0.1), scored('DEX-E-mae', 0.1),
-        scored('DEX-E-dex', 0.1, task='b'),
-        scored('DEX-E-dex-fraction-0.4-tune_blocks-1', 0.1, fraction=0.4, tune_blocks=1)]
-    found = runs.module('scaling').curves(taken + passed_over, 'fraction', 'a')
-    deviation = pytest.approx(0.2 / 2 ** 0.5)
-    assert found == dict(pretrained=[(0.4, 0.3, 0.0), (1.0, 0.6, deviation)],
-                         scratch=[(1.0, 0.4, 0.0)])
+def panel(folder, title):
+    """What scaling.py prints of one panel for the runs in a folder: {network: its points}."""
+    result = runs.program('scaling', *sorted(folder.iterdir()), cwd=folder)
+    assert result.code == 0, result.err
+    assert (folder / 'scaling.png').exists()
+    lines = [line.partition(f': {title}, ')[2] for line in result.out.splitlines()]
+    return dict(line.split(': ', 1) for line in lines if line)
 
-def test_a_curve_over_blocks_has_all_of_them_at_its_end():
+def test_a_curve_takes_what_differs_in_one_option_alone(tmp_path):
+    """Over the share of the images, beside runs with all of them; mean and deviation over seeds.
+    What differs in anything else is left out, as is another task."""
+    scored(tmp_path / '0', 0.5)
+    scored(tmp_path / '1', 0.7, seed=1)
+    scored(tmp_path / '2', 0.4, init='scratch')
+    scored(tmp_path / '3', 0.3, fraction=0.4)
+    scored(tmp_path / '4', 0.1, pool='mean')
+    scored(tmp_path / '5', 0.1, adapt='director', experts=0)
+    scored(tmp_path / '6', 0.1, task='b')
+    scored(tmp_path / '7', 0.1, fraction=0.4, tune_blocks=1)
+    scored(tmp_path / '8', 0.1, top_k=1)
+    assert panel(tmp_path, 'share of the training images') == {
+        'dex': '0.4: 0.300 ± 0.000, 1: 0.600 ± 0.141', 'scratch': '1: 0.400 ± 0.000'}
+
+def test_a_run_from_a_folder_with_a_minus_has_its_place_in_a_curve(tmp_path):
+    """All is read from results.json, nothing from names: one such run once disappeared."""
+    for number, fraction in enumerate((0.4, 1.0)):
+        scored(tmp_path / f'a-{number}', fraction / 2, 'out/my-run-2/ckpt.pt', fraction=fraction)
+    scored(tmp_path / 'b', 0.6, 'encoders/dino-v2.pt')
+    assert panel(tmp_path, 'share of the training images') == {
+        'my-run-2': '0.4: 0.200 ± 0.000, 1: 0.500 ± 0.000', 'dino-v2': '1: 0.600 ± 0.000'}
+
+def test_a_curve_over_blocks_has_all_of_them_at_its_end(tmp_path):
     """-1 blocks are the whole depth of four."""
-    taken = [scored('DEX-E-dex', 0.5), scored('DEX-E-dex-tune_blocks-0', 0.3, tune_blocks=0)]
-    found = runs.module('scaling').curves(taken, 'tune_blocks', 'a')
-    assert found == dict(pretrained=[(0, 0.3, 0.0), (4, 0.5, 0.0)])
+    scored(tmp_path / '0', 0.5)
+    scored(tmp_path / '1', 0.3, tune_blocks=0)
+    points = '0: 0.300 ± 0.000, 4: 0.500 ± 0.000'
+    assert panel(tmp_path, 'tuned blocks') == {'dex': points}
+
+def test_a_curve_over_experts_has_those_of_the_network(tmp_path):
+    """0 of them, by default, are as many as it was pretrained with."""
+    scored(tmp_path / '0', 0.5)
+    scored(tmp_path / '1', 0.3, top_k=1)
+    points = '1: 0.300 ± 0.000, 2: 0.500 ± 0.000'
+    assert panel(tmp_path, 'activated experts') == {'dex': points}
 
 # --- modularity -------------------------------------------------------------------------------
 
@@ -172,7 +218,7 @@ def test_one_network_does_not_take_the_place_of_another(tmp_path):
     c = Config(size=32, patch=8, width=16, depth=1, heads=2, experts=0,
                decoder_width=8, decoder_depth=1, decoder_heads=2)
     for name, seed in dict(a=0, b=1, c=0).items():
-        options = {'seed': seed, 'steps': 9, ALIGN: 0.1}
+        options = dict(seed=seed, steps=9, align=0.1)
         content = dict(model=MAE(c).state_dict(), config=asdict(c), options=options)
         torch.save(content, tmp_path / f'{name}.pt')
     a, b, c = (tmp_path / f'{name}.pt' for name in 'abc')

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tests.support import runs
+
 # One encoder for most tests: side is the patches in a row, so images have PATCH * SIDE pixels.
 WIDTH, DEPTH, HEADS, PATCH, SIDE = 128, 2, 2, 4, 5
 SIZE = PATCH * SIDE
@@ -21,14 +23,11 @@ NORMALIZATIONS = {      # mean and deviation of the colours by which images are 
 
 def convert(path, heads=0, normalization=''):
     """A published checkpoint in our names: (state dict, Config). The tests' only way to it."""
-    from model import read_checkpoint
-    state, config, _ = read_checkpoint(path, heads=heads, normalization=normalization)
-    return state, config
+    return runs.module('published').convert(path, heads, normalization)
 
 def convert_authors(state):
     """A state dict of the authors' DEX in our names: (state dict, Config)."""
-    from tests import authors_dex
-    return authors_dex.convert(state)
+    return runs.module('authors_dex').convert(state)
 
 def normalized(pixels, name='imagenet'):
     """Pixels (B, 3, S, S) in [0, 1], z-scored; ours are by ImageNet's numbers."""
@@ -183,6 +182,21 @@ def mae():
     state = vit()
     return Layout(state, dict(model=state | decoder(), optimizer={}, epoch=800), 'imagenet')
 
+def fixed_positions(width=WIDTH, side=SIDE):
+    """MAE's sines and cosines (1, 1 + side * side, width), with zeros for the class token."""
+    rates = 10000 ** (-torch.arange(width // 4) / (width / 4))
+    positions = [torch.zeros(width)]
+    for row in range(side):
+        for column in range(side):
+            x, y = column * rates, row * rates
+            positions.append(torch.cat([x.sin(), x.cos(), y.sin(), y.cos()]))
+    return torch.stack(positions)[None]
+
+def mae_encoder():
+    """MAE's without its decoder, of which only the positions tell what it is."""
+    state = vit() | dict(pos_embed=fixed_positions())
+    return Layout(state, dict(model=state), 'imagenet')
+
 def retfound():
     """MAE's, with the options of its training beside the weights."""
     state = vit()
@@ -197,6 +211,18 @@ def dinov2_in_training():
     state = vit(scale='ls{}.gamma')
     teacher = under('backbone.', state) | {'dino_head.last': random(3)}
     return Layout(state, dict(teacher=teacher), 'imagenet')
+
+def dino():
+    """With the student, whose weights are not taken."""
+    state = vit()
+    teacher = under('backbone.', state) | {'head.last_layer.weight': random(3)}
+    student = under('module.backbone.', vit())
+    return Layout(state, dict(student=student, teacher=teacher, epoch=100), 'imagenet')
+
+def deit():
+    """With the head of ImageNet's thousand classes."""
+    state = vit()
+    return Layout(state, dict(model=state | linear('head', 1000, WIDTH)), 'imagenet')
 
 def deit3():
     state = vit(scale='gamma_{}', class_position=False)
@@ -235,9 +261,12 @@ def float16():
 
 LAYOUTS = {
     'MAE': mae,
+    'MAE, encoder alone': mae_encoder,
     'RETFound': retfound,
     'DINOv2': dinov2,
     'DINOv2 in training': dinov2_in_training,
+    'DINO': dino,
+    'DeiT': deit,
     'DeiT III': deit3,
     'DeiT III in timm': deit3_in_timm,
     'CONCH': conch,

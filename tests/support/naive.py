@@ -10,6 +10,14 @@ from typing import NamedTuple
 import torch
 
 # ----------------------------------------------------------------------------------------
+# Images
+
+def denormalized(images):
+    """Normalized images (B, 3, S, S) in [0, 1] again; they are z-scored by ImageNet's numbers."""
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+    return images * std + mean
+
+# ----------------------------------------------------------------------------------------
 # Layers
 
 def gelu(x):
@@ -192,7 +200,7 @@ def training(folder, o, config, parts):
     for step in range(o.steps):
         images, noise = [], []
         for part in range(parts):
-            ids = shards.plan(o.seed, step, o.batch, part, parts, epoch_steps)
+            ids = shards.batch_ids(o.seed, step, o.batch, part, parts, epoch_steps)
             pretrain.seed_step(o.seed, step, part)
             images.append(data.augment(shards.gather(ids), o.size))
             noise.append(torch.rand(o.batch, (config.size // config.patch) ** 2))
@@ -200,7 +208,8 @@ def training(folder, o, config, parts):
         decisions = Decisions(*routing)
         align, balance = layer_losses(*decisions[:3])
         l_self = losses.mean()
-        loss = l_self + o.co * align + cosine(o.balance, 0, step / o.steps) * balance      # Eq. 8
+        weight = cosine(o.balance, 0, step / o.steps)
+        loss = l_self + o.align * align + weight * balance      # Eq. 8
         optimizer.zero_grad()
         loss.backward()
         norm = torch.stack([p.grad.norm() for p in trained.values()]).norm()

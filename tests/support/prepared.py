@@ -11,7 +11,7 @@ from tests.support import runs
 SIZE = 64   # side of what is stored where a test says nothing else, px
 
 def prepare(raw, out, *words):
-    """The Result of a preparation of RAW into OUT; `words` (--size, ...) win over those here."""
+    """The Result of a preparation of RAW into OUT; `words` win over those given here."""
     words = '--raw', raw, '--out', out, '--size', SIZE, '--workers', 1, *words
     return runs.program('prepare_medverse', *words)
 
@@ -86,12 +86,12 @@ def upright(volume, affine):
 
 def to_uint8(volume, modality):
     """A volume (n, H, W) in 8 bits, by the window of its modality."""
-    return np.stack([*runs.module('prepare_medverse').normalize(volume, modality)])
+    return np.stack([*runs.module('prepare_medverse').to_uint8(volume, modality)])
 
 def outcomes(path, modality, size=SIZE, min_side=8):
-    """What becomes of each image of a file: pixels (or None), picture, reason ('' where it is
-    kept) and detail."""
-    return [*runs.module('prepare_medverse').slices(path, modality, size, min_side)]
+    """What becomes of each image of a file: pixels (or None), picture, reason ('' where it is kept)
+    and detail."""
+    return [*runs.module('prepare_medverse').source_items(path, modality, size, min_side)]
 
 def kept(path, modality, size=SIZE):
     """The stored images of a file (S, S, c); the file holds no others."""

@@ -20,16 +20,14 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-LAB = ''        # package of the programs of tests/; '' while they lie in tests/ itself
 SCRIPTS = ('pretrain', 'finetune', 'prepare_medverse')
-PROGRAMS = ('phantoms', 'pictures', 'report', 'scaling', 'modularity', 'bench', 'bench_prepare')
-ENCODERS = ''   # package of what reads other people's encoders, likewise
-CONVERTERS = ('authors_dex',)
+PACKAGES = {    # where the programs lie
+    'tests.lab': ('phantoms', 'pictures', 'report', 'scaling', 'modularity', 'bench',
+                  'bench_prepare', 'predict'),
+    'tests.encoders': ('published', 'authors_dex'),
+    'tests.support': ('two_ranks',),
+}
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# What the product still calls otherwise; empty once it has these names.
-LOG_NAMES = {'mae': 'l_self', 'val_mae': 'val_l_self', 'co': 'align', 'bal': 'balance'}
-OPTION_NAMES = {'align': 'co'}
-IDENTITY = 'about'      # of a checkpoint: what a resumed run is compared by
 
 # --- Programs -------------------------------------------------------------------------------------
 
@@ -49,15 +47,10 @@ def module_name(name):
     """The module in which a script or program lies."""
     if name in SCRIPTS:
         return name
-    if name == 'two_ranks':
-        return 'tests.support.two_ranks'
-    assert name in (*PROGRAMS, *CONVERTERS), f'{name} is in no table of tests/support/runs.py'
-    package = LAB if name in PROGRAMS else ENCODERS
-    if package:
-        return f'{package}.{name}'
-    if str(ROOT / 'tests') not in sys.path:
-        sys.path.append(str(ROOT / 'tests'))
-    return name
+    for package, programs in PACKAGES.items():
+        if name in programs:
+            return f'{package}.{name}'
+    raise ValueError(f'{name} is in no table of tests/support/runs.py')
 
 def module(name):
     """The imported module of a script or program, as `program` runs it."""
@@ -124,9 +117,11 @@ def ends(result, naming=()):
 # --- Processes ------------------------------------------------------------------------------------
 
 NO_PICTURES = '''
+import finetune
 import pretrain
-assert pretrain.run_script, 'what starts the program of the pictures has another name'
-pretrain.run_script = lambda *words: print('no pictures')
+for found in (pretrain, finetune):
+    assert found.run_program, 'what starts the program of the pictures has another name'
+    found.run_program = lambda *words: print('no pictures')
 '''
 CALL = '''
 import importlib
@@ -138,20 +133,20 @@ def take_ctrl_c():
     """In a new process: Ctrl-C ends it, also where it is ignored here, as in the background."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-def start(name, *words, before='', ranks=0, **popen):
+def start(name, *words, before='', ranks=0, machines=('--standalone',), **popen):
     """Start a script as a process (group) of its own -> Popen, for `wait_for` and `finish`.
 
-    `before` is Python that runs in it first; `ranks` are processes under torchrun, 0 for none.
+    `before` is Python that runs in it first; `ranks` are processes under torchrun, 0 for none;
+    `machines` are torchrun's words that say with which machines, by default none.
     Its output goes to files, so that it never waits for a reader."""
     name = module_name(name)
     command = [sys.executable, '-m', name]
     if before or ranks:
         command = [sys.executable, '-c', before + CALL.format(name=name)]
     if ranks:
-        launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
+        launch = [sys.executable, '-m', 'torch.distributed.run', *machines]
         command = [*launch, f'--nproc_per_node={ranks}', '--no-python', *command]
-    path = os.pathsep.join([str(ROOT), *([] if LAB else [str(ROOT / 'tests')])])
-    ours = dict(OMP_NUM_THREADS='1', PYTHONPATH=path)
+    ours = dict(OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT))
     popen['env'] = {**os.environ, **ours, **popen.get('env', {})}
     out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
     usual = dict(stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
@@ -209,11 +204,13 @@ PRETRAINING = dict(model='tiny', depth=2, experts=4, size=32, patch=8, batch=4, 
 FINETUNING = dict(batch=4, epochs=3, lr=1e-3, device='cpu')
 
 def words(**options):
-    """Options as words of a command line; True is a bare flag."""
+    """Options as words of a command line; True is a bare flag, False the flag that denies it."""
     found = []
     for name, value in options.items():
-        name = OPTION_NAMES.get(name, name)
-        found.append(f'--{name}' if value is True else f'--{name}={value}')
+        if isinstance(value, bool):
+            found.append(f'--{name}' if value else f'--no-{name}')
+        else:
+            found.append(f'--{name}={value}')
     return found
 
 def pretrain_words(folder, /, out, **options):
@@ -254,27 +251,14 @@ def write_source(folder, modality, count, channels=1, size=32, shard=16):
     (folder / 'meta.json').write_text(json.dumps(meta | dict(normalization='none')))
     return images
 
-def build_pretraining(options):
-    """All that a training of these Options works with, as pretrain.train takes it."""
-    import pretrain
-    return pretrain.set_up(options, *pretrain.setup(options.device))
-
-def compile_blocks(model):
-    """What pretrain.py does to the blocks of its network under bfloat16."""
-    import pretrain
-    if hasattr(pretrain, 'compile_blocks'):
-        return pretrain.compile_blocks(model)
-    for block in (*model.blocks, *model.decoder_blocks):    # its lines, while they are no function
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
-
 def draw_pictures(out):
     """Start the program of the pictures as a training does when it ends; see with_pictures."""
     import pretrain
-    pretrain.run_script('pictures.py', out)
+    pretrain.run_program('pictures', out)
 
 # --- What a run left ------------------------------------------------------------------------------
 
-TIMES = ('images_per_second', 'mfu')
+TIMES = ('images_per_second',)
 
 def no_constant(name):
     raise AssertionError(f'{name} is no JSON')
@@ -284,7 +268,7 @@ def read_log(out, timed=False):
     entries = []
     for line in (Path(out) / 'log.jsonl').read_text().splitlines():
         entry = json.loads(line, parse_constant=no_constant)
-        entries.append({LOG_NAMES.get(name, name): value for name, value in entry.items()
+        entries.append({name: value for name, value in entry.items()
                         if timed or name not in TIMES})
     return entries
 

@@ -12,7 +12,7 @@ import torch
 import data
 import finetune
 from model import MAE, Config, ViT, read_checkpoint
-from tests.support import runs
+from tests.support import naive, runs
 from unetr import UNETR
 
 SIDE = 32                           # of the stored images, in pixels
@@ -74,7 +74,7 @@ def write_hues(folder):
 
 def hues(images):
     """The numbers of images of `write_hues` (B, 3, S, S), which no augmentation confuses."""
-    centre = data.denormalize(images)[:, :, SIDE // 2, SIDE // 2]
+    centre = naive.denormalized(images)[:, :, SIDE // 2, SIDE // 2]
     angles = torch.atan2(centre[:, 1] - centre[:, 2], centre[:, 0] - centre[:, 2])
     return (angles * HUES / (2 * torch.pi)).round().long() % HUES
 
@@ -117,6 +117,10 @@ def apply_by_hand(out, images, pool='cls'):
 # --- the encoder that fine-tuning starts from --------------------------------------------------
 
 def encoder(size=0, **options):
-    """The network that --init, --adapt and the others ask for, and how the run is called."""
-    vit, source = finetune.encoder(finetune.Options(**options), size)
-    return SimpleNamespace(vit=vit, config=vit.config, method=source['method'], init=source['init'])
+    """The network that --init, --adapt and the others ask for, at its own size or another, and how
+    the run is called."""
+    o = finetune.Options(**options)
+    path = finetune.init_path(o)
+    vit = finetune.build_encoder(path, o, size or read_checkpoint(path)[1].size)
+    method = finetune.method_name(vit, path)
+    return SimpleNamespace(vit=vit, config=vit.config, method=method, init=path)

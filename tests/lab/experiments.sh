@@ -1,54 +1,63 @@
 #!/bin/bash
-# The experiments of the README, on a laptop's CPU: what experts and director bring, and when.
+# The experiments, on a laptop's CPU: what experts and director bring, and when.
 #
-#     bash tests/experiments.sh REAL                 everything: some hours on two cores
-#     bash tests/experiments.sh REAL ablation        one part alone
-#     SEEDS=0 bash tests/experiments.sh REAL         one seed; other seeds at the same time in other shells
+#     bash tests/lab/experiments.sh REAL              everything: some hours on two cores
+#     bash tests/lab/experiments.sh REAL ablation     one part alone
+#     SEEDS=0 bash tests/lab/experiments.sh REAL      one seed; run others in other shells meanwhile
 #
-# REAL holds pretrain/<Modality>/<source> and tasks/{HC18,COVID-CXR-3class,EyeDisease-4class}, as they are downloaded.
-# What is finished is left as it is, so the script may be stopped at any moment and started again. Tables come from
+# REAL holds pretrain/<Modality>/<source> and tasks/{HC18,COVID-CXR-3class,EyeDisease-4class}, as
+# they are downloaded. What is finished is left as it is, so the script may be stopped at any moment
+# and started again. Its tables come from
 #
-#     python tests/report.py out/*/*                 losses and scores, mean and deviation over seeds
-#     python tests/scaling.py out/tune/*             scaling.png
+#     python -m tests.lab.report out/*/*              losses and scores, over seeds
+#     python -m tests.lab.scaling out/tune/*          scaling.png
 #
-# Pretraining's networks: `mae` is the plain masked autoencoder, `experts` has experts without the alignment loss, `dex`
-# all; `mae138` is the masked autoencoder with the computing of DEX, 1.38 times the steps. ph- are the same on phantoms,
-# and ph-mae-long and ph-dex-long go on for twice as long, ph-dex-2000 and ph-mae-2760 for five times as long.
+# Networks are pretrained under these names: `mae` is the plain masked autoencoder, `experts` has
+# experts without the alignment loss, `dex` has everything. `mae138` is the masked autoencoder with
+# the computing of DEX, 1.38 times the steps. Names with ph- are the same on phantoms; ph-mae-long
+# and ph-dex-long train twice as long, ph-dex-2000 and ph-mae-2760 five times as long.
 set -e
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 real=${1:?where are the real images? give the folder that holds pretrain and tasks}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 seeds=${SEEDS:-0 1 2}
 
-task() {        # name options...: prepare a labelled task; it lies in data/ only when it is whole
+# task NAME OPTIONS...: prepare a labelled task; it lies in data/ only when it is whole
+task() {
     [ -e data/$1 ] || python prepare_medverse.py --task "$@"
+}
+
+# phantom_task NAME OPTIONS...: the same for a simulated task
+phantom_task() {
+    [ -e data/$1 ] || python -m tests.lab.phantoms --size 64 --out data/$1 --task "$@"
 }
 
 prepare() {
     if [ ! -e data/phantoms-64/done ]; then
         python prepare_medverse.py --raw "$real/pretrain" --out data/real --size 128
-        python tests/phantoms.py --out data/phantoms-64 --size 64
+        python -m tests.lab.phantoms --out data/phantoms-64 --size 64
         touch data/phantoms-64/done
     fi
     task covid-cxr --raw "$real/tasks/COVID-CXR-3class" --size 128
     task eye-disease --raw "$real/tasks/EyeDisease-4class" --size 128 --patient '\d+_'
     task hc18 --raw "$real/tasks/HC18" --size 128 --images '(.*)\.png' --masks '(.*)_Annotation' \
         --classes background head --values 0 255 --outline
-    for name in phantom-organs phantom-vessels; do
-        [ -e data/$name ] || python tests/phantoms.py --task $name --out data/$name --size 64
-    done
-    [ -e data/phantom-lesion ] ||
-        python tests/phantoms.py --task phantom-lesion --out data/phantom-lesion --size 64 --count 1200
+    phantom_task phantom-organs
+    phantom_task phantom-vessels
+    phantom_task phantom-lesion --count 1200
 }
 
-train() {       # name seed steps options...: pretrain; where it is finished, this takes seconds
+# train NAME SEED STEPS OPTIONS...: pretrain a network; where it is finished, this takes seconds
+train() {
     local name=$1 seed=$2 steps=$3
     shift 3
     python pretrain.py --model tiny --depth 4 --batch 64 --lr 8e-3 --steps $steps --seed $seed \
         --out out/$seed/$name --resume "$@"
 }
 
-tune() {        # task network seed options...: fine-tune as --adapt says; else what is plain as the plain ViT it is
+# tune TASK NETWORK SEED OPTIONS...: fine-tune a network as --adapt says; without that word, a plain
+# network is tuned as the plain ViT that it is
+tune() {
     local task=$1 network=$2 seed=$3 from how
     shift 3
     from="--init out/$seed/$network/ckpt.pt"
@@ -66,11 +75,12 @@ tune() {        # task network seed options...: fine-tune as --adapt says; else 
         python finetune.py --task $task $from --batch 8 $how --seed $seed --out $out --resume "$@"
 }
 
-phantoms() {    # Table 6 on simulated images; a plain network has a plain ViT to tune, one with experts all of them
+# Table 6 on simulated images
+phantoms() {
     local options='--data data/phantoms-64 --size 64 --patch 8 --val_share 0.2'
     for seed in $seeds; do
         train ph-mae $seed 400 $options --experts 0
-        train ph-experts $seed 400 $options --co 0
+        train ph-experts $seed 400 $options --align 0
         train ph-dex $seed 400 $options
         train ph-mae138 $seed 552 $options --experts 0
         train ph-dex-long $seed 800 $options
@@ -83,11 +93,13 @@ phantoms() {    # Table 6 on simulated images; a plain network has a plain ViT t
                 tune $task $network $seed --tune_blocks 0
                 tune $task $network $seed --fraction 0.2
             done
-            # naevus or melanoma: a linear layer on what was pretrained; and all of a plain ViT on 30 images, drawn thrice
-            tune phantom-lesion $network $seed --tune_blocks 0 --batch 16 --lr 3e-3 --epochs 8 --warmup_epochs 1
+            # naevus or melanoma: a linear layer on what was pretrained, then all of a plain ViT on
+            # 30 images, which are drawn three times
+            tune phantom-lesion $network $seed --tune_blocks 0 --batch 16 --lr 3e-3 --epochs 8 \
+                --warmup_epochs 1
             for draw in $seed $((seed + 10)) $((seed + 20)); do
-                tune phantom-lesion $network $seed --adapt director --fraction 0.05 --batch 16 --lr 3e-4 --epochs 40 \
-                    --warmup_epochs 4 --seed $draw
+                tune phantom-lesion $network $seed --adapt director --fraction 0.05 --batch 16 \
+                    --lr 3e-4 --epochs 40 --warmup_epochs 4 --seed $draw
             done
         done
     done
@@ -98,12 +110,13 @@ pretrain() {
     for seed in $seeds; do
         train dex $seed 500 $options
         train mae $seed 500 $options --experts 0
-        train experts $seed 500 $options --co 0
+        train experts $seed 500 $options --align 0
         train mae138 $seed 690 $options --experts 0
     done
 }
 
-ablation() {    # Table 6
+# Table 6 on real images
+ablation() {
     for seed in $seeds; do
         for network in scratch mae experts dex mae138; do
             tune covid-cxr $network $seed
@@ -114,7 +127,8 @@ ablation() {    # Table 6
     done
 }
 
-adapt() {       # Table 4, and whether it is pretraining or the network that is tuned which makes the difference
+# Table 4, and what makes the difference: the pretraining, or the network that is tuned?
+adapt() {
     for seed in $seeds; do
         for task in covid-cxr eye-disease; do
             tune $task scratch $seed --adapt experts
@@ -125,7 +139,8 @@ adapt() {       # Table 4, and whether it is pretraining or the network that is 
     done
 }
 
-scaling() {     # Fig. 5
+# Fig. 5
+scaling() {
     for seed in $seeds; do
         for top_k in 1 4 8; do
             tune eye-disease dex $seed --top_k $top_k
@@ -140,8 +155,9 @@ scaling() {     # Fig. 5
     done
 }
 
-modularity() {  # of networks pretrained on phantoms
-    python tests/modularity.py out/*/ph-{mae,experts,dex}/ckpt.pt
+# of networks pretrained on phantoms
+modularity() {
+    python -m tests.lab.modularity out/*/ph-{mae,experts,dex}/ckpt.pt
 }
 
 prepare

@@ -1,0 +1,125 @@
+"""What `finetune.py --predict` does: masks or classes of new files, from a fine-tuned run.
+
+    python finetune.py --predict new/*.png scan.nii.gz --out out/fives
+
+Writes to the folder `predictions` of the run, below each file's full path: masks with the numbers
+of the classes, an overlay in colours beside each, and classes.csv with class probabilities.
+"""
+import csv
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from PIL import Image, ImageColor
+
+import finetune
+from model import ViT, read_checkpoint
+from prepare_medverse import cut, has_affine, read, resize, series, to_uint8
+from pretrain import join_processes
+from tests.encoders.own import own_encoder
+
+# The colours of the classes from 1 on.
+COLOURS = ('lime', 'red', 'dodgerblue', 'gold', 'magenta', 'cyan', 'orange', 'purple', 'green',
+           'pink', 'sienna', 'teal')
+
+def overlay(image, mask):
+    """uint8 (height, width[, 3]) with the classes of mask (height, width) painted over it.
+    0 and 255 are clear. Returns uint8 (height, width, 3)."""
+    palette = np.array([ImageColor.getrgb(name) for name in COLOURS])
+    colours = palette[(mask.astype(int) - 1) % len(palette)]
+    image = image.reshape(*mask.shape, -1)
+    shown = (mask > 0) & (mask < 255)
+    return np.where(shown[..., None], image * 0.45 + colours * 0.55, image).astype(np.uint8)
+
+def load_run(out, device):
+    """The best network of a fine-tuned run, its task's meta.json, its Config and its file."""
+    best = Path(out, 'best.pt')
+    if not best.exists():
+        raise SystemExit(f'{best}: is not there; give --out the folder of a fine-tuned (not a '
+                         f'pretrained) run')
+    state, config, checkpoint = read_checkpoint(best, 'head.weight')
+    path = checkpoint['init']
+    if path.endswith('.py'):
+        if finetune.file_hash(path) != checkpoint['sha256']:
+            raise SystemExit(f'{path}: is not what {best} was fine-tuned with')
+        vit = own_encoder(path, config.size)
+    else:
+        vit = ViT(config)
+    net = finetune.add_head(vit, checkpoint['meta'], checkpoint['pool']).to(device)
+    net.load_state_dict(state)
+    return net, checkpoint['meta'], config, checkpoint
+
+def predict_image(net, image, size, device):
+    """Mask (height, width) or chances (classes,) of uint8 (height, width[, 3])."""
+    pixels = resize(image, size).transpose(2, 0, 1).copy()  # torch takes no flip
+    images = torch.from_numpy(pixels).expand(1, 3, -1, -1).to(device)
+    logits = finetune.infer(net, images, image.shape[:2])[0]
+    answer = logits.argmax(0).byte() if logits.dim() == 3 else logits.softmax(0)
+    return answer.cpu().numpy()
+
+def write_masks(target, path, images, masks):
+    """Write the masks of a file, and beside them an overlay of the one with the most foreground.
+    One mask of a picture becomes a PNG, everything else NIfTI. Pages of a picture become voxels
+    (x, y, page), x to the left and y to the back, as other programs take them."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    foreground = [np.count_nonzero(mask) for mask in masks]
+    shown = np.argmax(foreground) if any(foreground) else len(masks) // 2
+    Image.fromarray(overlay(images[shown], masks[shown])).save(f'{target}-overlay.png')
+    is_scan = path.name.lower().endswith('.hdr') or has_affine(path)
+    if len(masks) == 1 and not is_scan:
+        Image.fromarray(masks[0]).save(f'{target}-mask.png')
+        return
+    pages = np.stack(masks).T
+    scan = nib.load(path) if is_scan else nib.Nifti1Image(pages, np.diag([-1, -1, 1, 1]))
+    volume = np.zeros(scan.shape, np.uint8)
+    slices = cut(volume, scan.affine)      # a view, in the order of reading
+    slices[:] = np.reshape(masks, slices.shape)
+    mask = nib.Nifti1Image(volume, scan.affine, scan.header, dtype=np.uint8)
+    nib.save(mask, f'{target}-mask.nii.gz')
+
+def predict_file(name, net, meta, device, target):
+    """Predict the images of a file or DICOM folder. Writes masks, or returns rows of classes.csv.
+    Masks lie below the file's full path, so that none takes another's place."""
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        is_folder = os.path.isdir(name)     # of DICOM, converted to NIfTI files
+        paths = series(Path(name), Path(scratch)) if is_folder else [Path(name)]
+        for path in paths:
+            label = os.path.join(name, path.name) if is_folder else name
+            images = [image for volume in read(path)
+                      for image in to_uint8(volume, meta['modality'])]
+            answers = [predict_image(net, image, meta['size'], device) for image in images]
+            if meta['kind'] == 'segmentation':
+                write_masks(target / os.path.abspath(label)[1:], path, images, answers)
+                continue
+            for number, chances in enumerate(answers):
+                best = meta['classes'][chances.argmax()]
+                rows.append((label, number, best, *chances.tolist()))
+    return rows
+
+@torch.no_grad()
+def predict(o):
+    """Apply the run in --out to the files of --predict. A file that fails is named; the others get
+    theirs."""
+    *_, device = join_processes(o.device)
+    if not o.out:
+        raise SystemExit('--predict needs --out, the folder of a fine-tuned run')
+    net, meta, _, _ = load_run(o.out, device)
+    target = Path(o.out, 'predictions')
+    target.mkdir(exist_ok=True)
+    rows, failed = [], 0
+    for name in o.predict:
+        try:
+            rows += predict_file(name, net, meta, device, target)
+        except (Exception, SystemExit) as error:        # decoders fail in every way; disks run full
+            print(f'{name}: gets no prediction ({type(error).__name__}: {error})', file=sys.stderr)
+            failed += 1
+    if rows:        # names of files need not be UTF-8
+        with open(target / 'classes.csv', 'w', newline='', errors='surrogateescape') as table:
+            csv.writer(table).writerows([('file', 'image', 'class', *meta['classes']), *rows])
+    print(f'{target}: predictions of {len(o.predict) - failed} of {len(o.predict)} files')
+    sys.exit(failed > 0)

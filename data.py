@@ -28,8 +28,8 @@ def read_source(folder):
         for path in sorted(folder.glob('*.npy')):
             array = np.load(path, mmap_mode='r')
             shards.append((path, array.offset, array.shape))
-            in_order = array.ndim == 4 and array.flags.c_contiguous
-            count += len(array) * (array.dtype == np.uint8 and in_order)
+            if array.dtype == np.uint8 and array.ndim == 4 and array.flags.c_contiguous:
+                count += len(array)
         if count != meta['count']:
             raise ValueError(f'{count} images uint8 (n, S, S, c) of {meta["count"]}')
     except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
@@ -42,7 +42,8 @@ class Shards:
     images. `train` and `val` are the indices of the two parts. Image i shows the modality
     modalities[image_modality[i]]."""
     def __init__(self, folder, val_share=0.05, val_most=200):
-        self.shards, modalities, train, val, start = [], [], [], [], 0
+        self.shards, modalities = [], []
+        train, val, start = [], [], 0
         for source in sorted(path.parent for path in Path(folder).glob('*/meta.json')):
             if source.suffix == '.part':        # its preparation has not finished
                 continue
@@ -53,8 +54,8 @@ class Shards:
                 raise SystemExit(f'{source}: its images have another size than those before: '
                                  f'{sorted(sides)}; prepare all sources with one --size')
             end = start + count
-            held_out = min(max(int(count * val_share), 1), val_most)
-            split = max(end - held_out, min(start + 1, end))    # one image at least is trained on
+            held_out = min(max(int(count * val_share), 1), val_most, max(count - 1, 0))
+            split = end - held_out      # a source's only image is trained on
             train.append(np.arange(start, split))
             val.append(np.arange(split, end))
             modalities += [modality] * count
@@ -88,19 +89,19 @@ class Shards:
         return images.permute(0, 3, 1, 2)
 
     def batch_ids(self, seed, number, batch, rank, world, epoch_micros):
-        """Sorted indices of one rank's micro-batch `number`, from the arguments alone."""
+        """Indices (sorted, to read in order) of a rank's micro-batch, of epoch_micros an epoch."""
         epoch, slot = divmod(number, epoch_micros)
         start = (slot * world + rank) * batch
         return np.sort(self.permutation(seed, epoch)[start:start + batch])
 
-    @functools.lru_cache(2)
+    @functools.lru_cache(2)     # threads begin the next epoch before this one ends
     def permutation(self, seed, epoch):
         """The indices of the training images in the order of an epoch."""
         return np.random.default_rng((seed, epoch)).permutation(self.train)
 
 class Task:
     """A labelled task that prepare_medverse.py --task wrote: images and answers in three splits.
-    Answers are masks if it `segments`, else labels."""
+    Answers are masks if it `segments`, else labels; 255 is no answer."""
     def __init__(self, folder):
         if not (folder / 'meta.json').exists():
             raise SystemExit(f'{folder}: is not there; python prepare_medverse.py --task makes it')
@@ -108,11 +109,11 @@ class Task:
             self.meta = json.loads((folder / 'meta.json').read_text())
             self.classes = self.meta['classes']
             self.segments = self.meta['kind'] == 'segmentation'
-            kind = 'masks' if self.segments else 'labels'
+            file = 'masks.npy' if self.segments else 'labels.npy'
             self.images, self.answers = {}, {}
             for split in ('train', 'val', 'test'):
                 images = np.load(folder / split / 'images.npy', mmap_mode='r')
-                answers = np.load(folder / split / f'{kind}.npy', mmap_mode='r')
+                answers = np.load(folder / split / file, mmap_mode='r')
                 highest = max((each[each != 255].max(initial=0) for each in answers), default=0)
                 if len(images) != len(answers) or highest >= len(self.classes):
                     raise ValueError(f'{split}: images, answers and classes do not agree')
@@ -128,14 +129,14 @@ class Task:
         answers = torch.from_numpy(self.answers[split][ids].astype(np.int64))
         return images.expand(-1, 3, -1, -1), answers
 
-def prefetch(load, numbers, threads=2, ahead=4):
-    """Yield load(number) for each number in order, while threads prepare the next `ahead`."""
-    pool, numbers = ThreadPoolExecutor(threads), iter(numbers)
+def prefetch(load, items, threads=2, ahead=4):
+    """Yield load(item) for each item in order, while threads prepare the next `ahead`."""
+    pool, items = ThreadPoolExecutor(threads), iter(items)
     try:
-        queue = [pool.submit(load, number) for number in islice(numbers, 1 + ahead)]
+        queue = [pool.submit(load, item) for item in islice(items, 1 + ahead)]
         while queue:
             yield queue.pop(0).result()
-            queue += [pool.submit(load, number) for number in islice(numbers, 1)]
+            queue += [pool.submit(load, item) for item in islice(items, 1)]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -150,8 +151,8 @@ def batches(shards, seed, numbers, batch, rank, world, epoch_micros, device):
 
 # --- augmentation ---------------------------------------------------------------------------------
 def crop_matrices(u, w, h):
-    """Flip, rotation and crop as matrices (n, 2, 3) from output to input coordinates in [-1, 1].
-    u (4, n): draws in [0, 1] for place (two), angle and flip. w, h (n,): sides, as shares."""
+    """Matrices (n, 2, 3): input = flip(rotate(centre + sides * output)), coordinates in [-1, 1].
+    u (4, n): draws in [0, 1] for the centre (two), angle and flip. w, h (n,): sides, as shares."""
     x, y = (2 * u[0] - 1) * (1 - w), (2 * u[1] - 1) * (1 - h)       # the crop's centre
     angle = (2 * u[2] - 1) * math.radians(15)
     flip = torch.where(u[3] < 0.5, -1.0, 1.0)
@@ -162,8 +163,8 @@ def crop_matrices(u, w, h):
 
 def draw_crops(count, zoom, device):
     """Matrices (count, 2, 3) of random horizontal flips, rotations up to 15 degrees and crops.
-    zoom: side of the output / side of the stored image. The area of a crop is uniform in
-    [max(0.2, zoom^2 / 2), 1], so that no crop is enlarged by more than sqrt(2)."""
+    zoom: side of the output / side of the stored image. The area of a crop is drawn from
+    [max(0.2, zoom^2 / 2), 1], so that it is enlarged to about twice its size at most."""
     u = torch.rand(6, count, device=device)
     smallest = min(max(0.2, 0.5 * zoom ** 2), 1)
     area = smallest + (1 - smallest) * u[4]
@@ -179,7 +180,7 @@ def sample(images, size, theta):
     grid = F.affine_grid(theta, (len(images), 3, size, size), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
-@functools.cache        # made once for a device: making them anew would have the host wait for it
+@functools.cache        # copying them to the device makes the host wait, so once for a device
 def mean_and_std(device):
     """ImageNet's mean and deviation as a tensor (2, 3, 1, 1)."""
     return torch.tensor((MEAN, STD), device=device)[..., None, None]
@@ -212,7 +213,7 @@ def augment_labelled(images, answers, size, flips=True):
     (B, 3, size, size), and masks seen alike (255 outside of the image) or the same labels."""
     u = torch.rand(7, len(images), device=images.device)
     if not flips:
-        u[3] = 1
+        u[3] = 1        # crop_matrices flips where it is below 0.5
     side = 1 - 0.2 * u[4]
     theta = crop_matrices(u[:4], side, side)
     contrast, brightness = 0.8 + 0.4 * u[5:, :, None, None, None]       # each (B, 1, 1, 1)

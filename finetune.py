@@ -6,7 +6,7 @@
 
 A task is a folder data/<task> that prepare_medverse.py --task wrote. Segmentation is a UNETR on the
 encoder, classification a linear layer. Writes to --out: results.json, log.jsonl, best.pt, ckpt.pt
-and, of a segmentation, cases.png. Ctrl-C and SIGTERM save first; --resume goes on from there.
+and, for segmentation, cases.png. Ctrl-C and SIGTERM save first; --resume goes on from there.
 Letters as in model.py. In masks 0 is the background, and 255 is left out of loss and scores.
 """
 import hashlib
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data
 from model import ViT, load_weights, named_config, read_checkpoint
-from pretrain import computes_bf16, end_if_diverged, join_processes, learning_rate, make_optimizer
+from pretrain import computes_bf16, end_if_diverged, set_up_process, learning_rate, make_optimizer
 from pretrain import open_run, parse_options, resume, run_program, save, seed_step, step_if_finite
 from pretrain import stop_signals, write_line
 from tests.encoders.own import own_encoder
@@ -105,7 +105,7 @@ def build_encoder(path, o, size):
     state, config = None, named_config(o.model, o.depth)
     if path != 'scratch':
         state, config, _ = read_checkpoint(path)
-    experts = 0 if o.adapt == 'director' else config.experts or 8
+    experts = 0 if o.adapt == 'director' else (config.experts or 8)     # 8 copies of a plain MLP
     vit = ViT(replace(config, size=size, patch=o.patch or config.patch, experts=experts,
                       top_k=o.top_k or config.top_k))
     if state:
@@ -113,7 +113,7 @@ def build_encoder(path, o, size):
     return vit
 
 def method_name(vit, path):
-    """Name of a run: DEX-E or DEX-D, which has no experts, and what it starts from."""
+    """DEX-E with experts, DEX-D without, and what it starts from, as in DEX-E-demo."""
     file = Path(path).absolute()
     start = file.parent.name if file.name == 'ckpt.pt' else file.stem
     return f'DEX-{"E" if vit.config.experts else "D"}-{start}'
@@ -132,15 +132,15 @@ def segmentation_loss(logits, masks):
     chance = logits.softmax(1) * valid                              # (B, classes, S, S)
     truth = F.one_hot(masks * valid[:, 0], logits.shape[1]).movedim(3, 1) * valid
     both = (chance * truth).sum((0, 2, 3))
-    either = (chance + truth).sum((0, 2, 3))
-    dice = (2 * both + 1) / (either + 1)
+    sizes = (chance + truth).sum((0, 2, 3))
+    dice = (2 * both + 1) / (sizes + 1)
     return ce + 1 - dice[1:].mean()
 
 def confusions(predicted, truth, classes):
     """Confusion matrix of each image, (B, classes, classes) as [truth, prediction].
     predicted, truth: masks (B, S, S) or labels (B,). Where truth is 255, nothing is counted."""
-    image = torch.arange(len(truth), device=truth.device)
-    image = image.view(-1, *[1] * (truth.dim() - 1))
+    predicted, truth = predicted.reshape(len(truth), -1), truth.reshape(len(truth), -1)
+    image = torch.arange(len(truth), device=truth.device)[:, None]
     cells = (image * classes + truth) * classes + predicted
     counts = torch.bincount(cells[truth != 255], minlength=len(truth) * classes ** 2)
     return counts.view(-1, classes, classes)
@@ -170,7 +170,7 @@ def class_scores(confusion):
                 confusion=confusion.tolist())
 
 def headline(scores):
-    """The number that chooses the best epoch: mean Dice or macro-F1."""
+    """The number that chooses the best epoch: mean Dice or macro-F1; 0 if no class has a score."""
     return scores['dice' if 'dice' in scores else 'f1']['mean'] or 0.0
 
 def infer(net, images, shape):
@@ -187,8 +187,8 @@ def evaluate(net, task, split, batch, device, autocast):
         with autocast:
             logits = infer(net, images.to(device), truth.shape[1:])
         tables.append(confusions(logits.argmax(1), truth.to(device), len(task.classes)))
-    table = torch.cat(tables).cpu().numpy()
-    return dice_scores(table) if task.segments else class_scores(table), table
+    confusion = torch.cat(tables).cpu().numpy()
+    return dice_scores(confusion) if task.segments else class_scores(confusion), confusion
 
 # --- training -------------------------------------------------------------------------------------
 def fingerprint(task, folder):
@@ -197,9 +197,15 @@ def fingerprint(task, folder):
     content += [path.read_bytes() for path in sorted(folder.glob('*.json'))]
     return hashlib.sha256(b''.join(content)).hexdigest()
 
+def freeze(vit, blocks):
+    """Leave only the last `blocks` blocks of a ViT to be trained."""
+    frozen = vit.blocks[:max(0, len(vit.blocks) - blocks)]
+    for part in (vit.cls_token, vit.patch_embed, vit.norm, *frozen):
+        part.requires_grad_(False)
+
 def build_run(o):
     """All that a fine-tuning works with, new or as --out's checkpoint has it."""
-    *_, device = join_processes(o.device)
+    *_, device = set_up_process(o.device)
     folder = Path(o.data, o.task)
     if o.task.startswith('phantom-') and not folder.exists():
         run_program('phantoms', '--out', folder, '--task', o.task, '--size', 64)
@@ -209,20 +215,18 @@ def build_run(o):
     vit = build_encoder(path, o, o.size or task.meta['size'])
     net = add_head(vit, task.meta, o.pool).to(device)
     if o.tune_blocks >= 0:
-        frozen = vit.blocks[:max(0, len(vit.blocks) - o.tune_blocks)]
-        for part in (vit.cls_token, vit.patch_embed, vit.norm, *frozen):
-            part.requires_grad_(False)
+        freeze(vit, o.tune_blocks)
     optimizer = make_optimizer(net, o.lr, o.weight_decay)
 
-    images = np.random.default_rng(o.seed).permutation(len(task.answers['train']))
-    images = images[:max(1, round(o.fraction * len(images)))]
-    epoch_steps = math.ceil(len(images) / o.batch)
+    ids = np.random.default_rng(o.seed).permutation(len(task.answers['train']))
+    ids = ids[:max(1, round(o.fraction * len(ids)))]
+    epoch_steps = math.ceil(len(ids) / o.batch)
     steps = o.steps or o.epochs * epoch_steps
     warmup = max(1, min(round(o.warmup_epochs * epoch_steps), steps // 2))
     source = dict(method=method_name(vit, path), init=path, sha256=file_hash(path))
     counts = {split: len(answers) for split, answers in task.answers.items()}
     identity = dict(
-        task=o.task, classes=task.classes, counts=dict(counts, train=len(images)),
+        task=o.task, classes=task.classes, counts=dict(counts, train=len(ids)),
         split=fingerprint(task, folder), **source, seed=o.seed, steps=steps, batch=o.batch,
         lr=o.lr, weight_decay=o.weight_decay, warmup=warmup, top_k=vit.config.top_k, pool=o.pool,
         config=asdict(vit.config),
@@ -237,24 +241,23 @@ def build_run(o):
         sys.exit()
     log = open_run(out, o, progress['step'], identity)
     if not progress['step']:
-        for product in ('ckpt.pt', 'best.pt', 'results.json'):
-            (out / product).unlink(missing_ok=True)
-    print(f'{out} on {device.type}:', *(f'{key} {identity[key]}' for key in identity),
+        for name in ('ckpt.pt', 'best.pt', 'results.json'):
+            (out / name).unlink(missing_ok=True)
+    print(f'{out} on {device.type}:', *(f'{key} {value}' for key, value in identity.items()),
           f'pictures at any time: python -m tests.lab.pictures {out}', sep='\n  ')
     bf16 = o.bf16 and computes_bf16(device)
     return SimpleNamespace(
         o=o, out=out, device=device, task=task, net=net, optimizer=optimizer, log=log,
-        images=images, epoch_steps=epoch_steps, steps=steps, warmup=warmup, identity=identity,
+        ids=ids, epoch_steps=epoch_steps, steps=steps, warmup=warmup, identity=identity,
         autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16), signals=stop_signals(),
-        product=dict(model=net.state_dict(), config=asdict(vit.config), meta=task.meta,
-                     pool=o.pool, **source),
+        header=dict(config=asdict(vit.config), meta=task.meta, pool=o.pool, **source),
         start=progress['step'], best=progress['best'], skipped=progress['skipped'])
 
-def batches(run):
+def batches_left(run):
     """Yield images and answers of the steps that are left, on the device."""
     def load(step):
         epoch, slot = divmod(step, run.epoch_steps)
-        order = np.random.default_rng((run.o.seed, epoch)).permutation(run.images)
+        order = np.random.default_rng((run.o.seed, epoch)).permutation(run.ids)
         return run.task.gather('train', np.array_split(order, run.epoch_steps)[slot])
 
     for images, answers in data.prefetch(load, range(run.start, run.steps)):
@@ -264,11 +267,11 @@ def train(run):
     """Make the steps that are left; after each epoch validate, and keep the best network."""
     o, net, task = run.o, run.net, run.task
     trained = [p for p in net.parameters() if p.requires_grad]
-    flips = not task.segments or len(task.classes) == 2     # a left organ would become a right one
+    flips = not task.meta.get('sided', task.segments and len(task.classes) > 2)  # left stays left
     loss_of = segmentation_loss if task.segments else F.cross_entropy
     in_a_row, saved_at = 0, time.perf_counter()
     bar = tqdm(range(run.start, run.steps), initial=run.start, total=run.steps, unit='step')
-    for step, (images, answers) in zip(bar, batches(run)):
+    for step, (images, answers) in zip(bar, batches_left(run)):
         seed_step(o.seed, step, 0)
         images, answers = data.augment_labelled(images, answers, net.vit.config.size, flips)
         with run.autocast:
@@ -287,23 +290,23 @@ def train(run):
             bar.set_postfix_str(f'loss {loss.item():.3f}{shown}')
         if run.signals or done == run.steps or time.perf_counter() - saved_at > 60:
             save(run.out / 'ckpt.pt', dict(
-                run.product, identity=run.identity, optimizer=run.optimizer.state_dict(),
-                step=done, best=run.best, skipped=run.skipped))
+                run.header, model=net.state_dict(), optimizer=run.optimizer.state_dict(),
+                identity=run.identity, step=done, best=run.best, skipped=run.skipped))
             saved_at = time.perf_counter()
         if run.signals:
             print(f'\n{run.out}: saved after {done} of {run.steps} steps; go on with --resume')
             sys.exit(128 + run.signals[0])
 
 def validate(run, step, loss):
-    """Score the validation images, log it, and keep the network if it is the best so far."""
-    score = None        # without validation images; then each network is the best so far
+    """Score the validation images, log the score, and keep the network if it is the best."""
+    score = None        # Without validation images every network counts as the best.
     if len(run.task.answers['val']):
         scores, _ = evaluate(run.net, run.task, 'val', run.o.batch, run.device, run.autocast)
         score = headline(scores)
     write_line(run.log, dict(step=step, loss=loss, val=score, skipped=run.skipped))
     if score is None or score > run.best:
         run.best = score
-        save(run.out / 'best.pt', run.product)
+        save(run.out / 'best.pt', dict(run.header, model=run.net.state_dict()))
     return score
 
 def score_test(run):
@@ -333,7 +336,7 @@ def main():
             run_program('pictures', run.out)
     except OSError as error:
         raise SystemExit(f'{error}; what was saved before is whole')
-    except KeyboardInterrupt:       # before the first step, or in what is quickly done again
+    except KeyboardInterrupt:       # before the first step or after the last: nothing to save
         sys.exit(130)
 
 if __name__ == '__main__':

@@ -25,7 +25,7 @@ SIZES = {   # base, large and huge have the decoder of Config's defaults, as in 
 
 @dataclass
 class Config:
-    """Architecture of a network; the defaults are the paper's DEX-B at 256 pixels."""
+    """Architecture of a network; the defaults are those of DEX-B at 256 pixels."""
     size: int = 256             # S
     patch: int = 16             # P
     width: int = 768            # C
@@ -93,7 +93,7 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(linear.bias.detach().repeat(R, 1))
 
     def forward(self, x, expert):
-        """x (M, N, in), sorted by `expert` (M,), the layer that each row takes -> (M, N, out)."""
+        """x (rows, N, in), sorted by `expert` (rows,), each row's layer -> (rows, N, out)."""
         if torch.is_autocast_enabled(x.device.type):
             # Autocast does not cover grouped_mm, so cast by hand.
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -101,8 +101,8 @@ class StackedLinear(nn.Module):
         group_ends = torch.searchsorted(expert, numbers, right=True) * x.shape[1]       # (R,) rows
         # One kernel in bfloat16 on an H100 or newer; the host need not wait for the groups' sizes.
         y = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=group_ends.int())
-        # The gradient of index_select is summed in one order every time, unlike that of
-        # self.bias[expert], and in float32, since the cast comes last.
+        # On a CPU, index_select's gradient is summed in one order every time, unlike that of
+        # self.bias[expert]; and in float32, since the cast comes last.
         bias = self.bias.index_select(0, expert)[:, None]
         return y.unflatten(0, x.shape[:2]) + bias.to(x.dtype)
 
@@ -114,7 +114,7 @@ class Experts(nn.Module):
         self.fc2 = StackedLinear(mlp.fc2, R)
 
     def forward(self, x, expert):
-        """x (M, N, C), sorted by `expert` (M,), the MLP that each row takes -> (M, N, C)."""
+        """x (rows, N, C), sorted by `expert` (rows,), each row's MLP -> (rows, N, C)."""
         return self.fc2(F.gelu(self.fc1(x, expert)), expert)
 
 class Routing(NamedTuple):
@@ -153,7 +153,7 @@ class DEX(nn.Module):
             # omega of Eq. 5. It is 1 if K = 1, and then the task teaches the gate nothing.
             mixing = top_scores / top_scores.sum(-1, keepdim=True)
 
-        # (M * K,) pairs of a unit and an expert, sorted by expert.
+        # The M * K pairs of a unit and an expert, by expert; pair p belongs to unit p // K.
         expert, pair = top_experts.flatten().sort(stable=True)
         unit = pair // self.top_k
         y = self.experts(units.index_select(0, unit), expert)
@@ -170,7 +170,7 @@ class DEX(nn.Module):
 
     @torch.no_grad()
     def gema(self, batch_usage, momentum, finite):
-        """Move the director (group exponential moving average), once after the optimizer's step.
+        """Move the director (Eq. 7) and the usage (Eq. 20), once after the optimizer's step.
         batch_usage (R,) is the mean weight of each expert in the global batch: Omega of Eq. 6, the
         same quantity as c-hat of Eq. 19. Where `finite` (bool tensor) is False, nothing changes."""
         batch_usage = torch.where(finite, batch_usage, self.usage)      # 0 * NaN would still be NaN
@@ -237,9 +237,9 @@ class ViT(nn.Module):
             x, routing = block(x, sigma)
             outputs.append(x)
             routings.append(routing)
-        if routing is not None:
-            routing = Routing(*map(torch.stack, zip(*routings)))
-        return self.norm(x), routing, outputs
+        if None in routings:
+            return self.norm(x), None, outputs
+        return self.norm(x), Routing(*map(torch.stack, zip(*routings))), outputs
 
 class MAE(ViT):
     """Masked autoencoder on a ViT: L_self of Eq. 8."""
@@ -274,10 +274,10 @@ class MAE(ViT):
         mask_noise (B, N - 1): the patches with the lowest values stay visible; None draws it.
         Returns L_self (B,), the mean squared error of each image's hidden patches; the Routing or
         None; the prediction (B, N - 1, P * P * 3); the mask (B, N - 1), 1 where hidden."""
-        patches = self.pos_embed.shape[1] - 1
+        count = self.pos_embed.shape[1] - 1
         if mask_noise is None:
-            mask_noise = torch.rand(len(images), patches, device=images.device)
-        visible = mask_noise.argsort(1)[:, :int(patches * (1 - self.config.mask_ratio))]
+            mask_noise = torch.rand(len(images), count, device=images.device)
+        visible = mask_noise.argsort(1)[:, :int(count * (1 - self.config.mask_ratio))]
         mask = torch.ones_like(mask_noise).scatter(1, visible, 0)
         x, routing, _ = super().forward(images, sigma, visible)
 
@@ -294,16 +294,16 @@ class MAE(ViT):
 def layer_losses(align, scores, load):
     """The layer sums of Eq. 8: (sum of alpha^l L_co^l) / L and (sum of L_bal^l) / L.
     align (L,): alignment loss of each layer. scores (L, R): mean scores of the images at hand.
-    load (L, R): share of the global batch's images that activate each expert."""
+    load (L, R): share of all ranks' images that activate each expert."""
     L, R = scores.shape
     alpha = 1 / torch.arange(L, 0, -1, device=align.device)     # alpha^l = 1 / (L - (l - 1))
     balance = R * (scores * load).sum(1)                        # Eq. 18, (L,)
     return (alpha * align).sum() / L, balance.sum() / L
 
 # --- checkpoints ----------------------------------------------------------------------------------
-def read_checkpoint(path, token='cls_token'):
+def read_checkpoint(path, needed='cls_token'):
     """A checkpoint of pretrain.py or finetune.py: (state dict, Config, the whole file).
-    The state dict must hold the parameter `token`; it tells pretrained from fine-tuned networks."""
+    The state dict must hold the parameter `needed`, which tells pretrained from fine-tuned."""
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         state, config = checkpoint['model'], Config(**checkpoint['config'])
@@ -312,8 +312,8 @@ def read_checkpoint(path, token='cls_token'):
     except Exception as error:  # torch raises a dozen types for a damaged zip or a pickle with code
         raise SystemExit(f'{path}: damaged, or not written by nanoDEX ({error!r:.60}); convert a '
                          f'published encoder by python -m tests.encoders.published {path} OURS.pt')
-    if token not in state:
-        raise SystemExit(f'{path}: has no {token}; it is of the other script, or of another task')
+    if needed not in state:
+        raise SystemExit(f'{path}: has no {needed}; it is of the other script, or of another task')
     if not all(value.isfinite().all() for value in state.values()):
         raise SystemExit(f'{path}: its weights hold NaN or infinity; its training diverged')
     return state, config, checkpoint
@@ -345,7 +345,7 @@ def load_weights(model, state, path):
             copies = value.expand(config.experts, *value.shape)
             fitting[name.replace('.mlp.', '.dex.experts.')] = copies
             name = name.replace('.mlp.', '.dex.director.')
-        elif not config.experts:
+        elif not config.experts:        # experts are then left over
             name = name.replace('.dex.director.', '.mlp.')
         fitting[name] = value
     try:
@@ -358,8 +358,6 @@ def load_weights(model, state, path):
     misfits = [name for name in (*new, *left) if not any(part in name for part in optional)]
     if misfits:
         raise SystemExit(f'{path}: does not fit this network: missing or left over: {misfits}')
-
-    def parts(names):
-        return [part for part in optional if any(part in name for name in names)] or 'nothing'
-
-    print(f'{path}: loaded; left out: {parts(left)}; not in it, so new: {parts(new)}')
+    unused, added = [[part for part in optional if any(part in name for name in names)] or 'nothing'
+                     for names in (left, new)]
+    print(f'{path}: loaded; left out: {unused}; not in it, so new: {added}')

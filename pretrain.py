@@ -36,7 +36,7 @@ from model import MAE, layer_losses, load_weights, named_config, read_checkpoint
 
 @dataclass
 class Options:
-    """The options, by default the paper's run (C.2.1, supplement). Each comment is its --help."""
+    """By default the paper's run (C.2.1); what it does not say is as in the authors' code."""
     data: str = 'data/medverse'     # folder of prepared sources
     out: str = 'out/pretrain'       # folder of this run
     init: str = ''                  # checkpoint to start from; empty: from scratch
@@ -79,11 +79,11 @@ class Options:
 DEMO = dict(data='data/phantoms-64', out='out/demo', model='tiny', depth=4, size=64, patch=8,
             batch=64, steps=400, lr=8e-3, val_share=0.2, val_every=100)
 MAX_SKIPPED = 10    # steps in a row that are not finite end a training
-# A resumed run may change these options. Another accumulate, device or bf16 rounds otherwise.
+# A resumed run may change these; another accumulate, device or bf16 changes the rounding.
 MAY_CHANGE = ('data', 'out', 'init', 'resume', 'overwrite', 'accumulate', 'device', 'bf16',
               'log_every', 'val_every', 'save_minutes')
 
-# --- shared with finetune.py: options, processes, optimizer ---------------------------------------
+# --- shared with finetune.py ----------------------------------------------------------------------
 def parse_options(defaults, words=None):
     """`defaults` with what the command line, or `words`, changes. Help is each field's comment."""
     cls = type(defaults)
@@ -101,16 +101,16 @@ def parse_options(defaults, words=None):
         text = comments[name].replace('%', '%%')
         if default not in ('', ()):
             text += f' (default: {default})'
+        # Set afterwards, since BooleanOptionalAction of some versions adds the default, too.
         parser.add_argument('--' + name, default=default, **reading).help = text
     values = vars(parser.parse_args(words))
     for name, value in values.items():
-        is_number = type(value) in (int, float) and value != getattr(defaults, name)
-        if is_number and not 0 <= value < math.inf:
+        if type(value) in (int, float) and not min(0, getattr(defaults, name)) <= value < math.inf:
             raise SystemExit(f'--{name} {value}: must be a number of 0 or more')
     return cls(**values)
 
-def join_processes(kind):
-    """Join torchrun's processes if there are any: (rank, world size, local rank, device)."""
+def set_up_process(kind):
+    """Set up this process, torchrun's or alone: (rank, world size, local rank, device)."""
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     local = int(os.environ.get('LOCAL_RANK', 0))
     kind = kind or ('cuda' if torch.cuda.is_available() else 'cpu')
@@ -145,17 +145,15 @@ def learning_rate(step, steps, warmup, peak):
     progress = max(0, step - warmup) / max(1, steps - warmup)
     return peak * min((step + 1) / warmup, cosine(1, 0, progress))
 
-def seed_step(seed, step, rank):
-    """Seed torch for one step. All its draws follow from these numbers: crops, masks, noise."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
+def seed_step(seed, step, place):
+    """Seed torch for the micro-batch at this place of a step: its crops, masks and noise."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, place)).generate_state(1)[0]))
 
 def make_optimizer(model, lr, weight_decay):
-    """AdamW with decay on matrices and kernels, none on norms, tokens and biases, also stacked."""
-    decayed, others = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_matrix = name.endswith('.weight') and 'norm' not in name
-            (decayed if is_matrix else others).append(parameter)
+    """AdamW that decays matrices and kernels, but no norms, tokens and (also stacked) biases."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in trained if name.endswith('.weight') and 'norm' not in name]
+    others = [p for name, p in trained if not name.endswith('.weight') or 'norm' in name]
     groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=others, weight_decay=0)]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
 
@@ -174,9 +172,8 @@ def step_if_finite(optimizer, lr, parameters, clip, finite=True):
 def end_if_diverged(out, in_a_row):
     """End the program after MAX_SKIPPED steps in a row that were not finite."""
     if in_a_row >= MAX_SKIPPED:
-        raise SystemExit(f'{out}: {MAX_SKIPPED} losses in a row not finite; see images, lower --lr')
+        raise SystemExit(f'{out}: {MAX_SKIPPED} steps in a row not finite; see images, lower --lr')
 
-# --- shared with finetune.py: the folder of a run -------------------------------------------------
 def stop_signals():
     """A list to which SIGTERM and SIGINT (Ctrl-C) add their numbers. A training then saves."""
     signals = []
@@ -184,7 +181,7 @@ def stop_signals():
         signal.signal(number, lambda number, frame: signals.append(number))
     return signals
 
-def open_run(out, o, start, about):
+def open_run(out, o, start, facts):
     """Open a run's log.jsonl, cut to the steps before `start`, and write config.json.
     The log is locked until this process ends, so that no two trainings write to one folder."""
     out.mkdir(parents=True, exist_ok=True)
@@ -203,7 +200,7 @@ def open_run(out, o, start, about):
     whole = [line for line in lines if line.endswith('}\n')]    # a killed run may cut its last line
     kept = [line for line in whole if json.loads(line)['step'] < start]
     log.truncate(len(''.join(kept)))        # JSON is ASCII, so characters are bytes
-    save(out / 'config.json', json.dumps(dict(about, options=asdict(o)), indent=1))
+    save(out / 'config.json', json.dumps(dict(facts, options=asdict(o)), indent=1))
     return log
 
 def write_line(log, entry):
@@ -226,9 +223,9 @@ def save(path, content):
         why = error.__context__ or error    # torch hides 'no space left on device' behind its own
         raise SystemExit(f'{path}: could not be saved ({why}); what was there before is untouched')
 
-def resume(path, identity, model, optimizer, token='cls_token'):
+def resume(path, identity, model, optimizer, needed='cls_token'):
     """Load a run that began with the same `identity`, and return the rest of its checkpoint."""
-    state, _, checkpoint = read_checkpoint(path, token)
+    state, _, checkpoint = read_checkpoint(path, needed)
     was = checkpoint.get('identity', {})
     changed = [f'{name} {was.get(name)!s:.40} (not {value!s:.40})'
                for name, value in identity.items() if was.get(name) != value]
@@ -242,7 +239,7 @@ def resume(path, identity, model, optimizer, token='cls_token'):
 def run_program(name, *words):
     """Run a program of tests/lab in a process of its own, which never outlives this one."""
     path = os.pathsep.join([str(Path(__file__).resolve().parent), os.environ.get('PYTHONPATH', '')])
-    # -P, or a folder `tests` where the user works would take the place of ours
+    # Without -P, a folder `tests` where the user works would be found before ours.
     command = [sys.executable, '-P', '-m', 'tests.lab', name, *map(str, words)]
     # When this process ends, so does its end of the pipe, for which tests/lab/__main__.py waits.
     with subprocess.Popen(command, env=dict(os.environ, PYTHONPATH=path),
@@ -256,9 +253,9 @@ def mutual_information(counts):
     """Mutual information in bits of the rows and columns of a table of counts, and its maximum:
     the smaller of the rows' entropy and log2 of the number of columns."""
     joint = counts.double() / counts.sum()
-    rows, columns, both = [torch.special.entr(shares).sum().item() / math.log(2)
-                           for shares in (joint.sum(1), joint.sum(0), joint)]
-    return rows + columns - both, min(rows, math.log2(counts.shape[1]))
+    row_bits, column_bits, joint_bits = [torch.special.entr(shares).sum().item() / math.log(2)
+                                         for shares in (joint.sum(1), joint.sum(0), joint)]
+    return row_bits + column_bits - joint_bits, min(row_bits, math.log2(counts.shape[1]))
 
 @torch.no_grad()
 @torch.compiler.set_stance('force_eager')       # its shapes are not worth compiling for
@@ -275,24 +272,24 @@ def look_at_held_out(model, shards, o, device, autocast):
         losses.append(l_self.cpu())
         if routing is not None:     # if each token has its own weights, their mean
             weights.append(routing.weights.unflatten(1, (len(ids), -1)).mean(2).cpu())
-    return torch.cat(losses), torch.cat(weights, 1) if weights else None
+    return torch.cat(losses), (torch.cat(weights, 1) if weights else None)
 
 def validate(model, shards, o, device, autocast):
-    """The numbers of a validation, as log.jsonl has them."""
+    """The numbers of a validation; val_l_self is the mean over modalities, not over images."""
     losses, weights = look_at_held_out(model, shards, o, device, autocast)
-    shown, modality = np.unique(shards.image_modality[shards.val], return_inverse=True)
-    modality = F.one_hot(torch.from_numpy(modality)).T.float()      # (modalities, V)
-    losses = modality @ losses / modality.sum(1)
+    shown, numbers = np.unique(shards.image_modality[shards.val], return_inverse=True)
+    shows = F.one_hot(torch.from_numpy(numbers)).T.float()          # (modalities, V)
+    means = shows @ losses / shows.sum(1)
     names = [shards.modalities[number] for number in shown]
-    entry = dict(val_l_self=losses.mean().item(), val=dict(zip(names, losses.tolist())))
+    entry = dict(val_l_self=means.mean().item(), val=dict(zip(names, means.tolist())))
     if weights is None:
         return entry
     first_expert = F.one_hot(weights.argmax(2), weights.shape[2]).float()       # (L, V, R)
-    information = [mutual_information(counts) for counts in modality @ first_expert]
-    second = 1 - weights.max(2).values.median(1).values     # all but the first expert's weight
-    idle = (weights.sum(1) == 0).nonzero().tolist()
+    information = [mutual_information(counts) for counts in shows @ first_expert]
+    second = 1 - weights.max(2).values.median(1).values     # of all but the first, if K > 2
+    dead = (weights.sum(1) == 0).nonzero().tolist()         # layers and experts, from 0
     return dict(entry, bits=[bits for bits, _ in information], bits_max=information[0][1],
-                second=second.tolist(), dead=[f'{layer + 1}.{expert}' for layer, expert in idle])
+                second=second.tolist(), dead=[f'{layer + 1}.{expert}' for layer, expert in dead])
 
 # --- training -------------------------------------------------------------------------------------
 def plan_steps(o, shards, world):
@@ -358,7 +355,7 @@ def build_run(o, rank, world, local, device):
     if world > 1:
         net = DistributedDataParallel(model, [local] if device.type == 'cuda' else None,
                                       gradient_as_bucket_view=True)
-        net.broadcast_buffers = False       # all ranks update theirs alike
+        net.broadcast_buffers = False       # after the first time, all ranks update theirs alike
     micros = range(start * o.accumulate, plan.steps * o.accumulate)
     batches = data.batches(shards, o.seed, micros, o.batch, rank, world,
                            plan.epoch_steps * o.accumulate, device)
@@ -366,7 +363,7 @@ def build_run(o, rank, world, local, device):
         o=o, rank=rank, world=world, device=device, out=out, shards=shards, plan=plan, bf16=bf16,
         model=model, net=net, optimizer=optimizer, batches=batches, start=start,
         autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16), signals=stop_signals(),
-        product=dict(config=asdict(model.config), options=asdict(o), identity=identity),
+        header=dict(config=asdict(model.config), options=asdict(o), identity=identity),
         skipped=torch.tensor(skipped, device=device))
     if rank == 0:
         run.log = open_run(out, o, start, dict(model=asdict(model.config), steps=plan.steps))
@@ -419,18 +416,18 @@ def train(run):
     for step in bar:
         progress = step / plan.steps
         sigma, momentum = cosine(o.sigma, 0, progress), cosine(o.momentum, 1, progress)
-        weights = dict(l_self=1, align=o.align, balance=cosine(o.balance, 0, progress))
+        factors = dict(l_self=1, align=o.align, balance=cosine(o.balance, 0, progress))
         rate = learning_rate(step, plan.steps, plan.warmup, plan.peak)
         losses, usage = 0, 0        # of the whole step: the terms of Eq. 8, and Omega (L, R)
         for micro in range(o.accumulate):
             images = next(run.batches)
-            seed_step(o.seed, step, run.rank * o.accumulate + micro)
+            seed_step(o.seed, step, micro * run.world + run.rank)
             images = data.augment(images, o.size)
             run.net.require_backward_grad_sync = micro == o.accumulate - 1      # DDP sends once
-            with run.autocast:
+            with run.autocast:      # sigma is a tensor, or each new value would compile anew
                 l_self, routing, _, _ = run.net(images, torch.full((), sigma, device=run.device))
             terms, micro_usage = loss_terms(l_self, routing, run.world)
-            loss = sum(weights[name] * terms[name] for name in weights)         # Eq. 8
+            loss = sum(factors[name] * terms[name] for name in factors)         # Eq. 8
             (loss / o.accumulate).backward()
             losses = losses + torch.stack([*terms.values()]).detach() / o.accumulate
             usage = usage + micro_usage / o.accumulate
@@ -441,29 +438,30 @@ def train(run):
         norm, finite = step_if_finite(run.optimizer, rate, trained, o.clip, all_finite)
         for block, batch_usage in zip(model.blocks, usage):     # without experts there is none
             block.dex.gema(batch_usage, momentum, finite)       # Eq. 7
-        run.skipped, in_a_row = run.skipped + ~finite, (in_a_row + 1) * ~finite
+        run.skipped, in_a_row = run.skipped + ~finite, torch.where(finite, 0, in_a_row + 1)
 
         done = step + 1
         validating = done in (1, plan.steps) or done % val_every == 0
         logging = validating or done % o.log_every == 0
         # What follows waits for the device, so on CUDA it is done about every tenth micro-batch.
-        if run.device.type == 'cuda' and not logging and done % max(1, 10 // o.accumulate):
+        due = logging or done % max(1, 10 // o.accumulate) == 0
+        if run.device.type == 'cuda' and not due:
             continue
         if logging:
-            losses = dict(zip(terms, losses.tolist()))
-            loss = sum(weights[name] * losses[name] for name in weights)
+            shown = dict(zip(terms, losses.tolist()))
+            loss = sum(factors[name] * shown[name] for name in factors)
             speed = plan.global_batch * (done - logged) / (time.perf_counter() - logged_at)
             bar.set_postfix_str(f'loss {loss:.4f}, {speed:.0f} images/s')
             if run.rank == 0:
                 log_step(run, validating, dict(
-                    step=step, loss=loss, **losses, lr=rate, momentum=momentum, sigma=sigma,
+                    step=step, loss=loss, **shown, lr=rate, momentum=momentum, sigma=sigma,
                     grad_norm=norm.item(), skipped=run.skipped.item(), images_per_second=speed))
             logged, logged_at = done, time.perf_counter()
         end_if_diverged(run.out, in_a_row)
         is_due = stop or done == plan.steps or time.perf_counter() - saved_at > 60 * o.save_minutes
         if run.rank == 0 and is_due:
             save(run.out / 'ckpt.pt', dict(
-                run.product, model=model.state_dict(), optimizer=run.optimizer.state_dict(),
+                run.header, model=model.state_dict(), optimizer=run.optimizer.state_dict(),
                 step=done, skipped=run.skipped.item()))
             saved_at = time.perf_counter()
         if stop:
@@ -475,7 +473,7 @@ def main():
     o = parse_options(Options())
     if o.demo:
         o = parse_options(Options(demo=True, **DEMO))
-    rank, world, local, device = join_processes(o.device)
+    rank, world, local, device = set_up_process(o.device)
     try:
         if o.demo and rank == 0 and len(list(Path(o.data).glob('phantom-*/meta.json'))) < 10:
             run_program('phantoms', '--out', o.data, '--size', o.size)
@@ -493,7 +491,7 @@ def main():
         return
     if done < steps:
         print(f'{o.out}: stopped after {done} of {steps} steps; go on with --resume')
-        sys.exit(128 + (run.signals or [signal.SIGTERM])[0])
+        sys.exit(128 + (run.signals or [signal.SIGTERM])[0])    # or another rank had the signal
     print(f'{o.out}: all {steps} steps; ckpt.pt is the network, *.png are its pictures')
     run_program('pictures', o.out)
 

@@ -33,7 +33,7 @@ class UNETR(nn.Module):
     """Segmentation: images (B, 3, S, S) -> logits (B, classes, S, S).
     The decoder starts from the ViT's normalized tokens. Its skips are the outputs of the blocks at
     one, two and three quarters of the depth (3, 6 and 9 of 12, counted from one) and the image.
-    With P = 8 or 32, the step that leaves the token grid enlarges P / 8 times instead of twice."""
+    The step that leaves the token grid enlarges by P / 8: 1, 2 or 4 times for P = 8, 16 or 32."""
     def __init__(self, vit, classes, features=16):
         super().__init__()
         C, P, L = vit.config.width, vit.config.patch, vit.config.depth
@@ -49,7 +49,7 @@ class UNETR(nn.Module):
             ResidualBlock(3, features),                     # S, from the image
         ])
         widths = [C, features * 8, features * 4, features * 2, features]
-        self.up = nn.ModuleList(map(upsample, widths, widths[1:], [factor, 2, 2, 2]))
+        self.up = nn.ModuleList(map(upsample, widths[:-1], widths[1:], [factor, 2, 2, 2]))
         self.mix = nn.ModuleList(ResidualBlock(2 * width, width) for width in widths[1:])
         self.head = nn.Conv2d(features, classes, 1)
 

@@ -95,7 +95,7 @@ text(14, 20, 'One Director-Experts (DEX) module. It replaces the MLP of a transf
 draw_input()
 draw_experts()
 draw_director()
-text(14, 388, 'Experts specialise; the noise and a balance loss keep all of them in use. '
+text(14, 388, 'Experts specialise; noise and a balance loss keep them in use. '
      'The director carries what they have in common.', GREY, 12, 'lm')
 text(14, 412, 'Fine-tuning takes gate and experts (DEX-E), or the director in their place: '
      'a plain vision transformer (DEX-D).', GREY, 12, 'lm')

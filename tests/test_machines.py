@@ -216,7 +216,7 @@ def test_on_a_gpu_a_signal_is_seen_soon_whatever_is_logged(
     o = runs.pretrain_options(sources.folder, steps=40, accumulate=accumulate, log_every=1000,
                               val_every=1000)
     o = replace(o, out=str(tmp_path))
-    run = pretrain.build_run(o, *pretrain.join_processes('cpu'))
+    run = pretrain.build_run(o, *pretrain.set_up_process('cpu'))
     run.device = LikeGPU('cpu')
     at_batch(12 * accumulate, lambda images: run.signals.append(signal.SIGTERM))
     done = pretrain.train(run)

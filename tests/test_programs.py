@@ -43,7 +43,7 @@ def check(found, parse=commands.parse):
 def test_every_command_of_the_readmes_is_understood():
     called, errors = check(commands.in_markdown(EVERYTHING))
     assert errors == []
-    assert called['prepare_medverse'] >= 7 and called['finetune'] >= 4 and called['pretrain'] >= 4
+    assert called['prepare_medverse'] >= 5 and called['finetune'] >= 4 and called['pretrain'] >= 4
     programs = {name for names in runs.PACKAGES.values() for name in names}
     assert called.keys() >= {'pip', 'pytest', *programs - {'predict', 'two_ranks', 'phantoms'}}
 
@@ -89,6 +89,7 @@ def test_every_command_of_the_experiments_is_understood(experiments):
     assert called['pretrain'] == 12
     assert called['finetune'] > 50
     assert called['modularity'] == 1
+    assert called['probe'] == 5
 
 def test_no_run_of_the_experiments_takes_the_place_of_another(experiments):
     """What has options of its own has a folder of its own."""

@@ -176,7 +176,7 @@ def real_steps(words, warm=5, count=20):
     """Steps of a training with the options `words`, in turns with steps of a training without
     experts; prints on one screen what is to be known of both."""
     o = endless(pretrain.parse_options(pretrain.Options(), words))
-    place = pretrain.join_processes(o.device)
+    place = pretrain.set_up_process(o.device)
     rank, world, _, device = place
     if o.data == pretrain.Options.data and not Path(o.data).exists():
         o = replace(o, data=f'data/phantoms-{o.size}')
@@ -282,7 +282,7 @@ def print_run(o, device, world, columns, peaks, waits):
 def gates(config=None):
     """Time a layer without its experts' work: the gate, the gathering and the mixing."""
     config = config or Config()
-    *_, device = pretrain.join_processes('')
+    *_, device = pretrain.set_up_process('')
     for (side, batch), routing in itertools.product(GATES, ('image', 'token')):
         tokens = (side // config.patch) ** 2 + 1
         x = torch.randn(batch, tokens, config.width, device=device)
@@ -370,7 +370,7 @@ def step_worker(pipe, name, batch, bf16):
     torch.manual_seed(0)
     ours = name in ('ours', 'dense')
     if ours:
-        pretrain.join_processes('cpu')      # it sets up the CPU, too
+        pretrain.set_up_process('cpu')      # it sets up the CPU, too
     model = MAE(Config(depth=3, experts=0 if name == 'dense' else 8))
     if not ours:
         for block in model.blocks:
@@ -450,7 +450,7 @@ def rank_worker(pipe, rank, world, port, batch):
         write_noise(Path(folder, 'data', 'noise'), 4 * batch + 1)
         o = endless(pretrain.Options(data=f'{folder}/data', out=f'{folder}/out', depth=3,
                                      batch=batch // world))
-        place = pretrain.join_processes('cpu')
+        place = pretrain.set_up_process('cpu')
         clock = Clock(place[-1])
         with bare_trainings(clock):
             training = training_steps(o, place, clock)
@@ -498,7 +498,7 @@ def remember(path):
 
 def images_per_second(folder, files, count=20000, batch=224):
     """Time random batches through 1, 2 and 4 prefetching threads, as training takes them."""
-    pretrain.join_processes('cpu')
+    pretrain.set_up_process('cpu')
     source = Path(folder, 'noise')
     if not source.exists():
         write_noise(source, count, files)

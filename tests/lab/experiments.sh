@@ -160,8 +160,17 @@ modularity() {
     python -m tests.lab.modularity out/*/ph-{mae,experts,dex}/ckpt.pt
 }
 
+# what frozen features know
+probe() {
+    python -m tests.lab.probe out/*/ph-{mae,dex,mae138,experts}/ckpt.pt
+    python -m tests.lab.probe out/*/ph-{dex-2000,mae-2760}/ckpt.pt
+    for task in eye-disease covid-cxr hc18; do
+        python -m tests.lab.probe out/*/{mae,experts,dex,mae138}/ckpt.pt --task $task
+    done
+}
+
 prepare
 shift
-for part in ${@:-phantoms modularity pretrain ablation adapt scaling}; do
+for part in ${@:-phantoms modularity pretrain ablation adapt scaling probe}; do
     $part
 done

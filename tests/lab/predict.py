@@ -19,7 +19,7 @@ from PIL import Image, ImageColor
 import finetune
 from model import ViT, read_checkpoint
 from prepare_medverse import cut, has_affine, read, resize, series, to_uint8
-from pretrain import join_processes
+from pretrain import set_up_process
 from tests.encoders.own import own_encoder
 
 # The colours of the classes from 1 on.
@@ -105,7 +105,7 @@ def predict_file(name, net, meta, device, target):
 def predict(o):
     """Apply the run in --out to the files of --predict. A file that fails is named; the others get
     theirs."""
-    *_, device = join_processes(o.device)
+    *_, device = set_up_process(o.device)
     if not o.out:
         raise SystemExit('--predict needs --out, the folder of a fine-tuned run')
     net, meta, _, _ = load_run(o.out, device)

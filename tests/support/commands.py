@@ -40,7 +40,7 @@ def inline_code(text):
 def in_markdown(text):
     """The commands in code blocks and in inline code."""
     blocks = re.findall(r'^```\w*\n(.*?)^```', text, re.M | re.S)
-    lines = [line for block in blocks for line in block.splitlines()]
+    lines = [line for block in blocks for line in block.replace('\\\n', ' ').splitlines()]
     return [words for words in map(split, lines + inline_code(text)) if words]
 
 def in_docstring(text):

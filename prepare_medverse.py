@@ -6,10 +6,9 @@ r"""Prepare images for pretraining (paper, C.1.1) and labelled tasks for fine-tu
     python prepare_medverse.py --task mine --raw MINE --images '(.*)\.png' --masks '(.*)_truth'
 
 RAW/<name>/** holds a data set of Table 2 as it was unpacked, RAW/<Modality>/<source>/** any other:
-PNG, JPEG, TIFF, BMP, GIF, PGM, PPM, NIfTI, DICOM series, .npy, AVI and MP4. For each of these
-sources, OUT/<source>/ appears when it is complete: 00000.npy ... (uint8 (n, S, S, c): n images of
-side S, c = 1 for grey or 3), meta.json, and dropped.csv, which says why an image was dropped. A
-task has images in pairs with masks (segmentation) or in folders named after their classes.
+PNG, JPEG, TIFF, BMP, GIF, PGM, PPM, NIfTI, DICOM series, .npy, AVI and MP4. OUT/<source>/ appears
+when complete: 00000.npy ... (uint8 (n, S, S, c), c = 1 for grey or 3), meta.json, and dropped.csv
+(why). A task has images in pairs with masks, in folders named after their classes, or in a table.
 
 Rules on names are regular expressions, searched in the path below RAW in any case. An image and its
 mask are a pair if the groups ( ) of both rules find the same text: above, a/12 of a/12_truth.png.
@@ -38,15 +37,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps, ImageSequence
 from tqdm import tqdm
 
-MODALITIES = (
-    'CT', 'PET', 'MR', 'X-ray', 'Ultrasound', 'Fundus', 'OCT', 'Pathology', 'Endoscope', 'Photo')
+MODALITIES = tuple('CT PET MR X-ray Ultrasound Fundus OCT Pathology Endoscope Photo'.split())
 
 # How more than 8 bits become 8. window: the values that become 0 and 255, or else the percentiles
 # that do. foreground: slices with a smaller share of pixels above 0.02 are dropped.
 Rule = namedtuple('Rule', 'window percentiles foreground words')
 RULES = {
-    'CT': Rule((-200, 400), None, 0.05,
-               'HU, or HU + 32768, clipped to [-200, 400]; else of unsigned, minimum..maximum'),
+    'CT': Rule((-200, 400), None, 0.05, 'HU (+ 32768) in [-200, 400]; other unsigned, min..max'),
     'MR': Rule(None, (1, 99), 0.05, '1st..99th percentile'),
     # The paper's z-score of PET cancels in the scaling to 0..255 that follows it.
     'PET': Rule(None, (1, 99), 0.01, '1st..99th percentile; SUV in [0, 20] where the path has suv'),
@@ -56,6 +53,7 @@ RULES = {
 PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm')
 VIDEOS, NIFTI = ('.avi', '.mp4'), ('.nii.gz', '.nii')
 IMAGES = (*PICTURES, *VIDEOS, *NIFTI, '.npy', '.img')
+OTHERS = ('.webp', '.jp2', '.jfif', '.heic', '.avif', '.tga', '.svs', '.mha', '.mhd', '.nrrd')
 ENDING = re.compile(f'({"|".join(map(re.escape, IMAGES))})$', re.IGNORECASE)
 REASONS = ('corrupt', 'small', 'blank', 'duplicate', 'other')  # why an image is dropped
 SHARD = 256 << 20  # bytes of a full shard
@@ -82,8 +80,8 @@ def has_ending(path, endings):
 
 def is_image(home, name):
     """Whether a path below `home` names images: by its ending, if not hidden, or as a series."""
-    hidden = '/.' in f'/{name}'
-    return (home / name).is_dir() or has_ending(home / name, IMAGES) and not hidden
+    path, hidden = home / name, '/.' in f'/{name}'
+    return path.is_dir() or path.is_file() and has_ending(path, IMAGES) and not hidden
 
 def has_affine(path):
     """Whether a file is NIfTI or Analyze. An .img without its .hdr is a film of JSRT."""
@@ -92,20 +90,20 @@ def has_affine(path):
 
 def is_dicom(path):
     """Whether a file belongs to a DICOM series, by its name or by its mark."""
-    if has_ending(path, ('.dcm', 'dicomdir', *IMAGES)):  # a DICOMDIR has the mark and no image
-        return has_ending(path, '.dcm')
+    if has_ending(path, ('.dcm', 'dicomdir', *IMAGES)) or not path.is_file():  # pipes never end
+        return has_ending(path, '.dcm') and path.is_file()  # a DICOMDIR has the mark and no image
     with contextlib.suppress(OSError), open(path, 'rb') as file:
         return file.read(132)[128:] == b'DICM'
     return False
 
 def list_names(home):
-    """Sorted paths of all files below a folder, relative to it; a DICOM series is its folder. Links
-    are followed, but no folder is visited twice, nor one that holds `home`."""
-    names = set()
-    visited = {str(parent) for parent in home.resolve().parents}
-    for folder, folders, files in os.walk(home, followlinks=True):
+    """Sorted paths of all files below a folder, relative to it; a DICOM series is its folder."""
+    def stop(error):  # os.walk would leave the folder out without a word
+        raise error
+    names, visited = set(), {str(parent) for parent in home.resolve().parents}
+    for folder, folders, files in os.walk(home, onerror=stop, followlinks=True):
         folders.sort()  # so that of two ways to a folder the same one is taken each time
-        if os.path.realpath(folder) in visited:
+        if os.path.realpath(folder) in visited:  # through a link
             folders.clear()
             continue
         visited.add(os.path.realpath(folder))
@@ -117,29 +115,29 @@ def list_names(home):
 def series(folder, new):
     """NIfTI files of the MR, CT and PET images of a DICOM folder, written to the folder `new`."""
     command = ['dcm2niix', '-d', '0', '-z', 'n', '-o', new, folder]
-    subprocess.run(command, check=True, capture_output=True)
-    found = []
+    # It may end with an error although it wrote all volumes, so what it wrote decides.
+    run = subprocess.run(command, capture_output=True, text=True, errors='replace')
+    reason, found = f'dcm2niix: {(run.stdout + run.stderr).strip().splitlines()[-1:]}', []
     for path in sorted(Path(new).glob('*.json')):  # copies with corrected slices have no JSON
+        reason = 'of DICOM only MR, CT and PT are read; save it as PNG'
         modality = re.search('"Modality": "(MR|CT|PT)"', path.read_text(errors='replace'))
         if modality and path.with_suffix('.nii').exists():
             found.append(path.with_suffix('.nii'))
     if not found:
-        raise ValueError('of DICOM only MR, CT and PT are read; save it as PNG')
+        raise ValueError(reason)
     return found
 
-def read(path, draft=0, affine=None):
+def read(path, draft=0, grid=None):
     """All arrays of a file or DICOM folder, (n, H, W) or (n, H, W, 3), upright, in its own units.
-    draft: the side (px) that is enough of a JPEG; affine: cuts a NIfTI in place of its own."""
+    draft: the side (px) that is enough of a JPEG; grid: the NIfTI image whose mask this is."""
     if path.is_dir():
         with tempfile.TemporaryDirectory() as new:  # copies, since the files will be gone
             return [array.copy() for volume in series(path, new) for array in read(volume)]
     if has_ending(path, PICTURES):
         return read_pages(path, draft)
-    if has_ending(path, '.npy'):
-        return [read_array(path)]
     if has_ending(path, '.img') and not has_affine(path):
         return [read_film(path)]
-    return read_volume(path, affine)
+    return [read_array(path)] if has_ending(path, '.npy') else read_volume(path, grid)
 
 def read_array(path):
     array = np.load(path, mmap_mode='r')
@@ -154,76 +152,77 @@ def read_film(path):
     pixels = np.fromfile(path, '>u2').reshape(1, 1024, 2, 1024, 2).mean((2, 4))
     return np.uint8((4095 - pixels.clip(0, 4095)) * (255 / 4095) + 0.5)
 
-def read_volume(path, affine):
+def read_volume(path, grid):
     """`read` of NIfTI and Analyze: a volume for each time point."""
     image = nib.load(path)
-    affine = image.affine if affine is None else affine
-    kind, scale = image.get_data_dtype(), (image.dataobj.slope, image.dataobj.inter)
-    # get_fdata() would scale in float64. What needs no scaling stays in its 16 bits.
-    as_float = scale != (1, 0) or kind in (np.uint8, np.uint16)
-    voxels = np.asarray(image.dataobj, np.float32 if as_float else None)
+    if not np.isfinite(image.affine).all():  # no comparison with NaN would fail
+        raise ValueError('its affine is not finite')
+    kind, scaled = image.get_data_dtype(), (image.dataobj.slope, image.dataobj.inter) != (1, 0)
+    # get_fdata() would scale in float64. 8 bits would be taken for those of a picture.
+    dtype = np.float32 if scaled else np.uint16 if kind == np.uint8 else None
+    image, affine = (image, image.affine) if grid is None else (on_grid(image, grid), grid.affine)
+    voxels = np.asarray(image.dataobj, dtype)
     if kind.names:
         return list(np.stack([cut(voxels[colour], affine) for colour in 'RGB'], -1))
     return list(cut(voxels, affine))
 
+def on_grid(mask, image):
+    """A NIfTI mask on its image's grid, within half a voxel; its axes may be in another order."""
+    shape, size = (*image.shape, 1, 1)[:4], nib.affines.voxel_sizes(image.affine).min()
+    turns = [nib.io_orientation(one.affine) for one in (mask, image)]
+    turned = mask.as_reoriented(nib.orientations.ornt_transform(*turns)) if mask.ndim > 2 else mask
+    for one in (mask, turned):
+        drift = np.abs(image.affine - one.affine) @ (*shape[:3], 1)  # at most, of any corner, mm
+        if (*one.shape, 1, 1)[:4] == shape and drift.max() <= size / 2:
+            return one
+    raise ValueError(f'their grids differ: {image.shape} and {mask.shape}, '
+                     f'{image.affine.round(3).tolist()} and {mask.affine.round(3).tolist()}')
+
 def read_pages(path, draft):
     """`read` of a picture. Its pages of more than 8 bits become one array, with one window."""
-    arrays = []
+    pages = []
     # Given a path, Pillow 13 maps an uncompressed TIFF with its sides exchanged if EXIF turns it.
     with open(path, 'rb') as file, Image.open(file) as image:
-        previews = image.format == 'MPO'  # all but its first page
-        pages = [image] if previews else ImageSequence.Iterator(image)
-        for page in pages:
+        for page in [image] if image.format == 'MPO' else ImageSequence.Iterator(image):
             deep = page.mode[0] in 'IF'  # I;16, I and F; all other modes of Pillow have 8 bits
-            refuse_misread_numbers(page, deep)
+            tags = getattr(page, 'tag_v2', {})  # of TIFF, whose numbers Pillow may misread
+            number = tags.get(339, (1,))[0], tags.get(258, (1,))[0]  # 1 unsigned, 2 signed; bits
+            white_is_zero, cut_off = tags.get(262) == 0, ';16' in str(page.tile)
+            if number in ((2, 8), (1, 32)) or (white_is_zero if deep else cut_off):
+                raise ValueError('its type of numbers is not read; save 8 bits, or grey 16')
             page.draft(None, (draft, draft) if draft else None)  # fast at 1/2, 1/4 or 1/8 of JPEG
             page = ImageOps.exif_transpose(page)
             if not deep:
                 page = page.convert('L' if page.mode in ('1', 'L', 'LA') else 'RGB')
             kind = np.uint16 if deep and image.format == 'PPM' else None  # Pillow has it in 32 bits
-            arrays.append(np.asarray(page, kind)[None])
-    one_shape = len({array.shape for array in arrays}) == 1
-    return [np.concatenate(arrays)] if deep and one_shape else arrays
-
-def refuse_misread_numbers(page, deep):
-    """ValueError where Pillow inverts, reinterprets or cuts off the numbers without a word."""
-    tags = getattr(page, 'tag_v2', {})  # of TIFF
-    number = tags.get(339, (1,))[0], tags.get(258, (1,))[0]  # 1 unsigned or 2 signed, and bits
-    white_is_zero, cut_off = tags.get(262) == 0, ';16' in str(page.tile)
-    if number in ((2, 8), (1, 32)) or (white_is_zero if deep else cut_off):
-        raise ValueError('its type of numbers is not read; save 8 bits, or grey 16 with black 0')
+            pages.append(np.asarray(page, kind)[None])
+    return [np.concatenate(pages)] if deep and len({page.shape for page in pages}) == 1 else pages
 
 def cut(volume, affine):
     """Array (x, y, z[, time ...]) as a view (time, n, H, W) of upright slices. They lie across the
-    coarsest spacing (axial, if that is within 1% of it), anterior or superior up. What is written
-    to the view is written to the array."""
+    coarsest spacing (axial, if that is within 1% of it), anterior or superior up."""
     turn = nib.io_orientation(affine)  # to x right, y anterior, z superior
-    volume = np.atleast_3d(volume)
-    volume = nib.apply_orientation(volume.reshape(*volume.shape[:3], -1), turn)
+    volume = nib.apply_orientation(volume.reshape(*(*volume.shape, 1)[:3], -1), turn)
     spacing = nib.affines.voxel_sizes(affine)[turn[:, 0].argsort()]
     spacing[np.array(volume.shape[:3]) == 1] = np.inf
     axis = 2 if spacing[2] >= 0.99 * spacing.max() else spacing.argmax()
     return np.moveaxis(volume, (3, axis), (0, 1)).swapaxes(2, 3)[:, :, ::-1, ::-1]
 
-def window_of(volume, modality):
-    """The values (low, high) that become 0 and 255, by the rule of a modality (C.1.1)."""
+def to_uint8(volume, modality):
+    """Yield the slices of an array (n, H, W[, 3]) as uint8, all by one window (C.1.1). The modality
+    may also be 'SUV'. uint8 stays as it is. NaN and infinity count as the lowest."""
+    if volume.dtype == np.uint8:
+        yield from volume
+        return
     window, percentiles = RULES.get(modality, RULES[''])[:2]
     if modality == 'CT' and volume.dtype.kind == 'u':  # no HU
         shifted = 31000 < np.median(volume[volume > 0]) < 36000  # HU + 32768, as in DeepLesion
         window, percentiles = (32568, 33168) if shifted else None, (0, 100)
-    if window:
-        return window
-    sample = volume.flat[::volume.size // 1_000_000 | 1]  # odd: 2^k would see a few columns alone
-    sample = sample[np.isfinite(sample)] + 0  # + 0 makes a number of bool
-    return np.percentile(sample, percentiles) if sample.size else (0, 0)
-
-def to_uint8(volume, modality):
-    """Yield the slices of an array (n, H, W[, 3]) as uint8, all by one window. The modality may
-    also be 'SUV'. uint8 stays as it is. NaN and infinity count as the lowest."""
-    if volume.dtype == np.uint8:
-        yield from volume
-        return
-    low, high = map(np.float32, window_of(volume, modality))
+    if not window:
+        sample = volume.flat[::volume.size // 1_000_000 | 1]  # odd: 2^k would see a few columns
+        sample = sample[np.isfinite(sample)] + 0  # + 0 makes a number of bool
+        window = np.percentile(sample, percentiles) if sample.size else (0, 0)
+    low, high = map(np.float32, window)
     scale = 255 / (high - low or np.inf)
     for image in volume:
         image = np.where(np.isfinite(image), image, low) if image.dtype.kind == 'f' else image
@@ -238,11 +237,13 @@ def resize(image, size):
 
 def decode_video(path, size):
     """Yield every 30th frame (C.1.1) as uint8 (1, S, S, 3), while ffmpeg decodes the file."""
-    command = ['ffmpeg', '-v', 'fatal', '-i', path, '-fps_mode', 'passthrough', '-pix_fmt', 'rgb24',
+    # A download is not trusted, since it may name other files. -xerror: what is cut off fails.
+    command = ['ffmpeg', '-v', 'fatal', '-xerror', '-protocol_whitelist', 'file',
+               '-format_whitelist', 'avi,mov,mp4,m4a,3gp,3g2,mj2', '-i', f'file:{path}',
+               '-fps_mode', 'passthrough', '-pix_fmt', 'rgb24',
                '-vf', f'framestep=30,scale={size}:{size}:flags=bicubic', '-f', 'rawvideo', '-']
-    pipe, length = subprocess.PIPE, size * size * 3
-    with subprocess.Popen(command, stdout=pipe, stdin=subprocess.DEVNULL) as process:
-        while len(frame := process.stdout.read(length)) == length:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+        while len(frame := process.stdout.read(size * size * 3)) == size * size * 3:
             yield np.frombuffer(frame, np.uint8).reshape(1, size, size, 3)
     if process.returncode:
         raise ValueError('ffmpeg cannot decode it to its end')
@@ -274,8 +275,7 @@ def source_items(path, modality, size, min_side):
 
 def find_twin(pixels, name, seen):
     """Name of an earlier picture that uint8 (S, S, c) nearly repeats, or None; `seen` learns it.
-    Twins have 64-bit difference hashes (is a cell darker than the next?) that differ in at most one
-    bit. Discs on black share a few hashes: grids must also be within 3 of 255 levels on average."""
+    Twins differ in at most one bit (is a cell darker than the next?) and 3 levels on average."""
     grey = Image.fromarray(pixels.squeeze()).convert('L')
     grid = np.int16(grey.resize((9, 8), Image.BOX))  # means of areas, (8, 9)
     bits = int.from_bytes(np.packbits(grid[:, :-1] < grid[:, 1:]).tobytes())
@@ -316,8 +316,7 @@ def in_order(pool, workers, folder, work, calls, title):
                 jobs.append(pool.submit(spill, folder, work, *call))
             yield jobs.popleft().result()
         except BrokenProcessPool:
-            names = ', '.join(str(path) for path, *_ in calls[done:done + workers])
-            sys.exit(f'a worker was killed, as for its memory: fewer --workers, or without {names}')
+            sys.exit(f'a worker was killed at {calls[done][0]} or soon after: fewer --workers?')
 
 @contextlib.contextmanager
 def whole(folder, pool):
@@ -355,8 +354,8 @@ def prepare_source(row, home, folder, o, pool):
         print(f'{folder}: finished before, of {meta["files"]} files (now {len(names)})')
         return meta
     images, skip = o.images or row.images, o.skip or row.skip
-    wanted = [name for name in names if find(images, name) and not find(skip, name)]
-    wanted = [name for name in wanted if is_image(home, name)]
+    wanted = [name for name in names
+              if find(images, name) and not find(skip, name) and is_image(home, name)]
     if not wanted:
         print(f'{home}: no image that can be read matches {images}; it is left out')
         return None
@@ -376,14 +375,13 @@ def write_source(row, home, names, wanted, part, o, pool):
     for name in wanted:
         suv = row.modality == 'PET' and find('suv', f'{home.name}/{name}')
         calls.append((home / name, 'SUV' if suv else row.modality, o.size, o.min_side))
-    kept, dropped = 0, dict.fromkeys(REASONS, 0)
+    kept, dropped = 0, dict.fromkeys(REASONS, 0) | {'other': len(names) - len(wanted)}
     shards, filling, seen = 0, {}, {}
     with open(part / 'dropped.csv', 'w', encoding='utf-8', errors='surrogateescape') as file:
         log = csv.writer(file, lineterminator='\n')
         log.writerow(('path', 'slice', 'reason', 'detail'))
         for name in sorted({*names} - {*wanted}):
-            dropped['other'] += 1
-            log.writerow((name, 0, 'other', 'no image by its name'))
+            log.writerow((name, 0, 'other', 'no image by its name, or no regular file'))
         results = in_order(pool, o.workers, part, source_items, calls, part.stem)
         for name, result in zip(wanted, results):
             for index, item in enumerate(spilled_items(result)):
@@ -427,7 +425,7 @@ def modality_of(name):
     return {name.lower().replace('-', ''): name for name in (*MODALITIES, 'SUV')}.get(letters)
 
 def find_sources(raw, o):
-    """[(row, folder below RAW, name)] of the sources: rows of Table 2, then RAW/<Modality>/*."""
+    """{name: (row, folder below RAW)} of the sources: rows of Table 2, then RAW/<Modality>/*."""
     found = [(row, home_of(row, raw)) for row in SOURCES if home_of(row, raw)]
     below = [path for path in sorted(raw.glob('*/*'))
              if modality_of(path.parent.name) in MODALITIES]
@@ -436,21 +434,21 @@ def find_sources(raw, o):
     used = {folder for _, home in found for folder in (home, home.parent)}
     if others := {*raw.glob('*'), *below} - used:
         warn(f'no data sets are {len(others)} files and folders, as {min(others)}')
-    times = Counter(row.name for row, _ in found)
-    found = [(row, home, row.name + f'-{row.modality}' * (times[row.name] > 1))
-             for row, home in found if o.source in ('', row.name)]
-    if not found:
-        sys.exit(f'{raw}: holds no {o.source or "known data set (see --list), as RAW/BUSI"}, and '
-                 'no RAW/CT/<source>/, RAW/MR/<source>/, ...; is it too deep, or not deep enough?')
-    times = Counter(name for *_, name in found)
-    if twice := [str(home) for _, home, name in found if times[name] > 1]:
-        sys.exit(f'{", ".join(twice)}: have the same name; rename or move one of them')
-    return found
+    times, sources = Counter(row.name for row, _ in found), {}
+    for row, home in found:
+        name = row.name + f'-{row.modality}' * (times[row.name] > 1)
+        if name in sources:
+            sys.exit(f'{sources[name][1]}, {home}: have the same name; rename or move one of them')
+        if o.source in ('', row.name):
+            sources[name] = row, home
+    if not sources:
+        sys.exit(f'{raw}: holds no {o.source or "RAW/BUSI (--list)"}, no RAW/CT/<source>/; deeper?')
+    return sources
 
 def prepare_sources(raw, out, o, pool):
     """Prepare every source below RAW, and print the account of their files."""
     rows, left_out = [('modality', 'source', 'files', 'read', 'kept', *REASONS)], []
-    for row, home, name in find_sources(raw, o):
+    for name, (row, home) in find_sources(raw, o).items():
         if meta := prepare_source(row, home, out / name, o, pool):
             rows.append((meta['modality'], meta['source'], meta['files'], meta['read'],
                          meta['count'], *meta['dropped'].values()))
@@ -467,51 +465,64 @@ def list_tables(raw):
     print(f'{"name":<26}{"modality":<12}{"content":<26}{"in the paper":>17}  {"":<7}access, link')
     for row in (*SOURCES, *TASKS.values()):
         access = row.access.replace('?', ' (layout unsure)')
-        found = 'found' if home_of(row, raw) else '-'
-        print(f'{row.name:<26}{row.modality:<12}{row.content:<26}{row.count:>17}  {found:<7}'
-              f'{access}, {row.link}')
+        print(f'{row.name:<26}{row.modality:<12}{row.content:<26}{row.count:>17}  '
+              f'{"found" if home_of(row, raw) else "-":<7}{access}, {row.link}')
 
 # --- labelled tasks: which images, with which answers ---
 # frames: the path of an image below RAW, or several that make one. masks: that of its mask, or one
 # for each class, None where it is absent. label: its class, if it has no masks.
 Sample = namedtuple('Sample', 'frames masks label patient', defaults=((), '', ''))
+# By default masks/ lies beside images/, or nnU-Net's labelsTr/ beside imagesTr/.
+MASKS = r'(.*)(?:masks/|labels(?=T[rs]/))(.*?)(?:_0000)?(?:\.nii)?\.\w+$'
+IMAGES_BESIDE = r'(.*)images(?:/|(?=T[rs]/))(.*?)(?:_0000)?(?:\.nii)?\.\w+$'
 
-def find_samples(raw, o):
+def find_samples(raw, o, account):
     """{path of an image below RAW: its Sample}: by a table, by pairs or by class folders."""
     names = [name for name in list_names(raw) if '/.' not in f'/{name}' and not find(o.skip, name)]
     table = o.labels and '(' not in o.labels[0]
-    rules = [] if table else o.labels or o.masks or [r'(.*)masks/(.*?)(?:\.nii)?\.\w+$']
+    rules = [] if table else o.labels or o.masks or [MASKS]
     layers = [by_groups(names, rule) for rule in rules]
     partners = {name for layer in layers for found in layer.values() for name in found}
-    default = r'(.*)images/(.*?)(?:\.nii)?\.\w+$' if partners else '.'
-    images = by_groups([name for name in names if name not in partners and is_image(raw, name)],
-                       o.images or default)
+    rule = o.images or (IMAGES_BESIDE if partners else '.')
+    wanted = [name for name in names if name not in partners and find(rule, name)]
+    images = by_groups([name for name in wanted if is_image(raw, name)], rule)
     singles = [name for found in images.values() for name in found]
     if table:
-        samples = read_table(raw, singles, *o.labels)
+        samples = read_table(raw, singles, account, *o.labels)
     elif partners:
         samples = find_pairs(raw, images, layers, o)
     else:
         samples = {name: Sample((name,), label=Path(name).parent.name)
                    for name in singles if '/' in name}
-    folders = not partners and not table
-    if not samples or folders and (o.masks or o.labels or o.values or o.outline):
-        sys.exit(f'{raw}: {len(singles)} images, {len(partners)} masks match --images, --masks, '
-                 '--labels')
-    lone = {*singles}.difference(*(sample.frames for sample in samples.values()))
-    for layer in layers:
-        lone |= {name for key in layer.keys() - images.keys() for name in layer[key]}
-    if lone:
-        warn(f'left out: {len(lone)} images without a mask or label, or masks without an image, '
-             f'as {raw}/{min(lone)}')
-    patients = {name: match for name in samples if (match := find(o.patient, name))}
-    if o.patient and not patients:  # else every file would be a patient of its own, unasked
-        sys.exit(f'--patient {o.patient}: is found in no path, as {min(samples)}')
+    if not samples or not (partners or table) and (o.masks or o.labels or o.values or o.outline):
+        sys.exit(f'{raw}: {len(singles)} images, {len(partners)} masks: --images --masks --labels')
+    used = {name for sample in samples.values() for name in sample.frames}
+    lone = [name for name in singles if name not in used]
+    unread = [name for name in wanted if has_ending(raw / name, OTHERS)]  # formats unknown here
+    account.append((f'images {rule}', len(singles + unread), unread + lone, bool(unread)))
+    if o.patient:
+        strangers = [name for name in samples if not find(o.patient, name)]
+        account.append((f'--patient {o.patient}', len(samples), strangers, True))
+    for rule, layer in zip(rules, layers if partners else []):
+        if not layer:
+            sys.exit(f'{raw}: the rule {rule} takes no file')
+        left = [name for key in layer if key not in images for name in layer[key]]
+        account.append((f'files {rule}', sum(map(len, layer.values())), left, True))
     for name, sample in samples.items():
-        match = patients.get(name)
+        match = find(o.patient, name)
         patient = match and match[min(match.re.groups, 1)] or sample.patient or name
         samples[name] = sample._replace(patient=patient)
     return samples
+
+def settle(raw, account, partial):
+    """Print the account [(what, how many, those left over, if that harms)]; stop if some harm."""
+    for what, had, left, _ in account:
+        some = ', '.join(left[:3])
+        print(f'{what}: {had} = {had - len(left)} used + {len(left)} left out  {some}')
+    harm = [f'{what}: {len(left)} of {had} find no partner, as {", ".join(left[:3])}'
+            for what, had, left, harmful in account if left and harmful]
+    if harm and not partial:
+        sys.exit(f'{raw}: {"; ".join(harm)}; mend this, --skip them, or allow it by --partial')
 
 def find_pairs(raw, images, layers, o):
     """Samples of images {key: paths} and of their masks, or files of labels, [{key: paths}]."""
@@ -574,43 +585,52 @@ def by_tail(names):
             tail = tail.partition('/')[2]
     return found
 
-def read_table(raw, names, end, *columns):
+def read_table(raw, names, account, end, *columns):
     """Samples by the columns of file, class and maybe patient of a CSV whose path ends so."""
+    def agreement(mark):  # of how many lines it makes as many cells as of the first
+        widths = [len(cells) for cells in csv.reader(lines[:99], delimiter=mark) if cells]
+        return sum(width == widths[0] > 1 for width in widths)
     lines, tails, samples = read_lines(raw, end), by_tail(names), {}
-    delimiter = max(',;\t', key=lines[0].count)  # Excel may write semicolons
-    table = csv.DictReader(lines, delimiter=delimiter)
+    table = csv.DictReader(lines, delimiter=max(',;\t', key=agreement))
     head = table.fieldnames or []
     columns = columns or head[:2]
     if len(columns) < 2 or not {*columns} <= {*head}:
         sys.exit(f'{end}: needs a column of files and one of classes, has {head}, no '
                  f'{", ".join({*columns} - {*head})}')
     print(f'{end}: file, class, patient are its columns {", ".join(columns)}; others are not read')
+    lost = []
     for row in table:
         path, label, *patient = [(row[column] or '').strip() for column in columns]
         found = tails.get(plain(path), []) if label else []
         if not found:
+            lost += [path] * bool(path and label)
             continue
         sample = Sample(tuple(found), (), label, *patient)
         if len(found) > 1 or samples.setdefault(found[0], sample) != sample:
             sys.exit(f'{end}, line {table.line_num}: {path} has another answer above, or is '
                      f'several of {found}')
+    account.append((f'rows of {end}', len(samples) + len(lost), lost, True))
     return samples
 
-FOLDERS = {  # of official splits, as train, Training Set, test_images
-    'train': r'(^|/)train(ing)?([ _-]?(set|data|images?))?/',
-    'val': r'(^|/)val(id(ation)?)?([ _-]?(set|data|images?))?/',
-    'test': r'(^|/)test(ing)?([ _-]?(set|data|images?))?/'}
+FOLDERS = {  # of official splits: train, Training Set, test_images, 01_train, TRAIN1, imagesTr
+    part: rf'(^|/)(\d+[ _-]?)?({words})([ _-]?(set|data|dataset|images?|imgs))?[ _-]?\d*/'
+    for part, words in dict(train='train(ing)?|(images|labels)Tr', val='val(id(ation)?)?',
+                            test='test(ing)?|(images|labels)Ts').items()}
 
-def split(samples, raw, o):
+def split(samples, raw, o, account):
     """{'train', 'val', 'test': names}. A rule takes what it is found in (also in a mask's path), a
     list (.txt below RAW) what it names; the first decides. Shares divide the other patients."""
-    rules = split_rules(samples, o.split)
-    print(f'{raw}: split by {rules} (numbers: drawn by these shares)')
+    rules = dict(zip(FOLDERS, o.split or ('50', '20', '30')))
+    given = [part for part in FOLDERS if any(find(FOLDERS[part], name) for name in samples)]
+    if not o.split and 'train' in given and len(given) > 1:  # there must be a test split
+        rules = FOLDERS if 'test' in given else {**FOLDERS, 'train': '70', 'test': '30'}
     parts, tails = {}, by_tail(samples)
     for part, rule in rules.items():
         if rule.endswith('.txt'):
-            lines = read_lines(raw, rule)
-            chosen = [name for line in lines for name in tails.get(plain(line), [])]
+            lines = [line for line in map(plain, read_lines(raw, rule)) if line]
+            chosen = [name for line in lines for name in tails.get(line, [])]
+            lost = [line for line in lines if line not in tails]
+            account.append((f'lines of {rule}', len(lines), lost, True))
         else:
             chosen = [name for name, sample in samples.items() if not rule.isdigit()
                       and any(find(rule, path) for path in (name, *filter(None, sample.masks)))]
@@ -621,27 +641,19 @@ def split(samples, raw, o):
     if others and not sum(shares):
         sys.exit(f'{raw}/{others[0]}: no rule of --split takes it; give shares, or --skip it')
     parts.update(draw(samples, others, shares, o.seed))
-    sides = {}
-    for name, part in parts.items():
-        sides.setdefault(samples[name].patient, set()).add(part)
-    if both := sorted(patient for patient in sides if len(sides[patient]) > 1):
+    times = Counter(one for one, _ in {(samples[name].patient, parts[name]) for name in parts})
+    if both := sorted(patient for patient in times if times[patient] > 1):
         warn(f'{len(both)} patients are in more than one split: {", ".join(both[:9])}')
-    return {part: sorted(name for name in parts if parts[name] == part) for part in rules}
-
-def split_rules(samples, rules):
-    """{part: its rule, list or share}: those given, or else the folders of an official split."""
-    if rules:
-        return dict(zip(FOLDERS, rules))
-    given = [part for part in FOLDERS if any(find(FOLDERS[part], name) for name in samples)]
-    if 'train' not in given or len(given) == 1:
-        return {'train': '50', 'val': '20', 'test': '30'}
-    if 'test' in given:
-        return FOLDERS
-    return {**FOLDERS, 'train': '70', 'test': '30'}  # there must be a test split
+    folders = {match[0].strip('/') for rule in rules.values() for name in samples
+               if not o.split and not rule.isdigit() and (match := find(rule, name))}
+    how = ', '.join(o.split or sorted(folders) or rules.values())
+    splits = {part: sorted(name for name in parts if parts[name] == part) for part in rules}
+    counts = ', '.join(f'{part} {len(names)}' for part, names in splits.items())
+    print(f'{raw}: {counts} files, split by {how}; {len(others)} of them drawn')
+    return splits
 
 def draw(samples, names, shares, seed):
-    """{name: part} by shares of the patients of each class, one of whom is left for training. As
-    the counts of Table 3 imply, test gets ceil of its share and val floor."""
+    """{name: part} by shares of the patients of each class, rounded as in the paper's Table 3."""
     labels, sides, rng = {}, {}, np.random.default_rng(seed)
     for name in names:
         labels.setdefault(samples[name].patient, samples[name].label)
@@ -656,14 +668,23 @@ def draw(samples, names, shares, seed):
     return {name: sides[samples[name].patient] for name in names}
 
 # --- labelled tasks: masks ---
-def read_masks(path, values, shape, affine):
-    """What `classify` makes of each mask of a file, for an image of this shape."""
+def read_masks(path, file, shape, values):
+    """What `classify` makes of each mask of a file, for the images of another, of this shape."""
+    for picture in (file, path):
+        if has_ending(picture, PICTURES):
+            with Image.open(picture) as image:
+                if image.getexif().get(0x0112, 1) not in (0, 1):
+                    raise ValueError(f'EXIF turns {picture}; save both without this tag')
+    if has_affine(file) != has_affine(path):
+        raise ValueError('one of them is NIfTI, the other is not')
     if path.suffix == '.txt':
         canvas = Image.new('L', shape[1::-1])
-        for _, corners in polygons(path):
-            ImageDraw.Draw(canvas).polygon([tuple(corner) for corner in corners * canvas.size], 1)
-        return [classify(np.asarray(canvas), values)]
-    masks, lossy = [mask for volume in read(path, affine=affine) for mask in volume], False
+        for number, corners in polygons(path):
+            points = [tuple(corner) for corner in corners * canvas.size]
+            ImageDraw.Draw(canvas).polygon(points, classify(np.float64([[number]]), values).item())
+        return [np.asarray(canvas)]
+    grid = nib.load(file) if has_affine(file) else None
+    masks, lossy = [mask for volume in read(path, grid=grid) for mask in volume], False
     if has_ending(path, PICTURES):
         with Image.open(path) as image:
             lossy = image.format in ('JPEG', 'MPO') or image.info.get('compression') == 'jpeg'
@@ -673,24 +694,22 @@ def read_masks(path, values, shape, affine):
             if image.mode in ('LA', 'RGBA'):  # what is transparent shows nothing
                 masks[0] = masks[0].copy()
                 masks[0][np.asarray(image)[..., -1] < 128] = 0
-    return [classify(mask, values, lossy) for mask in masks]
-
-def value_table(values, grey):
-    """({value: its place in --values}, the place of *). Colours are numbers 0xrrggbb."""
-    table, rest = {}, None
-    for place, entry in enumerate(values):
-        rest = place if '*' in entry else rest
-        for value in re.findall(r'[^+*]+', entry):
-            table[int(value[1:], 16) if value[0] == '#' else float(value) * grey] = place
-    return table, rest
+    masks = [classify(mask, values, lossy) for mask in masks]
+    if {value for mask in masks for value in np.unique(mask).tolist()} - {0} == {255}:
+        raise ValueError('255 is its only foreground: name it in --values, as 0 1+255 if it is a '
+                         'class, or 0 1 255 if it is not to be scored')
+    return masks
 
 def classify(mask, values, lossy=False):
-    """Mask (H, W) or (H, W, 3) -> uint8 (H, W), the places of its pixels in `values`. An entry may
-    be several (420+421, #ff0000) or all others (*). 255 is not scored and stays, unless named.
-    NaN and infinity are 0. In a lossy file the nearest value counts, where * is white."""
+    """Mask (H, W[, 3]) -> uint8 (H, W), the places of its pixels in `values`, with + and *. 255 is
+    not scored and stays, unless named. In a lossy file the nearest value counts; * is white."""
     colours = '#' in ''.join(values)
     grey = 0x010101 if colours else 1
-    table, rest = value_table(values, grey)
+    table, rest = {}, None  # {value: its place in `values`}; the place of *
+    for place, entry in enumerate(values):
+        rest = place if '*' in entry else rest
+        for value in re.findall(r'[^+*]+', entry):  # colours are numbers 0xrrggbb
+            table[int(value[1:], 16) if value[0] == '#' else float(value) * grey] = place
     mask = np.nan_to_num(mask, posinf=0, neginf=0)
     if mask.ndim == 3:
         packed = mask @ np.int32((0x010000, 0x000100, 1))
@@ -700,6 +719,7 @@ def classify(mask, values, lossy=False):
     elif colours:
         mask = mask * float(grey)
     found, place = np.unique(mask, return_inverse=True)
+    found = np.where(abs(found - np.rint(found)) < 1e-3, np.rint(found), found)  # 0.99999994 is 1
     if lossy:
         known = np.unique([*table, 255])
         if colours or np.diff(known).min() < 32:
@@ -717,35 +737,13 @@ def classify(mask, values, lossy=False):
 
 def fill(outline):
     """bool (H, W), closed and convex, with its inside: between outline in a row or column."""
-    run, sides = np.logical_or.accumulate, []
-    for axis in (0, 1):
-        sides.append(run(outline, axis) & np.flip(run(np.flip(outline, axis), axis), axis))
-    return sides[0] | sides[1]
-
-def common_affine(image, mask):
-    """Affine of a NIfTI image, by which its mask is cut too; None for other files. ValueError if
-    they are not on one grid, within half a voxel, or if EXIF turns one of them."""
-    for path in (image, mask):
-        if has_ending(path, PICTURES):
-            with Image.open(path) as picture:
-                if picture.getexif().get(0x0112, 1) != 1:
-                    raise ValueError(f'EXIF turns {path}; save both without this tag')
-    if has_affine(image) != has_affine(mask):
-        raise ValueError('one of them is NIfTI, the other is not')
-    if not has_affine(image):
-        return None
-    image, mask = nib.load(image), nib.load(mask)
-    A, B = image.affine, mask.affine
-    one, other = (*image.shape, 1)[:4], (*mask.shape, 1)[:4]
-    drift = np.abs(A - B) @ (*one[:3], 1)  # at most, of any corner, mm
-    if one != other or drift.max() > nib.affines.voxel_sizes(A).min() / 2:
-        raise ValueError(f'their grids differ: {one} and {other}, {A.round(3).tolist()} and '
-                         f'{B.round(3).tolist()}')
-    return A
+    run = np.logical_or.accumulate
+    rows, columns = (run(outline, axis) & np.flip(run(np.flip(outline, axis), axis), axis)
+                     for axis in (0, 1))
+    return rows | columns
 
 def task_items(path, raw, sample, o):
-    """In a worker: yield (pixels uint8 (S, S, c), answer) for each image of a file. The answer is a
-    mask, uint8 (S, S), or the number of the class."""
+    """In a worker: yield (pixels uint8 (S, S, c), mask uint8 (S, S) or number of the class)."""
     try:
         with tempfile.TemporaryDirectory() as new:
             files = series(path, new) if path.is_dir() else [raw / name for name in sample.frames]
@@ -754,11 +752,8 @@ def task_items(path, raw, sample, o):
             images = sum(stacks, [])
             if o.frames:
                 images = [np.minimum.reduce(frames) for frames in zip(*stacks, strict=True)]
-            layers = {}
-            for number, mask in enumerate(sample.masks, 1):
-                if mask:
-                    affine = common_affine(files[0], raw / mask)
-                    layers[number] = read_masks(raw / mask, o.values, images[0].shape, affine)
+            layers = {number: read_masks(raw / mask, files[0], images[0].shape, o.values)
+                      for number, mask in enumerate(sample.masks, 1) if mask}
         for image, *found in zip(images, *layers.values(), strict=True):
             mask = merge(image.shape[:2], dict(zip(layers, found)), o)
             square = Image.fromarray(mask).resize((o.size, o.size), Image.Resampling.NEAREST)
@@ -769,21 +764,19 @@ def task_items(path, raw, sample, o):
                  f'({type(error).__name__}: {error}); mend or remove them')
 
 def merge(shape, layers, o):
-    """Mask of classes, uint8 (H, W), of layers {number: `classify`'s}: one has all classes, each of
-    several has its own as 1, and later ones lie over earlier."""
+    """Mask of classes uint8 (H, W) of layers {number: `classify`'s}; a layer's 1 is its number."""
     mask = np.zeros(shape, np.uint8)
     for number, layer in layers.items():
         if layer.shape != shape:
             raise ValueError(f'their sizes differ: {shape} and {layer.shape}')
         if o.outline:
             layer = np.uint8(fill(layer > 0))
-        mask[layer > 0] = number * layer[layer > 0]
+        mask[layer > 0] = np.where(layer == 1, number, layer)[layer > 0]
     mask[mask >= len(o.classes)] = 255  # values after those of the classes are not scored
     return mask
 
 def write_split(folder, spilled, kind, size):
-    """Write images.npy and masks.npy or labels.npy of a split from the files of `task_items`.
-    Returns how many images there are, how many show each class, and their hashes."""
+    """Write a split. Returns how many images it has, how many show each class, and hashes."""
     channels = [pixels.shape[2] for path in spilled for pixels, _ in spilled_items(path)]
     shape = len(channels), size, size, max(channels, default=1)  # grey gets three beside colours
     if shutil.disk_usage(folder).free < 2 * np.prod(shape):  # a full disk kills memory maps
@@ -804,11 +797,16 @@ def prepare_task(raw, folder, o, pool):
     """Write the labelled images below RAW to `folder` as data.Task reads them."""
     if folder.exists():
         sys.exit(f'{folder}: this task is prepared; delete it, or choose another --out')
-    samples = find_samples(raw, o)
+    account, counts, shown, holders = [], {}, {}, {}
+    samples = find_samples(raw, o, account)
     labels = sorted({sample.label for sample in samples.values() if not sample.masks})
-    name_classes(o, labels)
-    splits = split(samples, raw, o)
-    counts, shown, holders = {}, {}, {}
+    drawn = any(str(path).endswith('.txt') for one in samples.values() for path in one.masks)
+    name_classes(o, labels, drawn)
+    splits = split(samples, raw, o, account)
+    settle(raw, account, o.partial)
+    words = {*re.findall('[a-z]+', ' '.join(o.classes).lower())}
+    sides = 'left', 'right', 'sinister', 'dexter', 'l r', 'od os'  # then nothing is mirrored
+    sided = bool(o.sided) or any({*side.split()} <= words for side in sides)
     with whole(folder, pool) as part:
         for name, chosen in splits.items():
             (part / name).mkdir()
@@ -821,24 +819,28 @@ def prepare_task(raw, folder, o, pool):
             for path in spilled:
                 path.unlink()
         meta = {'kind': 'classification' if labels else 'segmentation', 'classes': o.classes,
-                'modality': o.modality, 'size': o.size, 'counts': counts}
+                'modality': o.modality, 'size': o.size, 'counts': counts, 'sided': sided}
         (part / 'split.json').write_text(json.dumps(splits, indent=1))
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
         check_classes(raw, o.classes, shown)
-    shared = Counter(' and '.join(parts) for parts in holders.values() if len(parts) > 1)
-    for parts, times in shared.items():
+    twins = [' and '.join(parts) for parts in holders.values() if len(parts) > 1]
+    for parts, times in Counter(twins).items():
         warn(f'{times} images are the same in {parts}')
     print(f'{folder}: {meta["kind"]} into {", ".join(o.classes)}; images: {counts}')
 
-def name_classes(o, labels):
-    """Set --classes and --values where they are not given, from the labels of the images."""
+def name_classes(o, labels, drawn):
+    """Set --classes and --values if not given. drawn: number n of a polygon is class n + 1."""
+    if len({''.join(label.lower().split()) for label in labels}) < len(labels):
+        sys.exit(f'classes {labels}: some differ in case or blanks alone; give them one spelling')
     if not o.classes:
-        o.classes = labels or (o.values if len(o.values) > 2 else ['background', 'foreground'])
+        named = [value or 'background' for value in o.values]
+        o.classes = labels or (named if len(named) > 2 else ['background', 'foreground'])
+    numbers = [*drawn * [''], *map(str, range(len(o.classes) - drawn))]
     if len(o.masks) > 1:
-        o.values = ['0', '*']
-        if len(o.classes) != len(o.masks) + 1:
-            sys.exit(f'--classes {" ".join(o.classes)}: must be background and one for each mask')
-    o.values = o.values or [str(number) for number in range(len(o.classes))]
+        numbers = ['' if drawn else '0', '*']
+        if len(o.classes) != len(o.masks) + 1 or len(o.values) not in (0, 2):
+            sys.exit('--classes: background and one for each mask; --values: outside and inside')
+    o.values = o.values or numbers
 
 def check_classes(raw, classes, shown):
     """Print how many images of each split show each class, and stop if training lacks some."""
@@ -848,13 +850,11 @@ def check_classes(raw, classes, shown):
     unseen = [name for number, name in enumerate(classes) if not shown['train'][number]]
     new = {*shown['test']} - {*shown['train'], 255}
     if new or not shown['test'] or len(classes) - len(unseen) < 2:
-        sys.exit(f'{raw}: training must show two classes and all of the test images, but no '
-                 f'training image shows {", ".join(unseen) or "more"}; mend --classes, --values '
-                 '(255 counts where named) or --split')
+        sys.exit(f'{raw}: training must show two classes, and all of the test images; no training '
+                 f'image shows {", ".join(unseen) or "more"}; mend --classes, --values or --split')
 
 # --- the data sets of Table 2 and the tasks of Table 3 ---
-# count: of images in the paper. access: open, account or form (to apply), with ? where the layout
-# is not confirmed. images: the rule of a source's files. skip: masks, crops and copies among them.
+# count: images in the paper. access: open, account or form; ?: its layout is not confirmed.
 FIELDS = 'name modality content count access link'
 Source = namedtuple('Source', f'{FIELDS} images skip', defaults=('.', ''))
 Task = namedtuple('Task', f'{FIELDS} options')
@@ -913,7 +913,7 @@ cholecseg8k | Endoscope | cholecystectomy | 4320 1120 2640 | account | kaggle.co
 idrid | Fundus | lesions, optic disc | 54 0 27 | account | idrid.grand-challenge.org | --images 'Original Images/(.*)/(.*)\.jpg' --split 'Training Set/' '' 'Testing Set/' --masks 'truths/(.*)/.*/(.*)_OD' 'truths/(.*)/.*/(.*)_MA' 'truths/(.*)/.*/(.*)_HE' 'truths/(.*)/.*/(.*)_EX' 'truths/(.*)/.*/(.*)_SE' --classes background optic-disc microaneurysms haemorrhages hard-exudates soft-exudates
 fives | Fundus | vessels | 200 100 500 | open | figshare.com/articles/19688169 | --images '(.*)Original/(.*)' --masks '(.*)Groun?d truth/(.*)' --values 0 * --split 200 100 500
 feta21 | MR | fetal brain | 5120 5120 10240 | account | feta.grand-challenge.org/feta-2021 | --images '(.*)_T2w' --masks '(.*)_dseg' --patient 'sub-\d+' --split 20 20 40 --classes background external-fluid grey-matter white-matter ventricles cerebellum deep-grey-matter brainstem
-candi | MR | brain tissues | 5120 2560 5504 | account | nitrc.org/projects/candi_share | --images '(.*)_procimg' --masks '(.*)_seg' --split 40 20 43 --values * 2 3 4 7 8 10 11 12 13 14 15 16 17 18 24 28 41 42 43 46 47 49 50 51 52 53 54 60
+candi | MR | brain tissues | 5120 2560 5504 | account | nitrc.org/projects/candi_share | --images '(.*)_procimg' --masks '(.*)_seg' --split 40 20 43 --sided --values * 2 3 4 7 8 10 11 12 13 14 15 16 17 18 24 28 41 42 43 46 47 49 50 51 52 53 54 60
 octdl | OCT | 7 diseases | 1030 411 623 | open | data.mendeley.com/datasets/sncdhf53xc | --images '\.jpg' --labels OCTDL_labels.csv file_name disease patient_id
 icf | OCT | cystoid fluid | 730 292 438 | account | kaggle.com/datasets/zeeshanahmed13/intraretinal-cystoid-fluid | --images '(.*)/images/' --masks '(.*)/masks/' --skip 815DME_F/masks/MASK-DME511 --values 0 *
 tnbc | Pathology | nuclei | 20 10 20 | open | zenodo.org/records/1175282 | --images 'Slide_(.*)' --masks 'GT_(.*)' --values 0 * --patient 'Slide_\d+'
@@ -921,7 +921,7 @@ lsc | Pathology | lymphomas | 188 73 113 | open | andrewjanowczyk.com use case 7
 bcss | Pathology | tissues | 75 30 46 | open | github.com/PathologyDataScience/BCSS | --images '(?:images|rgbs_colorNormalized)/(.*)' --masks 'masks/(.*)' --patient 'TCGA-[^-]+-[^-]+' --classes background tumour stroma inflammatory necrosis other --values '' 1+19+20 2 3+10+11 4 * 0
 monusac | Pathology | nuclei | 167 42 101 | open | huggingface.co/datasets/RationAI/MoNuSAC (save its rows as <split>/images/<row>.png and <split>/masks/<row>.png, each instance by the number of its category) | --split 167 42 test/ --classes background epithelial lymphocyte macrophage neutrophil
 scr | X-ray | chest structures | 25 47 175 | form | jsrt.or.jp and isi.uu.nl/Research/Databases/SCR | --split 25 47 175 --images 'All247images/(.*)\.' --classes background left-lung right-lung heart left-clavicle right-clavicle --masks 'left lung/(.*)\.' 'right lung/(.*)\.' 'heart/(.*)\.' 'left clavicle/(.*)\.' 'right clavicle/(.*)\.'
-pdcxr | X-ray | pneumonia | 3659 1573 624 | open | data.mendeley.com/datasets/rscbjbr9sj | --images 'chest_xray/.*\.jpeg' --patient 'person\d+' --split 3659 1573 chest_xray/test/
+pdcxr | X-ray | pneumonia | 3659 1573 624 | open | data.mendeley.com/datasets/rscbjbr9sj | --images 'chest_xray/.*\.jpeg' --patient 'person\d+|[^/]*IM-.*' --split 3659 1573 chest_xray/test/
 dca1 | X-ray | coronary arteries | 25 25 84 | account? | kaggle.com/datasets/bard2024 dca1 | --images '(.*)\.pgm' --masks '(.*)_gt\.pgm' --values 0 * --split 25 25 84
 dias | X-ray | brain arteries | 30 10 20 | open? | zenodo.org/records/11637181 | --values 0 * --frames --images '(.*)images/image_s(.*)_i' --masks '(.*)labels/label_s(.*)\.png' --split training/ validation/ test/
 dsca | X-ray | brain arteries | 112 44 68 | open? | zenodo.org/records/11255024 | --images 'images/(.*)/' --masks 'labels/(.*)\.' --values 0 * --frames
@@ -930,7 +930,7 @@ uns | Ultrasound | nerve | 2758 1078 1799 | account | kaggle.com/c/ultrasound-ne
 tn5000 | Ultrasound | thyroid nodule | 3500 500 1000 | open | figshare.com/articles/28455641 | --images 'JPEGImages/(.*)\.jpg' --labels 'Annotations/(.*)\.xml' --classes malignant benign --values 1 0 --split Main/train.txt Main/val.txt Main/test.txt
 fhu | Ultrasound | fetal head | 499 200 300 | account | kaggle.com/datasets/ankit8467 | --images '(.*HC)\.png' --masks '(.*HC)_Annotation' --values 0 * --outline --patient '\d+(?=_[^/]*HC)'
 autopet-org | PET | organs | 18076 6386 10465 | form | github.com/YichiZhang98/SegAnyPET | --images 'PETCT_([^/]*)/([^/]*)/SUV\.nii' --masks 'PETCT_([^_]*)_(.*)_\.nii' --values 0 1 2 3 4 5 6 7 8 9 10 11+12 --patient 'PETCT_[^/_]+' --modality SUV --classes background liver left-kidney right-kidney heart spleen aorta left-lower-lobe right-lower-lobe left-upper-lobe right-upper-lobe right-middle-lobe
-slsc-s | Photo | skin lesion | 6675 1911 964 | open | huggingface.co/datasets/makhresearch | --masks '(.*)labels/(.*)\.txt' --split train/ valid/ test/
+slsc-s | Photo | skin lesion | 6675 1911 964 | open | huggingface.co/datasets/makhresearch | --masks '(.*)labels/(.*)\.txt' --values '' * --split train/ valid/ test/
 slsc-c | Photo | 7 skin diseases | 6675 1911 964 | open | huggingface.co/datasets/makhresearch | --labels '(.*)labels/(.*)\.txt' --classes BKL NV DF MEL VASC BCC AKIEC --split train/ valid/ test/'''.strip().splitlines())}
 
 # --- the command ---
@@ -954,12 +954,12 @@ def parse(words):
     add('--images', help='rule of the images (default, beside masks: (.*)images/(.*))')
     add('--masks', nargs='+', help='rule ((.*)masks/(.*)), or one for each class after the first')
     add('--skip', help='rule of files to leave out')
-    add('--labels', nargs='+', help='CSV below RAW and its columns of file, class and patient '
-        '(default: the first two); or the rule of files of labels, XML or polygons')
+    add('--labels', nargs='+', help='CSV, columns file class patient (first 2) or rule of XML, txt')
     add('--classes', nargs='+', help='names (default: background foreground, or as found)')
-    add('--values', nargs='+', help='of each class in the masks (default: 0 1 2 ...), as 0 420+421 '
-        '#ff0000 *; 255 is not scored unless it is named')
+    add('--values', nargs='+', help='of classes, as 0 420+421 #ff0000 *; unnamed 255: not scored')
     add('--outline', action='store_true', help='masks show a closed convex outline: fill it')
+    add('--partial', action='store_true', help='go on without masks, rows and lines without image')
+    add('--sided', action='store_true', help='classes tell left from right: mirror no image')
     add('--frames', action='store_true', help='images of one mask are frames: take the darkest')
     add('--patient', help='rule: what it finds in a path is the patient (default: the path)')
     add('--split', nargs='+', help='of each part a share (50 20 30), a rule or a .txt of names')

@@ -78,7 +78,7 @@ def test_a_class_that_no_mask_shows_is_told(tmp_path):
 
 def test_masks_of_255_alone_are_refused_and_told_how_to_name_it(tmp_path):
     write_pairs(tmp_path, BLOB * 255, count=4)
-    refused(tmp_path, naming=['no training image shows foreground', '255 counts where named'])
+    refused(tmp_path, naming=['masks/?.png', '255 is its only foreground', '0 1+255'])
 
 # --- several masks -------------------------------------------------------------------------------
 

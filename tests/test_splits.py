@@ -52,7 +52,9 @@ def test_where_no_folder_is_for_testing_that_part_is_drawn_from_training(tmp_pat
 
 def test_a_folder_alone_that_is_called_train_is_none_of_three(tmp_path):
     write_animals(tmp_path, 'train/{kind}', names='0123456789')
-    assert task(tmp_path).counts == dict(train=10, val=4, test=6)
+    found = task(tmp_path)
+    assert found.counts == dict(train=10, val=4, test=6)
+    assert 'train 10, val 4, test 6 files, split by 50, 20, 30; 20 of them drawn' in found.said
 
 def test_patients_in_two_splits_that_a_data_set_comes_with_are_named(tmp_path):
     write_animals(tmp_path, 'train/{kind}', names=['p1_0', 'p2_0'])
@@ -139,7 +141,7 @@ def test_a_patient_is_what_the_group_of_the_rule_finds(tmp_path):
 
 def test_a_rule_of_patients_that_finds_nobody_is_refused(tmp_path):
     write_eyes(tmp_path, 3)
-    refused(tmp_path, '--patient', 'chld[0-9]', naming=['--patient', 'found in no path', 'p00L'])
+    refused(tmp_path, '--patient', 'chld[0-9]', naming=['--patient', '6 of 6 find no', 'p00L'])
 
 @pytest.mark.parametrize('few, counts', [
     (1, dict(train=1, val=0, test=0)), (2, dict(train=1, val=0, test=1)),

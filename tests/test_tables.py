@@ -37,9 +37,7 @@ ROWS = {
     'name with points without ending': dict(right=WITH_POINTS, row='{stem},{kind}'),
     'blanks': dict(right=IN_FOLDER, row='  {path} , {kind} '),
     'rows without a class or a file': dict(
-        right=IN_FOLDER, row='{path},{kind}\nimg/8.png,\nimg/9.png, \n,cat\n'),
-    'files that are not there': dict(
-        right=IN_FOLDER, row='{path},{kind}\n/etc/8.png,cat\n../../9.png,dog')}
+        right=IN_FOLDER, row='{path},{kind}\nimg/8.png,\nimg/9.png, \n,cat\n')}
 
 @pytest.mark.parametrize('name', ROWS)
 def test_a_row_gives_a_class_to_the_picture_that_it_names_and_no_other(tmp_path, name):
@@ -116,7 +114,15 @@ def test_pictures_without_a_row_are_left_out_with_a_warning(tmp_path):
     write_table(tmp_path, [*rows[1:], '', ''], IN_FOLDER)
     found = task(tmp_path, '--labels', 'labels.csv')
     assert 'img/0.png' not in found.where
-    assert re.search('warning.* 1 images.*img/0.png', found.said)
+    assert re.search('images .*: 8 = 7 used . 1 left out  img/0.png', found.said)
+
+def test_rows_that_name_no_picture_below_raw_stop_unless_allowed(tmp_path):
+    others = ['img/8.png', 'img/9.png']
+    rows = [f'{path},{kind}' for path, kind in IN_FOLDER.items()]
+    rows += ['/etc/8.png,cat', '../../9.png,dog']
+    write_table(tmp_path, rows, [*IN_FOLDER, *others])
+    refused(tmp_path, '--labels', 'labels.csv', naming=['2 of 10', '/etc/8.png', '--partial'])
+    assert by_table(tmp_path, '--partial') == IN_FOLDER
 
 # --- tables that cannot be used ------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ def pairs(tmp_path_factory):
 def test_the_task_says_what_it_holds(pairs):
     assert pairs.task.meta == dict(
         kind='segmentation', classes=['background', 'blob'], modality='Photo', size=64,
-        counts=dict(train=3, val=1, test=2))
+        counts=dict(train=3, val=1, test=2), sided=False)
 
 def test_the_task_names_the_files_of_each_split_in_the_order_of_its_images(pairs):
     assert pairs.task.split['test'] == ['test/images/0.png', 'test/images/1.png']
@@ -72,13 +72,14 @@ def test_grey_pictures_beside_coloured_ones_get_three_equal_channels(tmp_path):
     assert np.array_equal(found.image['images/0.png'], files.noise(0)[..., None].repeat(3, 2))
     assert np.array_equal(found.image['images/3.png'], files.noise(3, channels=3))
 
-def test_what_is_in_no_pair_is_left_out_with_a_warning(tmp_path):
+def test_a_mask_without_its_image_stops_unless_allowed(tmp_path):
     write_pairs(tmp_path, count=6)
     (tmp_path / 'raw/masks/2.png').unlink()
     (tmp_path / 'raw/images/5.png').unlink()
-    found = task(tmp_path)
+    refused(tmp_path, naming=['1 of 5 find no partner', 'masks/5.png', '--partial'])
+    found = task(tmp_path, '--partial')
     assert sorted(found.where) == [f'images/{number}.png' for number in (0, 1, 3, 4)]
-    assert re.search('warning.* 2 images.*images/2.png', found.said)
+    assert re.search('5 = 4 used . 1 left out  images/2.png', found.said)
 
 def test_skip_leaves_out_images_and_masks_by_their_path(tmp_path):
     """Without it the second mask of each picture makes the pairs ambiguous."""
@@ -89,7 +90,7 @@ def test_skip_leaves_out_images_and_masks_by_their_path(tmp_path):
     refused(tmp_path, *rules, naming=['cannot be a pair', 'copies/masks/0.png', '--masks'])
     found = task(tmp_path, *rules, '--skip', '^COPIES/')
     assert sorted(found.where) == [f'images/{number}.png' for number in range(4)]
-    assert 'left out' not in found.said
+    assert re.findall(r'(\d+) left out', found.said) == ['0', '0']
 
 # --- class folders -------------------------------------------------------------------------------
 
@@ -105,12 +106,12 @@ def test_the_folder_of_a_picture_is_its_class(tmp_path):
         assert found.classes[label] == kind
         assert np.array_equal(found.image[path][..., 0], animal(kind, int(name[0])))
 
-def test_a_picture_beside_the_class_folders_is_left_out_with_a_warning(tmp_path):
+def test_a_picture_beside_the_class_folders_is_left_out_and_told(tmp_path):
     write_animals(tmp_path)
     files.save(tmp_path / 'raw/overview.png', files.noise(99))
     found = task(tmp_path)
     assert found.classes == ['cat', 'dog'] and len(found.where) == 6
-    assert re.search('warning.* 1 images.*overview.png', found.said)
+    assert '7 = 6 used + 1 left out  overview.png' in found.said
 
 def test_images_of_each_class_and_split_are_told(tmp_path):
     write_animals(tmp_path, names='0123456789')

@@ -29,7 +29,7 @@ def read_source(folder):
             array = np.load(path, mmap_mode='r')
             shards.append((path, array.offset, array.shape))
             if array.dtype == np.uint8 and array.ndim == 4 and array.flags.c_contiguous:
-                count += len(array)
+                count += len(array)     # others fail the comparison below
         if count != meta['count']:
             raise ValueError(f'{count} images uint8 (n, S, S, c) of {meta["count"]}')
     except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
@@ -88,9 +88,9 @@ class Shards:
                 image[..., channel:channel + 1] = pixels
         return images.permute(0, 3, 1, 2)
 
-    def batch_ids(self, seed, number, batch, rank, world, epoch_micros):
-        """Indices (sorted, to read in order) of a rank's micro-batch, of epoch_micros an epoch."""
-        epoch, slot = divmod(number, epoch_micros)
+    def batch_ids(self, seed, micro, batch, rank, world, epoch_micros):
+        """Sorted indices of a rank's micro-batch `micro` of the run; an epoch has epoch_micros."""
+        epoch, slot = divmod(micro, epoch_micros)
         start = (slot * world + rank) * batch
         return np.sort(self.permutation(seed, epoch)[start:start + batch])
 
@@ -101,7 +101,7 @@ class Shards:
 
 class Task:
     """A labelled task that prepare_medverse.py --task wrote: images and answers in three splits.
-    Answers are masks if it `segments`, else labels; 255 is no answer."""
+    Answers are masks (255 is no answer) if it `segments`, else labels."""
     def __init__(self, folder):
         if not (folder / 'meta.json').exists():
             raise SystemExit(f'{folder}: is not there; python prepare_medverse.py --task makes it')
@@ -140,13 +140,13 @@ def prefetch(load, items, threads=2, ahead=4):
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
-def batches(shards, seed, numbers, batch, rank, world, epoch_micros, device):
-    """Yield one rank's micro-batches `numbers` as uint8 images (B, 3, S, S) on the device."""
-    def load(number):
-        images = shards.gather(shards.batch_ids(seed, number, batch, rank, world, epoch_micros))
+def batches(shards, seed, micros, batch, rank, world, epoch_micros, device):
+    """Yield a rank's micro-batches of these numbers as uint8 images (B, 3, S, S) on the device."""
+    def load(micro):
+        images = shards.gather(shards.batch_ids(seed, micro, batch, rank, world, epoch_micros))
         return images.pin_memory() if device.type == 'cuda' else images
 
-    for images in prefetch(load, numbers):      # the host need not wait for a pinned copy
+    for images in prefetch(load, micros):       # the host need not wait for a pinned copy
         yield images.to(device, non_blocking=True)
 
 # --- augmentation ---------------------------------------------------------------------------------
@@ -163,8 +163,8 @@ def crop_matrices(u, w, h):
 
 def draw_crops(count, zoom, device):
     """Matrices (count, 2, 3) of random horizontal flips, rotations up to 15 degrees and crops.
-    zoom: side of the output / side of the stored image. The area of a crop is drawn from
-    [max(0.2, zoom^2 / 2), 1], so that it is enlarged to about twice its size at most."""
+    zoom: side of the output / side of the stored image. A crop's share of the area is drawn from
+    [max(0.2, zoom^2 / 2), 1]: about half the output's pixels or more, if the image has as many."""
     u = torch.rand(6, count, device=device)
     smallest = min(max(0.2, 0.5 * zoom ** 2), 1)
     area = smallest + (1 - smallest) * u[4]

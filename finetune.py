@@ -31,7 +31,7 @@ import data
 from model import ViT, load_weights, named_config, read_checkpoint
 from pretrain import computes_bf16, end_if_diverged, set_up_process, learning_rate, make_optimizer
 from pretrain import open_run, parse_options, resume, run_program, save, seed_step, step_if_finite
-from pretrain import stop_signals, write_line
+from pretrain import catch_signals, write_line
 from tests.encoders.own import own_encoder
 from unetr import UNETR
 
@@ -90,7 +90,7 @@ def add_head(vit, meta, pool):
     return Classifier(vit, len(meta['classes']), pool)
 
 def init_path(o):
-    """What --init names: a checkpoint, a Python file, or scratch."""
+    """--init, or without it the first of the default checkpoints that exists."""
     made = [path for path in ('out/pretrain/ckpt.pt', 'out/demo/ckpt.pt') if os.path.exists(path)]
     if not o.init and not made:
         raise SystemExit('no out/pretrain/ckpt.pt or out/demo/ckpt.pt: pretrain, or give --init')
@@ -102,7 +102,7 @@ def build_encoder(path, o, size):
         if o.adapt == 'experts' or o.top_k or o.patch or o.tune_blocks >= 0:
             raise SystemExit(f'{path}: takes --adapt director; no --top_k, --patch, --tune_blocks')
         return own_encoder(path, size)
-    state, config = None, named_config(o.model, o.depth)
+    state, config = None, named_config(o.model, o.depth)        # from scratch
     if path != 'scratch':
         state, config, _ = read_checkpoint(path)
     experts = 0 if o.adapt == 'director' else (config.experts or 8)     # 8 copies of a plain MLP
@@ -240,7 +240,7 @@ def build_run(o):
         print(f'{out}: this run is finished; its scores are in results.json')
         sys.exit()
     log = open_run(out, o, progress['step'], identity)
-    if not progress['step']:
+    if not progress['step']:        # of a run that is overwritten
         for name in ('ckpt.pt', 'best.pt', 'results.json'):
             (out / name).unlink(missing_ok=True)
     print(f'{out} on {device.type}:', *(f'{key} {value}' for key, value in identity.items()),
@@ -249,7 +249,7 @@ def build_run(o):
     return SimpleNamespace(
         o=o, out=out, device=device, task=task, net=net, optimizer=optimizer, log=log,
         ids=ids, epoch_steps=epoch_steps, steps=steps, warmup=warmup, identity=identity,
-        autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16), signals=stop_signals(),
+        autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16), signals=catch_signals(),
         header=dict(config=asdict(vit.config), meta=task.meta, pool=o.pool, **source),
         start=progress['step'], best=progress['best'], skipped=progress['skipped'])
 
@@ -336,7 +336,7 @@ def main():
             run_program('pictures', run.out)
     except OSError as error:
         raise SystemExit(f'{error}; what was saved before is whole')
-    except KeyboardInterrupt:       # before the first step or after the last: nothing to save
+    except KeyboardInterrupt:       # before the training, or in a prediction: nothing to save
         sys.exit(130)
 
 if __name__ == '__main__':

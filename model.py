@@ -98,7 +98,7 @@ class StackedLinear(nn.Module):
             # Autocast does not cover grouped_mm, so cast by hand.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         numbers = torch.arange(len(self.weight), device=x.device)
-        group_ends = torch.searchsorted(expert, numbers, right=True) * x.shape[1]       # (R,) rows
+        group_ends = torch.searchsorted(expert, numbers, right=True) * x.shape[1]     # (R,), tokens
         # One kernel in bfloat16 on an H100 or newer; the host need not wait for the groups' sizes.
         y = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=group_ends.int())
         # On a CPU, index_select's gradient is summed in one order every time, unlike that of
@@ -131,7 +131,7 @@ class DEX(nn.Module):
     def __init__(self, config):
         super().__init__()
         R = config.experts
-        self.top_k, self.routing = config.top_k, config.routing
+        self.top_k, self.by_token = config.top_k, config.routing == 'token'
         self.gate = Linear(config.width, R, bias=False)                 # pi of Eq. 2
         self.director = MLP(config).requires_grad_(False)               # moved by GEMA alone
         self.experts = Experts(self.director, R)
@@ -141,9 +141,9 @@ class DEX(nn.Module):
         """x (B, N, C) -> y (B, N, C) and, if sigma (gate noise, >= 0) is given, the Routing.
         Fine-tuning and inference pass None: no noise, no director, no Routing."""
         # With a choice for each token, a unit is an image of one token.
-        units = x if self.routing == 'image' else x.flatten(0, 1)[:, None]      # (M, N, C)
+        units = x.flatten(0, 1)[:, None] if self.by_token else x                # (M, N, C)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 ties would change the top K
-            logits = self.gate(units[:, 0].float())             # (M, R), from the class token
+            logits = self.gate(units[:, 0].float())     # (M, R), from the class (or only) token
             if sigma is not None:
                 # Eq. 21: the noise is shifted in favour of experts that are seldom used.
                 noise = torch.randn_like(logits) + 1 - self.usage / self.usage.sum()
@@ -237,7 +237,7 @@ class ViT(nn.Module):
             x, routing = block(x, sigma)
             outputs.append(x)
             routings.append(routing)
-        if None in routings:
+        if routing is None:     # the last block's, and all are alike
             return self.norm(x), None, outputs
         return self.norm(x), Routing(*map(torch.stack, zip(*routings))), outputs
 
@@ -345,7 +345,7 @@ def load_weights(model, state, path):
             copies = value.expand(config.experts, *value.shape)
             fitting[name.replace('.mlp.', '.dex.experts.')] = copies
             name = name.replace('.mlp.', '.dex.director.')
-        elif not config.experts:        # experts are then left over
+        elif not config.experts:        # .dex.experts. keep their names, and are not loaded
             name = name.replace('.dex.director.', '.mlp.')
         fitting[name] = value
     try:
@@ -358,6 +358,6 @@ def load_weights(model, state, path):
     misfits = [name for name in (*new, *left) if not any(part in name for part in optional)]
     if misfits:
         raise SystemExit(f'{path}: does not fit this network: missing or left over: {misfits}')
-    unused, added = [[part for part in optional if any(part in name for name in names)] or 'nothing'
-                     for names in (left, new)]
-    print(f'{path}: loaded; left out: {unused}; not in it, so new: {added}')
+    def parts(names):
+        return [part for part in optional if any(part in name for name in names)] or 'nothing'
+    print(f'{path}: loaded; left out: {parts(left)}; not in it, so new: {parts(new)}')

@@ -67,7 +67,7 @@ class Options:
     bf16: bool = True               # bfloat16 autocast and torch.compile, on CUDA only
     log_every: int = 10             # steps between lines of log.jsonl
     val_every: int = 0              # steps between validations; 0: ten a run
-    val_share: float = 0.05         # share of each source held out for validation (its tail)
+    val_share: float = 0.05         # share of each source held out: its tail, 1 to 200 images
     save_minutes: float = 15.0      # between checkpoints
 
     def __post_init__(self):
@@ -79,7 +79,7 @@ class Options:
 DEMO = dict(data='data/phantoms-64', out='out/demo', model='tiny', depth=4, size=64, patch=8,
             batch=64, steps=400, lr=8e-3, val_share=0.2, val_every=100)
 MAX_SKIPPED = 10    # steps in a row that are not finite end a training
-# A resumed run may change these; another accumulate, device or bf16 changes the rounding.
+# A resumed run may change these, with the rounding; accumulate * GPUs must stay.
 MAY_CHANGE = ('data', 'out', 'init', 'resume', 'overwrite', 'accumulate', 'device', 'bf16',
               'log_every', 'val_every', 'save_minutes')
 
@@ -104,7 +104,7 @@ def parse_options(defaults, words=None):
         # Set afterwards, since BooleanOptionalAction of some versions adds the default, too.
         parser.add_argument('--' + name, default=default, **reading).help = text
     values = vars(parser.parse_args(words))
-    for name, value in values.items():
+    for name, value in values.items():      # from 0 on, or from a negative default
         if type(value) in (int, float) and not min(0, getattr(defaults, name)) <= value < math.inf:
             raise SystemExit(f'--{name} {value}: must be a number of 0 or more')
     return cls(**values)
@@ -150,16 +150,16 @@ def seed_step(seed, step, place):
     torch.manual_seed(int(np.random.SeedSequence((seed, step, place)).generate_state(1)[0]))
 
 def make_optimizer(model, lr, weight_decay):
-    """AdamW that decays matrices and kernels, but no norms, tokens and (also stacked) biases."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in trained if name.endswith('.weight') and 'norm' not in name]
-    others = [p for name, p in trained if not name.endswith('.weight') or 'norm' in name]
-    groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=others, weight_decay=0)]
+    """AdamW that decays matrices and kernels. Names tell them, for stacked biases have two axes."""
+    trained = [(name.endswith('.weight') and 'norm' not in name, p)
+               for name, p in model.named_parameters() if p.requires_grad]
+    groups = [dict(params=[p for decays, p in trained if decays], weight_decay=weight_decay),
+              dict(params=[p for decays, p in trained if not decays], weight_decay=0)]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
 
 def step_if_finite(optimizer, lr, parameters, clip, finite=True):
-    """Clip the gradients and let AdamW step, or skip the step if something is not finite.
-    Returns the norm of the gradients and whether it was finite; the host need not wait for them."""
+    """Set the learning rate, clip, and let AdamW step, or skip it if something is not finite.
+    Returns the norm and whether it and the given `finite` hold; the host need not wait for them."""
     for group in optimizer.param_groups:
         group['lr'] = lr
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
@@ -174,8 +174,8 @@ def end_if_diverged(out, in_a_row):
     if in_a_row >= MAX_SKIPPED:
         raise SystemExit(f'{out}: {MAX_SKIPPED} steps in a row not finite; see images, lower --lr')
 
-def stop_signals():
-    """A list to which SIGTERM and SIGINT (Ctrl-C) add their numbers. A training then saves."""
+def catch_signals():
+    """Have SIGTERM and SIGINT (Ctrl-C) do no more than add their numbers to the list returned."""
     signals = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: signals.append(number))
@@ -270,26 +270,26 @@ def look_at_held_out(model, shards, o, device, autocast):
         with autocast:
             l_self, routing, _, _ = model(images, 0.0, noise.to(device))
         losses.append(l_self.cpu())
-        if routing is not None:     # if each token has its own weights, their mean
+        if routing is not None:     # (L, M, R) -> (L, B, R): mean over an image's units
             weights.append(routing.weights.unflatten(1, (len(ids), -1)).mean(2).cpu())
     return torch.cat(losses), (torch.cat(weights, 1) if weights else None)
 
 def validate(model, shards, o, device, autocast):
     """The numbers of a validation; val_l_self is the mean over modalities, not over images."""
     losses, weights = look_at_held_out(model, shards, o, device, autocast)
-    shown, numbers = np.unique(shards.image_modality[shards.val], return_inverse=True)
-    shows = F.one_hot(torch.from_numpy(numbers)).T.float()          # (modalities, V)
-    means = shows @ losses / shows.sum(1)
-    names = [shards.modalities[number] for number in shown]
+    present, rows = np.unique(shards.image_modality[shards.val], return_inverse=True)
+    belongs = F.one_hot(torch.from_numpy(rows)).T.float()           # (modalities, V)
+    means = belongs @ losses / belongs.sum(1)
+    names = [shards.modalities[modality] for modality in present]
     entry = dict(val_l_self=means.mean().item(), val=dict(zip(names, means.tolist())))
     if weights is None:
         return entry
     first_expert = F.one_hot(weights.argmax(2), weights.shape[2]).float()       # (L, V, R)
-    information = [mutual_information(counts) for counts in shows @ first_expert]
+    bits, most = zip(*map(mutual_information, belongs @ first_expert))      # a table for each layer
     second = 1 - weights.max(2).values.median(1).values     # of all but the first, if K > 2
-    dead = (weights.sum(1) == 0).nonzero().tolist()         # layers and experts, from 0
-    return dict(entry, bits=[bits for bits, _ in information], bits_max=information[0][1],
-                second=second.tolist(), dead=[f'{layer + 1}.{expert}' for layer, expert in dead])
+    dead = (weights.sum(1) == 0).nonzero().tolist()         # (layer, expert), both from 0
+    return dict(entry, bits=bits, bits_max=most[0], second=second.tolist(),
+                dead=[f'{layer + 1}.{expert}' for layer, expert in dead])
 
 # --- training -------------------------------------------------------------------------------------
 def plan_steps(o, shards, world):
@@ -317,7 +317,7 @@ def build_network(o, plan, identity, device):
         return model, optimizer, checkpoint['step'], checkpoint['skipped']
     if o.init:
         state, theirs, _ = read_checkpoint(o.init)
-        if theirs.heads != config.heads:
+        if theirs.heads != config.heads:        # no tensor's shape shows them
             raise SystemExit(f'{o.init}: {theirs.heads} heads, but {o.model} has {config.heads}')
         load_weights(model, state, o.init)
     return model, optimizer, 0, 0
@@ -325,7 +325,7 @@ def build_network(o, plan, identity, device):
 def compile_blocks(model):
     """Compile block by block: one graph serves all blocks of a kind, and DDP can send the gradients
     of the last blocks while those of the first are computed."""
-    torch._dynamo.config.optimize_ddp = False       # it would cut a block's graph once more
+    torch._dynamo.config.optimize_ddp = False       # it would split blocks where its buckets end
     for block in (*model.blocks, *model.decoder_blocks):
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
 
@@ -355,14 +355,14 @@ def build_run(o, rank, world, local, device):
     if world > 1:
         net = DistributedDataParallel(model, [local] if device.type == 'cuda' else None,
                                       gradient_as_bucket_view=True)
-        net.broadcast_buffers = False       # after the first time, all ranks update theirs alike
+        net.broadcast_buffers = False       # sent above; from now on ranks update theirs alike
     micros = range(start * o.accumulate, plan.steps * o.accumulate)
     batches = data.batches(shards, o.seed, micros, o.batch, rank, world,
                            plan.epoch_steps * o.accumulate, device)
     run = SimpleNamespace(
         o=o, rank=rank, world=world, device=device, out=out, shards=shards, plan=plan, bf16=bf16,
         model=model, net=net, optimizer=optimizer, batches=batches, start=start,
-        autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16), signals=stop_signals(),
+        autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16), signals=catch_signals(),
         header=dict(config=asdict(model.config), options=asdict(o), identity=identity),
         skipped=torch.tensor(skipped, device=device))
     if rank == 0:
@@ -387,10 +387,10 @@ def loss_terms(l_self, routing, world):
     l_self = l_self.mean()
     if routing is None:
         return dict(l_self=l_self, align=0 * l_self, balance=0 * l_self), torch.zeros(0)
-    usage = routing.weights.detach().mean(1)
-    load, usage = mean_over_ranks(world, routing.activated.mean(1), usage)
+    omega = routing.weights.detach().mean(1)
+    load, omega = mean_over_ranks(world, routing.activated.mean(1), omega)
     align, balance = layer_losses(routing.align, routing.scores.mean(1), load)
-    return dict(l_self=l_self, align=align, balance=balance), usage
+    return dict(l_self=l_self, align=align, balance=balance), omega
 
 def log_step(run, validating, entry):
     """Write a line of log.jsonl, with a validation if it is time for one."""
@@ -418,7 +418,7 @@ def train(run):
         sigma, momentum = cosine(o.sigma, 0, progress), cosine(o.momentum, 1, progress)
         factors = dict(l_self=1, align=o.align, balance=cosine(o.balance, 0, progress))
         rate = learning_rate(step, plan.steps, plan.warmup, plan.peak)
-        losses, usage = 0, 0        # of the whole step: the terms of Eq. 8, and Omega (L, R)
+        losses, omega = 0, 0        # of the whole step: the terms of Eq. 8, and Omega (L, R)
         for micro in range(o.accumulate):
             images = next(run.batches)
             seed_step(o.seed, step, micro * run.world + run.rank)
@@ -426,17 +426,17 @@ def train(run):
             run.net.require_backward_grad_sync = micro == o.accumulate - 1      # DDP sends once
             with run.autocast:      # sigma is a tensor, or each new value would compile anew
                 l_self, routing, _, _ = run.net(images, torch.full((), sigma, device=run.device))
-            terms, micro_usage = loss_terms(l_self, routing, run.world)
+            terms, micro_omega = loss_terms(l_self, routing, run.world)
             loss = sum(factors[name] * terms[name] for name in factors)         # Eq. 8
             (loss / o.accumulate).backward()
             losses = losses + torch.stack([*terms.values()]).detach() / o.accumulate
-            usage = usage + micro_usage / o.accumulate
+            omega = omega + micro_omega / o.accumulate
 
         stop = torch.full((), float(len(run.signals)), device=run.device)
-        losses, stop = mean_over_ranks(run.world, losses, stop)
+        losses, stop = mean_over_ranks(run.world, losses, stop)     # stop > 0: a rank had a signal
         all_finite = losses.isfinite().all()                    # the same on every rank
         norm, finite = step_if_finite(run.optimizer, rate, trained, o.clip, all_finite)
-        for block, batch_usage in zip(model.blocks, usage):     # without experts there is none
+        for block, batch_usage in zip(model.blocks, omega):     # without experts there is none
             block.dex.gema(batch_usage, momentum, finite)       # Eq. 7
         run.skipped, in_a_row = run.skipped + ~finite, torch.where(finite, 0, in_a_row + 1)
 
@@ -444,8 +444,8 @@ def train(run):
         validating = done in (1, plan.steps) or done % val_every == 0
         logging = validating or done % o.log_every == 0
         # What follows waits for the device, so on CUDA it is done about every tenth micro-batch.
-        due = logging or done % max(1, 10 // o.accumulate) == 0
-        if run.device.type == 'cuda' and not due:
+        looking = logging or done % max(1, 10 // o.accumulate) == 0
+        if run.device.type == 'cuda' and not looking:
             continue
         if logging:
             shown = dict(zip(terms, losses.tolist()))
@@ -458,8 +458,8 @@ def train(run):
                     grad_norm=norm.item(), skipped=run.skipped.item(), images_per_second=speed))
             logged, logged_at = done, time.perf_counter()
         end_if_diverged(run.out, in_a_row)
-        is_due = stop or done == plan.steps or time.perf_counter() - saved_at > 60 * o.save_minutes
-        if run.rank == 0 and is_due:
+        saving = stop or done == plan.steps or time.perf_counter() - saved_at > 60 * o.save_minutes
+        if run.rank == 0 and saving:
             save(run.out / 'ckpt.pt', dict(
                 run.header, model=model.state_dict(), optimizer=run.optimizer.state_dict(),
                 step=done, skipped=run.skipped.item()))
@@ -472,7 +472,7 @@ def main():
     """Read the options, make the phantoms of a demo, train, and draw."""
     o = parse_options(Options())
     if o.demo:
-        o = parse_options(Options(demo=True, **DEMO))
+        o = parse_options(Options(demo=True, **DEMO))       # again: words win over DEMO
     rank, world, local, device = set_up_process(o.device)
     try:
         if o.demo and rank == 0 and len(list(Path(o.data).glob('phantom-*/meta.json'))) < 10:

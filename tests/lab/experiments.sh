@@ -39,7 +39,7 @@ prepare() {
         touch data/phantoms-64/done
     fi
     task covid-cxr --raw "$real/tasks/COVID-CXR-3class" --size 128
-    task eye-disease --raw "$real/tasks/EyeDisease-4class" --size 128 --patient '\d+_'
+    task eye-disease --raw "$real/tasks/EyeDisease-4class" --size 128 --patient '\d+_|\w+_\d+'
     task hc18 --raw "$real/tasks/HC18" --size 128 --images '(.*)\.png' --masks '(.*)_Annotation' \
         --classes background head --values 0 255 --outline
     phantom_task phantom-organs

@@ -84,7 +84,7 @@ def dex_of_an_image(module, tokens):
 def dex(module, x):
     """Sec. 3.2 and 3.3 without noise: x (B, N, C) -> (B, N, C) and the Decisions."""
     images = x
-    if module.routing == 'token':       # each token decides for itself, as an image of one token
+    if module.by_token:     # each token decides for itself, as an image of one token
         images = x.reshape(-1, 1, x.shape[2])
     outputs, losses, *decisions = zip(*(dex_of_an_image(module, tokens) for tokens in images))
     alignment = torch.stack([loss for image in losses for loss in image]).mean()

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')     # before torch, as in pretrain.py
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')     # before torch, as in pretrain.py
 
 import numpy as np
 import torch

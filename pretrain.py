@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')     # spinning threads slow a busy laptop down
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')     # waiting threads spin less: for busy laptops
 
 import numpy as np
 import torch

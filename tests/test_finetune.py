@@ -13,6 +13,8 @@ from PIL import Image
 from model import read_checkpoint
 from tests.support import files, naive, prepared, runs, tasks
 
+pytestmark = pytest.mark.slow     # whole trainings, and many of them
+
 ALL = range(99)         # batches of a training
 
 def read_task(folder, split, name):

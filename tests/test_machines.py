@@ -9,6 +9,8 @@ import pretrain
 from tests.support import files, processes, runs
 from tests.support.two_ranks import free_port
 
+pytestmark = pytest.mark.slow     # whole trainings, and many of them
+
 def without(*names):
     """Python that replaces what the programs of tests/lab with these names do."""
     return f'''

@@ -13,6 +13,8 @@ from tests.support.miniatures import SIZE, shown, write_source, write_task
 from tests.support.prepared import Prepared, prepare, said, task
 from tests.support.runs import ROOT
 
+pytestmark = pytest.mark.slow     # a data set each, and many of them
+
 REAL = ROOT.parent / 'shared/real'
 real = pytest.mark.skipif(not REAL.is_dir(), reason='no real images beside the repository')
 SOURCES = {row.name: row for row in medverse.SOURCES}

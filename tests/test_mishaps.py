@@ -14,6 +14,8 @@ from model import MAE
 from tests.support import runs
 from tests.support.runs import ends, equal, pretrain_words, read_log, weights
 
+pytestmark = pytest.mark.slow     # whole trainings, and many of them
+
 def nan(images):
     return images * math.nan
 

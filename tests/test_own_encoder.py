@@ -9,6 +9,8 @@ import torch
 
 from tests.support import files, layouts, runs, tasks
 
+pytestmark = pytest.mark.slow     # whole trainings, and many of them
+
 # --- published checkpoints ----------------------------------------------------------------------
 
 def write_published(folder, *options, **shapes):

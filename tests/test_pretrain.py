@@ -14,6 +14,8 @@ from tests.support import naive, runs
 from tests.support.runs import ends, read_log, weights, write_source
 from tests.support.two_ranks import STEP
 
+pytestmark = pytest.mark.slow     # whole trainings, and many of them
+
 FIELDS = {'step', 'loss', 'l_self', 'align', 'balance', 'lr', 'momentum', 'sigma', 'grad_norm',
           'skipped', 'images_per_second'}
 

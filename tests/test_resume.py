@@ -16,6 +16,8 @@ from tests.support.runs import ends, equal, pretrain_words, read_log, weights
 from tests.support.tasks import write_task
 from tests.support.two_ranks import STEP
 
+pytestmark = pytest.mark.slow     # whole trainings, and many of them
+
 def fail(images):
     raise RuntimeError('as if it had been killed')
 

@@ -98,7 +98,8 @@ def is_dicom(path):
 
 def list_names(home):
     """Sorted paths of all files below a folder, relative to it; a DICOM series is its folder."""
-    def stop(error):  # os.walk would leave the folder out without a word
+    def stop(error):
+        """End at a folder that cannot be read; os.walk alone would leave it out without a word."""
         raise error
     names, visited = set(), {str(parent) for parent in home.resolve().parents}
     for folder, folders, files in os.walk(home, onerror=stop, followlinks=True):
@@ -516,9 +517,8 @@ def find_samples(raw, o, account):
 
 def settle(raw, account, partial):
     """Print the account [(what, how many, those left over, if that harms)]; stop if some harm."""
-    for what, had, left, _ in account:
-        some = ', '.join(left[:3])
-        print(f'{what}: {had} = {had - len(left)} used + {len(left)} left out  {some}')
+    for what, n, left, _ in account:
+        print(f'{what}: {n} = {n - len(left)} used + {len(left)} left out  {", ".join(left[:3])}')
     harm = [f'{what}: {len(left)} of {had} find no partner, as {", ".join(left[:3])}'
             for what, had, left, harmful in account if left and harmful]
     if harm and not partial:
@@ -587,10 +587,11 @@ def by_tail(names):
 
 def read_table(raw, names, account, end, *columns):
     """Samples by the columns of file, class and maybe patient of a CSV whose path ends so."""
-    def agreement(mark):  # of how many lines it makes as many cells as of the first
+    def agreement(mark):
+        """Of how many lines this delimiter makes as many cells as of the first."""
         widths = [len(cells) for cells in csv.reader(lines[:99], delimiter=mark) if cells]
         return sum(width == widths[0] > 1 for width in widths)
-    lines, tails, samples = read_lines(raw, end), by_tail(names), {}
+    lines, tails, samples, lost = read_lines(raw, end), by_tail(names), {}, []
     table = csv.DictReader(lines, delimiter=max(',;\t', key=agreement))
     head = table.fieldnames or []
     columns = columns or head[:2]
@@ -598,7 +599,6 @@ def read_table(raw, names, account, end, *columns):
         sys.exit(f'{end}: needs a column of files and one of classes, has {head}, no '
                  f'{", ".join({*columns} - {*head})}')
     print(f'{end}: file, class, patient are its columns {", ".join(columns)}; others are not read')
-    lost = []
     for row in table:
         path, label, *patient = [(row[column] or '').strip() for column in columns]
         found = tails.get(plain(path), []) if label else []

@@ -1,6 +1,7 @@
 """Fine-tuning: what is trained, on which images, which epoch is chosen, how it is scored, and what
 is written. Its stopping and resuming is in test_resume.py, its scores are in test_scores.py."""
 import hashlib
+import json
 import shutil
 import signal
 
@@ -169,16 +170,23 @@ def test_a_fraction_is_the_same_images_for_every_method(tmp_path, pretrained, at
         subsets.append(subset)
     assert subsets[0] == subsets[1] != subsets[2]
 
-@pytest.mark.parametrize('segments, classes, flipped', [
-    (True, ('ground', 'square'), True),
-    (True, ('ground', 'left', 'right'), False),
-    (False, ('dark', 'bright'), True),
-    (False, ('dark', 'bright', 'grey'), True)])
-def test_only_where_there_are_several_organs_training_does_not_flip(
-        segments, classes, flipped, tmp_path, pretrained, at_batch):
-    """A left organ would become a right one. One organ has no such pair, nor have labels."""
+@pytest.mark.parametrize('segments, classes, sided, flipped', [
+    (True, ('ground', 'square'), None, True),
+    (True, ('ground', 'left', 'right'), None, False),
+    (False, ('dark', 'bright'), None, True),
+    (False, ('dark', 'bright', 'grey'), None, True),
+    (True, ('ground', 'liver', 'spleen'), False, True),
+    (True, ('ground', 'square'), True, False),
+    (False, ('dark', 'bright'), True, False)])
+def test_only_a_task_whose_classes_have_sides_is_never_mirrored(
+        segments, classes, sided, flipped, tmp_path, pretrained, at_batch):
+    """A left organ would become a right one. Where an older task's meta.json does not say whether
+    it is sided, several organs are taken for it."""
     task, left_is_bright = tmp_path / 'task', []
     tasks.write_task(task, segments, classes=classes)
+    if sided is not None:
+        meta = json.loads((task / 'meta.json').read_text())
+        (task / 'meta.json').write_text(json.dumps(dict(meta, sided=sided)))
     images = np.zeros((12, tasks.SIDE, tasks.SIDE, 1), np.uint8)
     images[:, :, :tasks.SIDE // 2] = 200
     np.save(task / 'train' / 'images.npy', images)

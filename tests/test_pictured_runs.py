@@ -9,7 +9,7 @@ from PIL import Image
 
 import data
 from model import MAE, read_checkpoint
-from tests.support import naive, runs, tasks
+from tests.support import naive, runs
 from tests.support.runs import ends
 from tests.support.pictures import load, tiles_of
 

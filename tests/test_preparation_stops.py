@@ -3,17 +3,14 @@
 A program that stands in for ffmpeg waits until the test lets it go on, so that a preparation is
 stopped in the midst of its second source, however fast the machine is."""
 import os
-import re
 import signal
-import time
 import tracemalloc
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from tests.support import files, prepared, runs
+from tests.support import files, prepared, processes, runs
 from tests.support.prepared import Prepared, prepare, said
 
 SIZE = prepared.SIZE
@@ -56,26 +53,6 @@ def halted(tmp_path, fake_program):
         if process.poll() is None:
             runs.kill(process)
 
-def await_end(workers):
-    """Wait until these processes are gone; end them, and fail, where they stay."""
-    deadline = time.monotonic() + 30
-    for worker in workers:
-        while runs_still(worker):
-            if time.monotonic() > deadline:
-                os.kill(worker, signal.SIGKILL)
-                pytest.fail(f'worker {worker} outlives its preparation')
-            time.sleep(0.02)
-
-def runs_still(pid):
-    """Whether a process does anything; one that only waits to be noticed (a zombie) does not."""
-    try:
-        os.kill(pid, 0)
-        return not re.search(r'\) Z ', Path(f'/proc/{pid}/stat').read_text())
-    except ProcessLookupError:
-        return False
-    except FileNotFoundError:     # gone since, or a system without /proc
-        return not Path('/proc/self').exists()
-
 # --- killed, interrupted, started again ----------------------------------------------------------
 
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
@@ -84,7 +61,7 @@ def test_a_killed_preparation_takes_its_workers_along(halted, tmp_path, number):
     process, workers = halted.start(tmp_path / 'out')
     process.send_signal(number)
     assert runs.finish(process).code == -number
-    await_end(workers)
+    processes.await_end(workers)
 
 def test_a_killed_preparation_that_is_started_again_gives_the_same_bytes(halted, tmp_path):
     process, _ = halted.start(tmp_path / 'killed')
@@ -107,7 +84,7 @@ def test_ctrl_c_ends_in_a_sentence_and_leaves_the_finished_sources(halted, tmp_p
     assert result.code == 130
     assert 'stopped' in runs.ends(result)
     assert [path.name for path in (tmp_path / 'out').iterdir()] == ['a']
-    await_end(workers)
+    processes.await_end(workers)
 
 def test_two_preparations_into_one_folder_do_not_meet(halted, tmp_path):
     """The second is told so; the first finishes as if it were alone."""

@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 import finetune
 import pretrain
-from model import MAE, ViT, load_weights, read_checkpoint
+from model import MAE, ViT, read_checkpoint
 from tests.lab import predict
 
 # --- rows of tiles --------------------------------------------------------------------------------

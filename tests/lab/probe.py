@@ -37,7 +37,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import data
 from finetune import confusions, dice_of
 from model import ViT, load_weights, read_checkpoint
 from tests.lab.exams import phantom_exams, task_exam

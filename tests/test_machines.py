@@ -1,6 +1,8 @@
 """Machines without Unix's modules, several machines, and programs that end with their parents."""
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -96,6 +98,28 @@ def test_trainings_need_no_module_of_unix(tmp_path, elsewhere, labelled):
     assert runs.results(tmp_path / 'tuned')['scores']
     for said in (first.out, resumed, tuned):
         assert 'cannot be locked' in said
+
+# --- As macOS and Python 3.14 start processes -----------------------------------------------------
+
+STARTS = """
+import multiprocessing, os
+multiprocessing.set_start_method(os.environ['STARTS'], force=True)
+"""
+
+@pytest.mark.parametrize('method', ['spawn', 'forkserver'])
+def test_the_preparation_is_the_same_by_every_start_method(tmp_path, method):
+    for seed in range(3):
+        files.save(tmp_path / f'raw/Fundus/eyes/{seed}.png', files.texture(seed, channels=3))
+    (tmp_path / 'starts').mkdir()
+    (tmp_path / 'starts/sitecustomize.py').write_text(STARTS)
+    script, path = runs.ROOT / 'prepare_medverse.py', tmp_path / 'starts'
+    shards = []
+    for way in ('fork', method):
+        command = [sys.executable, script, '--raw', 'raw', '--out', way, '--workers', '2']
+        environment = dict(os.environ, PYTHONPATH=str(path), STARTS=way)
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+        shards.append((tmp_path / way / 'eyes/00000.npy').read_bytes())
+    assert shards[0] == shards[1]
 
 # --- What a command starts ends with it -----------------------------------------------------------
 

@@ -2,6 +2,7 @@
 training: in one process, in micro-batches and on two ranks. Stops and mishaps: test_resume.py."""
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pretrain
 from model import MAE, Config
 from tests.support import naive, runs
 from tests.support.runs import ends, read_log, weights, write_source
-from tests.support.two_ranks import STEP
+from tests.support.two_ranks import QUARTERS, STEP
 
 pytestmark = pytest.mark.slow     # whole trainings, and many of them
 
@@ -257,6 +258,14 @@ def test_two_ranks_hold_the_same_network_to_the_last_bit(two_ranks):
     first, second = (weights(two_ranks / f'whole-rank{rank}.pt') for rank in (0, 1))
     assert runs.equal(first, second)
     assert runs.equal(first, weights(two_ranks / 'whole' / 'ckpt.pt'))
+
+@pytest.mark.slow
+def test_two_ranks_with_two_micro_batches_equal_one_process_with_four(two_ranks, tmp_path):
+    """Images, crops, masks and gate noise of each micro-batch are the same."""
+    options = dict(QUARTERS, accumulate=4)
+    assert runs.pretraining(two_ranks / 'data', tmp_path, **options).code == 0
+    expected = SimpleNamespace(log=read_log(tmp_path), weights=weights(tmp_path / 'ckpt.pt'))
+    assert_trained_alike(two_ranks / 'quarters', expected, 'l_self', 'align', 'loss', 'grad_norm')
 
 def test_the_log_of_accumulated_steps_holds_the_mean_over_micro_batches(sources, tmp_path):
     """Which is what is optimised: the balance loss, a product, is not that of the means."""

@@ -20,12 +20,16 @@ from tests.support import runs
 # error in it is seen within three steps.
 STEP = dict(steps=3, sigma=0.0, momentum=0.5, weight_decay=10.0, clip=0.3, balance=0.5)
 
+# Two ranks with two micro-batches draw the noise of one process with four, and balance within each.
+QUARTERS = dict(STEP, sigma=1.0, balance=0.0, batch=1)
+
 # The last image of the source is held out, so rank 1 has nothing to validate.
 PLAN = [
     dict(name='whole'),
     dict(name='stopped', at_step=1, action='signal'),           # of rank 1 alone
     dict(name='resumed', goes_on_from='stopped'),
     dict(name='poisoned', at_step=2, action='not finite'),      # of rank 1 alone
+    dict(name='quarters', options=dict(QUARTERS, accumulate=2)),
 ]
 
 def free_port():
@@ -75,7 +79,7 @@ def main():
 
     pretrain.MAE = make_network
     for number, run in enumerate(plan):
-        out, options = folder / run['name'], dict(STEP)
+        out, options = folder / run['name'], dict(run.get('options', STEP))
         if number:      # torchrun's own port serves the first alone
             os.environ.pop('TORCHELASTIC_USE_AGENT_STORE', None)
             os.environ.update(MASTER_ADDR='localhost', MASTER_PORT=str(run['port']))

@@ -27,9 +27,9 @@ def read_source(folder):
         modality, shards, count = meta['modality'], [], 0
         for path in sorted(folder.glob('*.npy')):
             array = np.load(path, mmap_mode='r')
-            shards.append((path, array.offset, array.shape))
             if array.dtype == np.uint8 and array.ndim == 4 and array.flags.c_contiguous:
-                count += len(array)     # others fail the comparison below
+                shards.append((path, array.offset, array.shape))
+                count += len(array)
         if count != meta['count']:
             raise ValueError(f'{count} images uint8 (n, S, S, c) of {meta["count"]}')
     except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
@@ -42,7 +42,7 @@ class Shards:
     images. `train` and `val` are the indices of the two parts. Image i shows the modality
     modalities[image_modality[i]]."""
     def __init__(self, folder, val_share=0.05, val_most=200):
-        self.shards, modalities = [], []
+        self.shards, of_images = [], []         # the modality of each image
         train, val, start = [], [], 0
         for source in sorted(path.parent for path in Path(folder).glob('*/meta.json')):
             if source.suffix == '.part':        # its preparation has not finished
@@ -58,7 +58,7 @@ class Shards:
             split = end - held_out      # a source's only image is trained on
             train.append(np.arange(start, split))
             val.append(np.arange(split, end))
-            modalities += [modality] * count
+            of_images += [modality] * count
             start = end
         if not start:
             raise SystemExit(f'{folder}: no prepared images; try python pretrain.py --demo, or '
@@ -66,7 +66,7 @@ class Shards:
         self.side = sides.pop()
         counts = [shape[0] for *_, shape in self.shards]
         self.starts = np.cumsum([0, *counts])           # index of each shard's first image
-        names, self.image_modality = np.unique(modalities, return_inverse=True)
+        names, self.image_modality = np.unique(of_images, return_inverse=True)
         self.modalities = names.tolist()
         self.train, self.val = np.concatenate(train), np.concatenate(val)
 
@@ -89,7 +89,7 @@ class Shards:
         return images.permute(0, 3, 1, 2)
 
     def batch_ids(self, seed, micro, batch, rank, world, epoch_micros):
-        """Sorted indices of a rank's micro-batch `micro` of the run; an epoch has epoch_micros."""
+        """Sorted indices of a rank's images in the run's micro-batch of number `micro`."""
         epoch, slot = divmod(micro, epoch_micros)
         start = (slot * world + rank) * batch
         return np.sort(self.permutation(seed, epoch)[start:start + batch])
@@ -114,7 +114,7 @@ class Task:
             for split in ('train', 'val', 'test'):
                 images = np.load(folder / split / 'images.npy', mmap_mode='r')
                 answers = np.load(folder / split / file, mmap_mode='r')
-                highest = max((each[each != 255].max(initial=0) for each in answers), default=0)
+                highest = max((np.max(a, initial=0, where=a != 255) for a in answers), default=0)
                 if len(images) != len(answers) or highest >= len(self.classes):
                     raise ValueError(f'{split}: images, answers and classes do not agree')
                 self.images[split], self.answers[split] = images, answers
@@ -141,7 +141,7 @@ def prefetch(load, items, threads=2, ahead=4):
         pool.shutdown(wait=False, cancel_futures=True)
 
 def batches(shards, seed, micros, batch, rank, world, epoch_micros, device):
-    """Yield a rank's micro-batches of these numbers as uint8 images (B, 3, S, S) on the device."""
+    """Yield a rank's micro-batches, numbered `micros`, as uint8 (B, 3, S, S) on the device."""
     def load(micro):
         images = shards.gather(shards.batch_ids(seed, micro, batch, rank, world, epoch_micros))
         return images.pin_memory() if device.type == 'cuda' else images
@@ -164,13 +164,13 @@ def crop_matrices(u, w, h):
 def draw_crops(count, zoom, device):
     """Matrices (count, 2, 3) of random horizontal flips, rotations up to 15 degrees and crops.
     zoom: side of the output / side of the stored image. A crop's share of the area is drawn from
-    [max(0.2, zoom^2 / 2), 1]: about half the output's pixels or more, if the image has as many."""
+    [max(0.2, zoom^2 / 2), 1], so it has at least half as many pixels as the output, or is whole."""
     u = torch.rand(6, count, device=device)
     smallest = min(max(0.2, 0.5 * zoom ** 2), 1)
     area = smallest + (1 - smallest) * u[4]
     aspect = torch.exp((2 * u[5] - 1) * math.log(4 / 3))
     w, h = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    return crop_matrices(u, w, h)
+    return crop_matrices(u[:4], w, h)
 
 def sample(images, size, theta):
     """uint8 (B, 3, S, S) through matrices theta (B, 2, 3) -> (B, 3, size, size) in [0, 1]."""
@@ -210,13 +210,13 @@ def augment(images, size):
 def augment_labelled(images, answers, size, flips=True):
     """Random flips, rotations up to 15 degrees, zoom up to 1.25, contrast and brightness +- 20%.
     uint8 images (B, 3, S, S) and masks (B, S, S) or labels (B,) -> normalized images
-    (B, 3, size, size), and masks seen alike (255 outside of the image) or the same labels."""
+    (B, 3, size, size), and the masks in the same view (255 outside of the image) or the labels."""
     u = torch.rand(7, len(images), device=images.device)
     if not flips:
         u[3] = 1        # crop_matrices flips where it is below 0.5
     side = 1 - 0.2 * u[4]
     theta = crop_matrices(u[:4], side, side)
-    contrast, brightness = 0.8 + 0.4 * u[5:, :, None, None, None]       # each (B, 1, 1, 1)
+    contrast, brightness = 0.8 + 0.4 * u[5:7, :, None, None, None]      # each (B, 1, 1, 1)
     images = sample(images, size, theta)
     mean = images.mean((1, 2, 3), keepdim=True)
     images = ((images - mean) * contrast + mean * brightness).clamp(0, 1)

@@ -32,7 +32,7 @@ from model import ViT, load_weights, named_config, read_checkpoint
 from pretrain import computes_bf16, end_if_diverged, set_up_process, learning_rate, make_optimizer
 from pretrain import open_run, parse_options, resume, run_program, save, seed_step, step_if_finite
 from pretrain import catch_signals, write_line
-from tests.encoders.own import own_encoder
+from tests.encoders.own import own_encoder      # --init FILE.py; the method does not need it
 from unetr import UNETR
 
 @dataclass
@@ -113,14 +113,10 @@ def build_encoder(path, o, size):
     return vit
 
 def method_name(vit, path):
-    """DEX-E with experts, DEX-D without, and what it starts from, as in DEX-E-demo."""
+    """DEX-E with experts, DEX-D for any encoder without, and its start, as in DEX-E-demo."""
     file = Path(path).absolute()
     start = file.parent.name if file.name == 'ckpt.pt' else file.stem
     return f'DEX-{"E" if vit.config.experts else "D"}-{start}'
-
-def file_hash(path):
-    """The SHA-256 of a file, or None for scratch."""
-    return None if path == 'scratch' else hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 # --- loss and scores ------------------------------------------------------------------------------
 def segmentation_loss(logits, masks):
@@ -180,7 +176,7 @@ def infer(net, images, shape):
 
 @torch.no_grad()
 def evaluate(net, task, split, batch, device, autocast):
-    """Scores of a split, and its images' confusions (n, classes, classes)."""
+    """Scores of a split and, for the pictures, its images' confusions (n, classes, classes)."""
     count, tables = len(task.answers[split]), []
     parts = np.array_split(np.arange(count), math.ceil(count / batch))
     for images, truth in data.prefetch(lambda ids: task.gather(split, ids), parts):
@@ -192,16 +188,30 @@ def evaluate(net, task, split, batch, device, autocast):
 
 # --- training -------------------------------------------------------------------------------------
 def fingerprint(task, folder):
-    """A hash of a task's answers and splits."""
+    """A hash of a task's answers, meta.json and split.json."""
     content = [answers.tobytes() for answers in task.answers.values()]
     content += [path.read_bytes() for path in sorted(folder.glob('*.json'))]
     return hashlib.sha256(b''.join(content)).hexdigest()
 
-def freeze(vit, blocks):
-    """Leave only the last `blocks` blocks of a ViT to be trained."""
-    frozen = vit.blocks[:max(0, len(vit.blocks) - blocks)]
-    for part in (vit.cls_token, vit.patch_embed, vit.norm, *frozen):
-        part.requires_grad_(False)
+def plan_steps(o, train):
+    """The images of a run, of `train`, and the lengths of an epoch, the run and its warm-up."""
+    ids = np.random.default_rng(o.seed).permutation(len(train))
+    ids = ids[:max(1, round(o.fraction * len(ids)))]
+    epoch_steps = math.ceil(len(ids) / o.batch)
+    steps = o.steps or o.epochs * epoch_steps
+    warmup = max(1, min(round(o.warmup_epochs * epoch_steps), steps // 2))
+    return SimpleNamespace(ids=ids, epoch_steps=epoch_steps, steps=steps, warmup=warmup)
+
+def build_network(o, path, meta, device):
+    """The network of the task with this meta.json, and the optimizer of what is trained."""
+    torch.manual_seed(o.seed)
+    vit = build_encoder(path, o, o.size or meta['size'])
+    net = add_head(vit, meta, o.pool).to(device)
+    if o.tune_blocks >= 0:      # only the last blocks and the head are trained
+        frozen = vit.blocks[:max(0, len(vit.blocks) - o.tune_blocks)]
+        for part in (vit.cls_token, vit.patch_embed, vit.norm, *frozen):
+            part.requires_grad_(False)
+    return net, make_optimizer(net, o.lr, o.weight_decay)
 
 def build_run(o):
     """All that a fine-tuning works with, new or as --out's checkpoint has it."""
@@ -209,95 +219,80 @@ def build_run(o):
     folder = Path(o.data, o.task)
     if o.task.startswith('phantom-') and not folder.exists():
         run_program('phantoms', '--out', folder, '--task', o.task, '--size', 64)
-    task = data.Task(folder)
-    torch.manual_seed(o.seed)
-    path = init_path(o)
-    vit = build_encoder(path, o, o.size or task.meta['size'])
-    net = add_head(vit, task.meta, o.pool).to(device)
-    if o.tune_blocks >= 0:
-        freeze(vit, o.tune_blocks)
-    optimizer = make_optimizer(net, o.lr, o.weight_decay)
-
-    ids = np.random.default_rng(o.seed).permutation(len(task.answers['train']))
-    ids = ids[:max(1, round(o.fraction * len(ids)))]
-    epoch_steps = math.ceil(len(ids) / o.batch)
-    steps = o.steps or o.epochs * epoch_steps
-    warmup = max(1, min(round(o.warmup_epochs * epoch_steps), steps // 2))
-    source = dict(method=method_name(vit, path), init=path, sha256=file_hash(path))
+    task, path = data.Task(folder), init_path(o)
+    plan = plan_steps(o, task.answers['train'])
+    net, optimizer = build_network(o, path, task.meta, device)
+    sha256 = None if path == 'scratch' else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    origin = dict(method=method_name(net.vit, path), init=path, sha256=sha256)
     counts = {split: len(answers) for split, answers in task.answers.items()}
-    identity = dict(
-        task=o.task, classes=task.classes, counts=dict(counts, train=len(ids)),
-        split=fingerprint(task, folder), **source, seed=o.seed, steps=steps, batch=o.batch,
-        lr=o.lr, weight_decay=o.weight_decay, warmup=warmup, top_k=vit.config.top_k, pool=o.pool,
-        config=asdict(vit.config),
+    identity = dict(        # --resume goes on with the same alone
+        task=o.task, classes=task.classes, counts=dict(counts, train=len(plan.ids)),
+        split=fingerprint(task, folder), **origin, seed=o.seed, steps=plan.steps, batch=o.batch,
+        lr=o.lr, weight_decay=o.weight_decay, warmup=plan.warmup, top_k=net.vit.config.top_k,
+        pool=o.pool, config=asdict(net.vit.config),
         parameters=sum(p.numel() for p in net.parameters() if p.requires_grad))
-
-    out = Path(o.out or f'out/{o.task}-{source["method"]}-{o.seed}')
-    progress = dict(step=0, best=-1.0, skipped=0)
+    out = Path(o.out or f'out/{o.task}-{origin["method"]}-{o.seed}')
+    begun = dict(step=0, best=-1.0, skipped=0)
     if o.resume and (out / 'ckpt.pt').exists():
-        progress = resume(out / 'ckpt.pt', identity, net, optimizer, 'head.weight')
+        begun = resume(out / 'ckpt.pt', identity, net, optimizer, 'head.weight')
     if o.resume and (out / 'results.json').exists():
         print(f'{out}: this run is finished; its scores are in results.json')
         sys.exit()
-    log = open_run(out, o, progress['step'], identity)
-    if not progress['step']:        # of a run that is overwritten
-        for name in ('ckpt.pt', 'best.pt', 'results.json'):
-            (out / name).unlink(missing_ok=True)
+    log = open_run(out, o, begun['step'], identity)
     print(f'{out} on {device.type}:', *(f'{key} {value}' for key, value in identity.items()),
           f'pictures at any time: python -m tests.lab.pictures {out}', sep='\n  ')
     bf16 = o.bf16 and computes_bf16(device)
     return SimpleNamespace(
-        o=o, out=out, device=device, task=task, net=net, optimizer=optimizer, log=log,
-        ids=ids, epoch_steps=epoch_steps, steps=steps, warmup=warmup, identity=identity,
+        o=o, out=out, device=device, task=task, net=net, optimizer=optimizer, log=log, plan=plan,
         autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16), signals=catch_signals(),
-        header=dict(config=asdict(vit.config), meta=task.meta, pool=o.pool, **source),
-        start=progress['step'], best=progress['best'], skipped=progress['skipped'])
+        header=dict(config=asdict(net.vit.config), meta=task.meta, pool=o.pool, **origin),
+        identity=identity, start=begun['step'], best=begun['best'], skipped=begun['skipped'])
 
 def batches_left(run):
     """Yield images and answers of the steps that are left, on the device."""
     def load(step):
-        epoch, slot = divmod(step, run.epoch_steps)
-        order = np.random.default_rng((run.o.seed, epoch)).permutation(run.ids)
-        return run.task.gather('train', np.array_split(order, run.epoch_steps)[slot])
+        epoch, slot = divmod(step, run.plan.epoch_steps)
+        order = np.random.default_rng((run.o.seed, epoch)).permutation(run.plan.ids)
+        return run.task.gather('train', np.array_split(order, run.plan.epoch_steps)[slot])
 
-    for images, answers in data.prefetch(load, range(run.start, run.steps)):
+    for images, answers in data.prefetch(load, range(run.start, run.plan.steps)):
         yield images.to(run.device), answers.to(run.device)
 
 def train(run):
     """Make the steps that are left; after each epoch validate, and keep the best network."""
-    o, net, task = run.o, run.net, run.task
+    o, net, task, plan = run.o, run.net, run.task, run.plan
     trained = [p for p in net.parameters() if p.requires_grad]
-    flips = not task.meta.get('sided', task.segments and len(task.classes) > 2)  # left stays left
+    sided = task.meta.get('sided', task.segments and len(task.classes) > 2)     # old tasks: a guess
     loss_of = segmentation_loss if task.segments else F.cross_entropy
     in_a_row, saved_at = 0, time.perf_counter()
-    bar = tqdm(range(run.start, run.steps), initial=run.start, total=run.steps, unit='step')
+    bar = tqdm(range(run.start, plan.steps), initial=run.start, total=plan.steps, unit='step')
     for step, (images, answers) in zip(bar, batches_left(run)):
         seed_step(o.seed, step, 0)
-        images, answers = data.augment_labelled(images, answers, net.vit.config.size, flips)
+        images, answers = data.augment_labelled(images, answers, net.vit.config.size, not sided)
         with run.autocast:
             logits = net(images)
         loss = loss_of(logits.float(), answers)
         loss.backward()
-        rate = learning_rate(step, run.steps, run.warmup, o.lr)
+        rate = learning_rate(step, plan.steps, plan.warmup, o.lr)
         _, finite = step_if_finite(run.optimizer, rate, trained, clip=1.0)
         run.skipped += int(not finite)
         in_a_row = 0 if finite else in_a_row + 1
         done = step + 1
         end_if_diverged(run.out, in_a_row)
-        if done % run.epoch_steps == 0 or done == run.steps:
-            score = validate(run, step, loss.item())
+        if done % plan.epoch_steps == 0 or done == plan.steps:
+            score = end_epoch(run, step, loss.item())
             shown = '' if score is None else f', validation {score:.3f}'
             bar.set_postfix_str(f'loss {loss.item():.3f}{shown}')
-        if run.signals or done == run.steps or time.perf_counter() - saved_at > 60:
+        if run.signals or done == plan.steps or time.perf_counter() - saved_at > 60:
             save(run.out / 'ckpt.pt', dict(
                 run.header, model=net.state_dict(), optimizer=run.optimizer.state_dict(),
                 identity=run.identity, step=done, best=run.best, skipped=run.skipped))
             saved_at = time.perf_counter()
         if run.signals:
-            print(f'\n{run.out}: saved after {done} of {run.steps} steps; go on with --resume')
+            print(f'\n{run.out}: saved after {done} of {plan.steps} steps; go on with --resume')
             sys.exit(128 + run.signals[0])
 
-def validate(run, step, loss):
+def end_epoch(run, step, loss):
     """Score the validation images, log the score, and keep the network if it is the best."""
     score = None        # Without validation images every network counts as the best.
     if len(run.task.answers['val']):
@@ -327,7 +322,7 @@ def main():
         raise SystemExit('finetune.py is one process: start it by python, not by torchrun')
     try:
         if o.predict:
-            from tests.lab.predict import predict       # it imports the preparation
+            from tests.lab.predict import predict   # it reads files as the preparation does
             return predict(o)
         run = build_run(o)
         train(run)

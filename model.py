@@ -93,7 +93,7 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(linear.bias.detach().repeat(R, 1))
 
     def forward(self, x, expert):
-        """x (rows, N, in), sorted by `expert` (rows,), each row's layer -> (rows, N, out)."""
+        """x (rows, N, in) -> (rows, N, out). expert (rows,), ascending: which of R a row takes."""
         if torch.is_autocast_enabled(x.device.type):
             # Autocast does not cover grouped_mm, so cast by hand.
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -101,8 +101,8 @@ class StackedLinear(nn.Module):
         group_ends = torch.searchsorted(expert, numbers, right=True) * x.shape[1]     # (R,), tokens
         # One kernel in bfloat16 on an H100 or newer; the host need not wait for the groups' sizes.
         y = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=group_ends.int())
-        # On a CPU, index_select's gradient is summed in one order every time, unlike that of
-        # self.bias[expert]; and in float32, since the cast comes last.
+        # On a CPU, index_select sums its gradient in one order every time, which self.bias[expert]
+        # does not. It sums in float32, since the cast comes last.
         bias = self.bias.index_select(0, expert)[:, None]
         return y.unflatten(0, x.shape[:2]) + bias.to(x.dtype)
 
@@ -114,11 +114,11 @@ class Experts(nn.Module):
         self.fc2 = StackedLinear(mlp.fc2, R)
 
     def forward(self, x, expert):
-        """x (rows, N, C), sorted by `expert` (rows,), each row's MLP -> (rows, N, C)."""
+        """x (rows, N, C) -> (rows, N, C). expert (rows,), ascending: which MLP a row takes."""
         return self.fc2(F.gelu(self.fc1(x, expert)), expert)
 
 class Routing(NamedTuple):
-    """What a DEX module decided. A ViT stacks the routings of its layers along a first axis L."""
+    """A DEX module's choice and alignment loss. A ViT stacks its layers' on a first axis L."""
     align: torch.Tensor         # () alignment loss
     scores: torch.Tensor        # (M, R) softmax scores s, with gradient
     activated: torch.Tensor     # (M, R) indicator I of Eq. 18: 1 where the expert is activated
@@ -138,8 +138,8 @@ class DEX(nn.Module):
         self.register_buffer('usage', torch.full((R,), 1 / R))          # c of Eq. 20
 
     def forward(self, x, sigma=None):
-        """x (B, N, C) -> y (B, N, C) and, if sigma (gate noise, >= 0) is given, the Routing.
-        Fine-tuning and inference pass None: no noise, no director, no Routing."""
+        """x (B, N, C) -> y (B, N, C) and the Routing, or None if sigma, the gate noise, is None.
+        Validation passes 0.0: a Routing, no noise. Fine-tuning passes None: no director either."""
         # With a choice for each token, a unit is an image of one token.
         units = x.flatten(0, 1)[:, None] if self.by_token else x                # (M, N, C)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 ties would change the top K
@@ -237,7 +237,7 @@ class ViT(nn.Module):
             x, routing = block(x, sigma)
             outputs.append(x)
             routings.append(routing)
-        if routing is None:     # the last block's, and all are alike
+        if routings[0] is None:     # and so are all
             return self.norm(x), None, outputs
         return self.norm(x), Routing(*map(torch.stack, zip(*routings))), outputs
 
@@ -352,7 +352,7 @@ def load_weights(model, state, path):
         new, left = model.load_state_dict(fitting, strict=False)
     except RuntimeError as error:       # it names everything that has another shape
         raise SystemExit(f'{path}: does not fit this network: {error}')
-    optional = ['decoder_', 'mask_token', '.dex.gate', '.dex.usage']
+    optional = ['decoder_', 'mask_token', '.dex.gate', '.dex.usage']    # on one side only
     if not config.experts:
         optional.append('.dex.experts')
     misfits = [name for name in (*new, *left) if not any(part in name for part in optional)]

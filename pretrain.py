@@ -79,7 +79,7 @@ class Options:
 DEMO = dict(data='data/phantoms-64', out='out/demo', model='tiny', depth=4, size=64, patch=8,
             batch=64, steps=400, lr=8e-3, val_share=0.2, val_every=100)
 MAX_SKIPPED = 10    # steps in a row that are not finite end a training
-# A resumed run may change these, with the rounding; accumulate * GPUs must stay.
+# A resumed run may change these (its rounding changes, too), but not accumulate * GPUs.
 MAY_CHANGE = ('data', 'out', 'init', 'resume', 'overwrite', 'accumulate', 'device', 'bf16',
               'log_every', 'val_every', 'save_minutes')
 
@@ -104,20 +104,20 @@ def parse_options(defaults, words=None):
         # Set afterwards, since BooleanOptionalAction of some versions adds the default, too.
         parser.add_argument('--' + name, default=default, **reading).help = text
     values = vars(parser.parse_args(words))
-    for name, value in values.items():      # from 0 on, or from a negative default
+    for name, value in values.items():      # none may be below 0 and below its default
         if type(value) in (int, float) and not min(0, getattr(defaults, name)) <= value < math.inf:
             raise SystemExit(f'--{name} {value}: must be a number of 0 or more')
     return cls(**values)
 
-def set_up_process(kind):
+def set_up_process(name):
     """Set up this process, torchrun's or alone: (rank, world size, local rank, device)."""
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     local = int(os.environ.get('LOCAL_RANK', 0))
-    kind = kind or ('cuda' if torch.cuda.is_available() else 'cpu')
+    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
-        device = torch.empty(0, device=f'cuda:{local}' if kind == 'cuda' else kind).device
+        device = torch.empty(0, device=f'cuda:{local}' if name == 'cuda' else name).device
     except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f'--device {kind}: {str(error).splitlines()[0]}')
+        raise SystemExit(f'--device {name}: {str(error).splitlines()[0]}')
     # The moments of idle experts fade to denormal numbers, on which a CPU is ten times as slow.
     torch.set_flush_denormal(True)
     if sys.platform == 'linux':
@@ -150,16 +150,16 @@ def seed_step(seed, step, place):
     torch.manual_seed(int(np.random.SeedSequence((seed, step, place)).generate_state(1)[0]))
 
 def make_optimizer(model, lr, weight_decay):
-    """AdamW that decays matrices and kernels. Names tell them, for stacked biases have two axes."""
-    trained = [(name.endswith('.weight') and 'norm' not in name, p)
-               for name, p in model.named_parameters() if p.requires_grad]
-    groups = [dict(params=[p for decays, p in trained if decays], weight_decay=weight_decay),
-              dict(params=[p for decays, p in trained if not decays], weight_decay=0)]
+    """AdamW that decays matrices and kernels, told by their names: stacked biases have two axes."""
+    pairs = [(name.endswith('.weight') and 'norm' not in name, p)
+             for name, p in model.named_parameters() if p.requires_grad]
+    groups = [dict(params=[p for decays, p in pairs if decays], weight_decay=weight_decay),
+              dict(params=[p for decays, p in pairs if not decays], weight_decay=0)]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
 
 def step_if_finite(optimizer, lr, parameters, clip, finite=True):
     """Set the learning rate, clip, and let AdamW step, or skip it if something is not finite.
-    Returns the norm and whether it and the given `finite` hold; the host need not wait for them."""
+    Returns the norm, and whether the step was made; the host need not wait for them."""
     for group in optimizer.param_groups:
         group['lr'] = lr
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
@@ -200,6 +200,9 @@ def open_run(out, o, start, facts):
     whole = [line for line in lines if line.endswith('}\n')]    # a killed run may cut its last line
     kept = [line for line in whole if json.loads(line)['step'] < start]
     log.truncate(len(''.join(kept)))        # JSON is ASCII, so characters are bytes
+    for name in ('ckpt.pt', 'best.pt', 'results.json'):
+        if not start:       # of a run that is overwritten
+            (out / name).unlink(missing_ok=True)
     save(out / 'config.json', json.dumps(dict(facts, options=asdict(o)), indent=1))
     return log
 
@@ -284,10 +287,10 @@ def validate(model, shards, o, device, autocast):
     entry = dict(val_l_self=means.mean().item(), val=dict(zip(names, means.tolist())))
     if weights is None:
         return entry
-    first_expert = F.one_hot(weights.argmax(2), weights.shape[2]).float()       # (L, V, R)
-    bits, most = zip(*map(mutual_information, belongs @ first_expert))      # a table for each layer
-    second = 1 - weights.max(2).values.median(1).values     # of all but the first, if K > 2
-    dead = (weights.sum(1) == 0).nonzero().tolist()         # (layer, expert), both from 0
+    tables = belongs @ F.one_hot(weights.argmax(2), weights.shape[2]).float()   # (L, modalities, R)
+    bits, most = zip(*map(mutual_information, tables))      # each a tuple over layers
+    second = 1 - weights.max(2).values.median(1).values     # what the first leaves, in the median
+    dead = (weights.sum(1) == 0).nonzero().tolist()         # named 2.3: layer from 1, expert from 0
     return dict(entry, bits=bits, bits_max=most[0], second=second.tolist(),
                 dead=[f'{layer + 1}.{expert}' for layer, expert in dead])
 
@@ -332,8 +335,8 @@ def compile_blocks(model):
 def announce(run):
     """Say what will happen, before it does."""
     o, plan, shards = run.o, run.plan, run.shards
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
-    print(f'{o.model}: {len(run.model.blocks)} blocks, {trained:.1f} M parameters, {run.world} x '
+    millions = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
+    print(f'{o.model}: {len(run.model.blocks)} blocks, {millions:.1f} M parameters, {run.world} x '
           f'{run.device.type} in {"bfloat16" if run.bf16 else "float32"}\n{len(shards.train)} + '
           f'{len(shards.val)} images; {plan.steps} steps of {plan.global_batch}, learning rate up '
           f'to {plan.peak:.2e}\npictures at any time: python -m tests.lab.pictures {run.out}')
@@ -355,7 +358,7 @@ def build_run(o, rank, world, local, device):
     if world > 1:
         net = DistributedDataParallel(model, [local] if device.type == 'cuda' else None,
                                       gradient_as_bucket_view=True)
-        net.broadcast_buffers = False       # sent above; from now on ranks update theirs alike
+        net.broadcast_buffers = False       # DDP has just sent them; from now on all move alike
     micros = range(start * o.accumulate, plan.steps * o.accumulate)
     batches = data.batches(shards, o.seed, micros, o.batch, rank, world,
                            plan.epoch_steps * o.accumulate, device)
@@ -367,8 +370,6 @@ def build_run(o, rank, world, local, device):
         skipped=torch.tensor(skipped, device=device))
     if rank == 0:
         run.log = open_run(out, o, start, dict(model=asdict(model.config), steps=plan.steps))
-        if not start:
-            (out / 'ckpt.pt').unlink(missing_ok=True)
         announce(run)
     return run
 
@@ -391,6 +392,23 @@ def loss_terms(l_self, routing, world):
     load, omega = mean_over_ranks(world, routing.activated.mean(1), omega)
     align, balance = layer_losses(routing.align, routing.scores.mean(1), load)
     return dict(l_self=l_self, align=align, balance=balance), omega
+
+def accumulate_gradients(run, step, sigma, factors):
+    """Gradients of a step's micro-batches. Returns their mean losses of Eq. 8, and Omega (L, R)."""
+    o, losses, omega = run.o, 0, 0
+    for micro in range(o.accumulate):
+        images = next(run.batches)
+        seed_step(o.seed, step, micro * run.world + run.rank)
+        images = data.augment(images, o.size)
+        run.net.require_backward_grad_sync = micro == o.accumulate - 1      # DDP sends them once
+        with run.autocast:      # sigma is a tensor, or each new value would compile anew
+            l_self, routing, _, _ = run.net(images, torch.full((), sigma, device=run.device))
+        terms, micro_omega = loss_terms(l_self, routing, run.world)
+        loss = sum(factors[name] * terms[name] for name in factors)         # Eq. 8
+        (loss / o.accumulate).backward()
+        losses = losses + torch.stack([terms[name] for name in factors]).detach() / o.accumulate
+        omega = omega + micro_omega / o.accumulate
+    return losses, omega
 
 def log_step(run, validating, entry):
     """Write a line of log.jsonl, with a validation if it is time for one."""
@@ -418,20 +436,7 @@ def train(run):
         sigma, momentum = cosine(o.sigma, 0, progress), cosine(o.momentum, 1, progress)
         factors = dict(l_self=1, align=o.align, balance=cosine(o.balance, 0, progress))
         rate = learning_rate(step, plan.steps, plan.warmup, plan.peak)
-        losses, omega = 0, 0        # of the whole step: the terms of Eq. 8, and Omega (L, R)
-        for micro in range(o.accumulate):
-            images = next(run.batches)
-            seed_step(o.seed, step, micro * run.world + run.rank)
-            images = data.augment(images, o.size)
-            run.net.require_backward_grad_sync = micro == o.accumulate - 1      # DDP sends once
-            with run.autocast:      # sigma is a tensor, or each new value would compile anew
-                l_self, routing, _, _ = run.net(images, torch.full((), sigma, device=run.device))
-            terms, micro_omega = loss_terms(l_self, routing, run.world)
-            loss = sum(factors[name] * terms[name] for name in factors)         # Eq. 8
-            (loss / o.accumulate).backward()
-            losses = losses + torch.stack([*terms.values()]).detach() / o.accumulate
-            omega = omega + micro_omega / o.accumulate
-
+        losses, omega = accumulate_gradients(run, step, sigma, factors)
         stop = torch.full((), float(len(run.signals)), device=run.device)
         losses, stop = mean_over_ranks(run.world, losses, stop)     # stop > 0: a rank had a signal
         all_finite = losses.isfinite().all()                    # the same on every rank
@@ -444,11 +449,11 @@ def train(run):
         validating = done in (1, plan.steps) or done % val_every == 0
         logging = validating or done % o.log_every == 0
         # What follows waits for the device, so on CUDA it is done about every tenth micro-batch.
-        looking = logging or done % max(1, 10 // o.accumulate) == 0
-        if run.device.type == 'cuda' and not looking:
+        waiting = logging or done % max(1, 10 // o.accumulate) == 0
+        if run.device.type == 'cuda' and not waiting:
             continue
         if logging:
-            shown = dict(zip(terms, losses.tolist()))
+            shown = dict(zip(factors, losses.tolist()))
             loss = sum(factors[name] * shown[name] for name in factors)
             speed = plan.global_batch * (done - logged) / (time.perf_counter() - logged_at)
             bar.set_postfix_str(f'loss {loss:.4f}, {speed:.0f} images/s')

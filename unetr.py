@@ -19,7 +19,7 @@ class ResidualBlock(nn.Module):
         return F.leaky_relu(F.instance_norm(self.conv2(x)) + shortcut, 0.01)
 
 def upsample(inputs, outputs, factor=2):
-    """A transposed convolution that enlarges a picture `factor` times."""
+    """A transposed convolution that makes a feature map `factor` times as large."""
     return nn.ConvTranspose2d(inputs, outputs, factor, factor, bias=False)
 
 def skip_path(inputs, outputs, factor, doublings):

@@ -227,13 +227,13 @@ def test_bench_compares_gates_and_measures_data_and_memory(tmp_path, monkeypatch
     monkeypatch.setattr(bench, 'GATES', ((64, 2),))
     bench.gates(Config(**SMALL))
     bench.images_per_second(tmp_path, files=2, count=200, batch=4)
-    monkeypatch.setattr(bench, 'Config', lambda: Config(**SMALL))
+    monkeypatch.setattr(bench, 'named_config', lambda name: Config(**SMALL))
     bench.memory()
     out = capsys.readouterr().out
     assert 'image-wise gate' in out and 'token-wise gate' in out
     assert all(f'{state}, {threads} threads: ' in out
                for state in ('cold', 'warm') for threads in (1, 2, 4))
-    assert 'MB an image' in out
+    assert all(f'{name}: ' in out for name in ('tiny', 'small', 'base'))
 
 def test_bench_says_what_it_can_measure():
     listed = [words[3] for words in commands.in_docstring(runs.program('bench').out)]

@@ -6,7 +6,7 @@
     python -m tests.lab.bench step bf16         the same under bfloat16 autocast
     python -m tests.lab.bench ranks 32          two processes against one, at 32 images a step
     python -m tests.lab.bench data FOLDER 40    reading from 40 shards, warm and cold
-    python -m tests.lab.bench memory            memory of a step of DEX-B, computed
+    python -m tests.lab.bench memory            memory of a step of DEX, computed
 
 `run` takes any option of pretrain.py, and torchrun may start it. It prints images a second, the
 share of the GPU's peak (MFU, if the peak is known), the milliseconds of each phase of a step, how
@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 import data
 import pretrain
-from model import DEX, MAE, Config, Routing, layer_losses
+from model import DEX, MAE, Config, Routing, layer_losses, named_config
 
 PEAK = {        # a part of the GPU's name, and its peak in bfloat16 TFLOP/s; the first match counts
     'B200': 2250,
@@ -561,15 +561,17 @@ def computed_memory(config, bf16=True):
     return 16 * trained + 4 * others + one - image, image
 
 def memory():
-    """Print the memory of a step of DEX-B under bfloat16 autocast, and the batches that fit."""
-    fixed, image = computed_memory(Config())
-    print(f'weights, gradients, moments and bfloat16 copies {fixed / 1e9:.2f} GB, and '
-          f'{image / 1e6:.1f} MB an image')
-    fits = []
-    for size in (16, 24, 40, 80):
-        images = max(0, int((size * 1e9 * 0.92 - fixed) / image))
-        fits.append(f'{size} GB: {images}')
-    print(', '.join(fits), 'images, with 8% left for the rest')
+    """Print computing and memory of a step under bfloat16 autocast, and the batches that fit."""
+    for name in ('tiny', 'small', 'base'):
+        config = named_config(name)
+        fixed, image = computed_memory(config)
+        fits = []
+        for size in (16, 24, 40, 80):
+            images = max(0, int((size * 1e9 * 0.92 - fixed) / image))   # 8% are left for the rest
+            fits.append(f'{images} in {size} GB')
+        print(f'{name}: {flops(config) / 1e9:.1f} GFLOP an image; {fixed / 1e9:.1f} GB (weights, '
+              f'gradients, moments, bfloat16 copies) and {image / 1e6:.0f} MB an image; images that '
+              f'fit: {", ".join(fits)}')
 
 def main():
     """Do the measurement that the command line names."""

@@ -6,6 +6,7 @@ Writes to the folder `predictions` of the run, below each file's full path: mask
 of the classes, an overlay in colours beside each, and classes.csv with class probabilities.
 """
 import csv
+import hashlib
 import os
 import sys
 import tempfile
@@ -44,7 +45,7 @@ def load_run(out, device):
     state, config, checkpoint = read_checkpoint(best, 'head.weight')
     path = checkpoint['init']
     if path.endswith('.py'):
-        if finetune.file_hash(path) != checkpoint['sha256']:
+        if hashlib.sha256(Path(path).read_bytes()).hexdigest() != checkpoint['sha256']:
             raise SystemExit(f'{path}: is not what {best} was fine-tuned with')
         vit = own_encoder(path, config.size)
     else:

@@ -570,8 +570,8 @@ def memory():
             images = max(0, int((size * 1e9 * 0.92 - fixed) / image))   # 8% are left for the rest
             fits.append(f'{images} in {size} GB')
         print(f'{name}: {flops(config) / 1e9:.1f} GFLOP an image; {fixed / 1e9:.1f} GB (weights, '
-              f'gradients, moments, bfloat16 copies) and {image / 1e6:.0f} MB an image; images that '
-              f'fit: {", ".join(fits)}')
+              f'gradients, moments, bfloat16 copies) and {image / 1e6:.0f} MB an image; images '
+              f'that fit: {", ".join(fits)}')
 
 def main():
     """Do the measurement that the command line names."""

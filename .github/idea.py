@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-WIDTH, HEIGHT = 900, 440
+WIDTH, HEIGHT = 900, 445
 SCALE = 2       # everything is drawn twice as large, then shrunk, so that lines are smooth
-BLUE, RED, GREY = (40, 90, 200), (200, 60, 50), (110, 110, 110)
+BLUE, RED, GREEN, GREY = (40, 90, 200), (200, 60, 50), (20, 125, 75), (110, 110, 110)
 PALE_BLUE, PALE_RED, SILVER = (232, 238, 252), (252, 236, 234), (200, 200, 200)
 
 picture = Image.new('RGB', (WIDTH * SCALE, HEIGHT * SCALE), 'white')
@@ -19,9 +19,9 @@ def scaled(*numbers):
     return [SCALE * number for number in numbers]
 
 def text(x, y, words, colour='black', size=13, anchor='mm'):
-    """Write words around a point, or from it to the right with the anchor 'lm'."""
+    """Write words around a point, to the right of it ('lm') or to the left ('rm')."""
     font = ImageFont.load_default(size * SCALE)
-    align = 'center' if anchor == 'mm' else 'left'
+    align = dict(l='left', m='center', r='right')[anchor[0]]
     draw.multiline_text(scaled(x, y), words, colour, font, anchor, align=align)
 
 def box(x, y, width, height, words, edge=GREY, fill='white', size=13):
@@ -73,31 +73,36 @@ def draw_experts():
         if activated:
             arrow([(250, 96), (x + 16, 96), (x + 16, 174)], BLUE)
             text(x + 32, 140, '0.7' if number == 1 else '0.3', BLUE, 12)
-    text(454, 228, 'R = 8 expert MLPs, all trained; an image activates K = 2', GREY, 12)
+    text(444, 272, 'R = 8 expert MLPs, all trained;\nan image activates K = 2', GREY, 12, 'rm')
     arrow([(598, 194), (650, 194)])
     box(650, 170, 130, 48, 'sum, weighted\nby the gate', BLUE, PALE_BLUE)
     arrow([(780, 194), (820, 194)])
     text(858, 194, 'next\nblock', GREY)
 
 def draw_director():
-    """The director, how it moves, and how it pulls at the experts."""
-    arrow([(66, 218), (66, 337), (310, 337)])
-    box(310, 313, 284, 48, 'director MLP: gets no gradient', RED, PALE_RED)
-    arrow([(454, 240), (454, 313)], RED, dashed=True)
-    text(464, 276, 'GEMA, after each step: it moves a little\ntowards the mean of the experts,\n'
-         'weighted by how much each was used', RED, 12, 'lm')
-    arrow([(594, 337), (715, 337), (715, 218)], RED)
-    text(725, 276, 'alignment loss: the sum\nof the experts should point\n'
-         'where the director does,\nmore so in deep layers', RED, 12, 'lm')
+    """The director, how the experts move it, and how its output pulls at theirs."""
+    arrow([(66, 218), (66, 352), (310, 352)])
+    box(310, 328, 284, 48, 'director MLP: gets no gradient', RED, PALE_RED)
+    bracket = [(310, 220), (310, 230), (594, 230), (594, 220)]      # around all experts
+    for start, end in zip(bracket, bracket[1:]):
+        segment(start, end, RED, dashed=False)
+    arrow([(452, 230), (452, 328)], RED, dashed=True)
+    text(462, 272, 'GEMA, after each step:\nit moves a little towards the\nmean of all '
+         'experts, weighted\nby how much each was used', RED, 12, 'lm')
+    arrow([(594, 352), (650, 352)])
+    box(650, 328, 130, 48, "director's output", RED, 'white')
+    arrow([(715, 328), (715, 218)], GREEN, dashed=True)
+    text(725, 272, 'alignment: cosine loss.\nThe sum of the experts is\npulled to where the '
+         'director\npoints, harder in deep layers', GREEN, 12, 'lm')
 
 text(14, 20, 'One Director-Experts (DEX) module. It replaces the MLP of a transformer block.',
      size=15, anchor='lm')
 draw_input()
 draw_experts()
 draw_director()
-text(14, 388, 'Experts specialise; noise and a balance loss keep them in use. '
+text(14, 403, 'Experts specialise; noise and a balance loss keep them in use. '
      'The director carries what they have in common.', GREY, 12, 'lm')
-text(14, 412, 'Fine-tuning takes gate and experts (DEX-E), or the director in their place: '
+text(14, 425, 'Fine-tuning takes gate and experts (DEX-E), or the director in their place: '
      'a plain vision transformer (DEX-D).', GREY, 12, 'lm')
 small = picture.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
 small.quantize(64).save(Path(__file__).with_name('idea.png'))

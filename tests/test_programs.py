@@ -3,6 +3,7 @@ that its program understands."""
 import ast
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import pretrain
 from model import MAE, Config
 from tests.support import commands, files, layouts, prepared, runs, tasks
 
@@ -83,19 +85,57 @@ def experiments(tmp_path_factory):
     return commands.run_recording(find('experiments.sh'), folder, 'REAL', SEEDS='0')
 
 def test_every_command_of_the_experiments_is_understood(experiments):
-    called, errors = check(experiments)
+    """Two trainings keep snapshots, by Python that takes the options of pretrain.py."""
+    keeping = [words for words in experiments if words[1] == '-c']
+    found = experiments + [['python', 'pretrain.py', *words[3:]] for words in keeping]
+    called, errors = check(found)
     assert errors == []
-    assert called['prepare_medverse'] == 4
-    assert called['pretrain'] == 12
+    assert called['prepare_medverse'] == 5
+    assert called['pretrain'] == 16 and called['-c'] == 2
     assert called['finetune'] > 50
     assert called['modularity'] == 1
-    assert called['probe'] == 5
+    assert called['probe'] == 8
 
 def test_no_run_of_the_experiments_takes_the_place_of_another(experiments):
     """What has options of its own has a folder of its own."""
     tunings = {tuple(words) for words in experiments if 'finetune.py' in words}
     folders = {words[words.index('--out') + 1] for words in tunings}
     assert len(folders) == len(tunings)
+
+def test_a_rehearsal_of_the_experiments_has_the_same_runs_but_shorter(experiments, tmp_path):
+    """It touches no run of theirs: all that it writes, tasks aside, lies in a folder of its own."""
+    script = find('experiments.sh')
+    rehearsal = commands.run_recording(script, tmp_path, 'REAL', SEEDS='0', REHEARSAL='10')
+    assert len(rehearsal) == len(experiments)
+    assert check(rehearsal)[1] == []
+    for words, long in zip(rehearsal, experiments):
+        assert words[1] == long[1]
+        if {'pretrain.py', 'finetune.py', '-c'} & set(words):
+            assert words[words.index('--out') + 1].startswith('out/rehearsal-10/')
+            for option in {'--steps', '--epochs'} & set(words):
+                count, most = [int(w[w.index(option) + 1]) for w in (words, long)]
+                assert 1 <= count <= most // 8 or option == '--epochs' and count == 1
+
+def test_the_experiments_keep_the_networks_of_a_fifth_and_half_of_the_steps(
+        experiments, sources, tmp_path, monkeypatch, signal_at):
+    """They are those at which the same training stops, and the training goes on unchanged."""
+    code, = {words[2] for words in experiments if words[1] == '-c'}
+    out = tmp_path / 'whole'
+    words = runs.pretrain_words(sources.folder, out, steps=10)
+    monkeypatch.setattr(pretrain, 'log_step', pretrain.log_step)       # puts it back afterwards
+    monkeypatch.setattr(sys, 'argv', ['-c', *words])
+    with runs.kept_signals():
+        exec(code, {})
+    monkeypatch.undo()
+    assert {path.name for path in out.glob('step-*')} == {'step-2.pt', 'step-5.pt'}
+    signal_at(4, signal.SIGTERM)
+    stopped = tmp_path / 'stopped'
+    assert runs.pretraining(sources.folder, stopped, steps=10).code == 143
+    kept, there = [runs.weights(path, None) for path in (out / 'step-5.pt', stopped / 'ckpt.pt')]
+    assert kept['step'] == there['step'] == 5 and kept['config'] == there['config']
+    assert runs.equal(kept['model'], there['model'])
+    assert runs.pretraining(sources.folder, stopped, steps=10, resume=True).code == 0
+    assert runs.equal(runs.weights(out / 'ckpt.pt'), runs.weights(stopped / 'ckpt.pt'))
 
 @pytest.mark.parametrize('command', [
     'python finetune.py --epoch 8', 'python finetune.py --epochs eight',

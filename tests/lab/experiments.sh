@@ -4,10 +4,12 @@
 #     bash tests/lab/experiments.sh REAL              everything: some hours on two cores
 #     bash tests/lab/experiments.sh REAL ablation     one part alone
 #     SEEDS=0 bash tests/lab/experiments.sh REAL      one seed; run others in other shells meanwhile
+#     REHEARSAL=10 bash tests/lab/experiments.sh REAL a tenth of all steps, to out/rehearsal-10
 #
-# REAL holds pretrain/<Modality>/<source> and tasks/{HC18,COVID-CXR-3class,EyeDisease-4class}, as
-# they are downloaded. What is finished is left as it is, so the script may be stopped at any moment
-# and started again. Its tables come from
+# REAL holds pretrain/<Modality>/<source> and tasks/{HC18,COVID-CXR-3class,EyeDisease-4class,
+# PneumoniaMNIST}, as they are downloaded. What is finished is left as it is, so the script may be
+# stopped at any moment and started again. It prints the tables of modularity and probes. The others
+# come from
 #
 #     python -m tests.lab.report out/*/*              losses and scores, over seeds
 #     python -m tests.lab.scaling out/tune/*          scaling.png
@@ -15,12 +17,21 @@
 # Networks are pretrained under these names: `mae` is the plain masked autoencoder, `experts` has
 # experts without the alignment loss, `dex` has everything. `mae138` is the masked autoencoder with
 # the computing of DEX, 1.38 times the steps. Names with ph- are the same on phantoms; ph-mae-long
-# and ph-dex-long train twice as long, ph-dex-2000 and ph-mae-2760 five times as long.
+# and ph-dex-long train twice as long, ph-dex-2000 and ph-mae-2760 five times as long, and ph-k1 has
+# one activated expert. Left out of RESULTS.md is what needs changed code (three rows of "The gate"
+# and its table of changes) or quiet cores ("Speed").
 set -e
 cd "$(dirname "$0")/../.."
 real=${1:?where are the real images? give the folder that holds pretrain and tasks}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 seeds=${SEEDS:-0 1 2}
+out=out${REHEARSAL:+/rehearsal-$REHEARSAL}
+
+# few COUNT LEAST: so many steps or epochs, in a rehearsal fewer, but at least LEAST
+few() {
+    local count=$(($1 / ${REHEARSAL:-1}))
+    echo $((count < $2 ? $2 : count))
+}
 
 # task NAME OPTIONS...: prepare a labelled task; it lies in data/ only when it is whole
 task() {
@@ -40,6 +51,7 @@ prepare() {
     fi
     task covid-cxr --raw "$real/tasks/COVID-CXR-3class" --size 128
     task eye-disease --raw "$real/tasks/EyeDisease-4class" --size 128 --patient '\d+_|\w+_\d+'
+    task pneumonia --raw "$real/tasks/PneumoniaMNIST/pneumoniamnist.npz" --size 128 --min_side 28
     task hc18 --raw "$real/tasks/HC18" --size 128 --images '(.*)\.png' --masks '(.*)_Annotation' \
         --classes background head --values 0 255 --outline
     phantom_task phantom-organs
@@ -47,12 +59,26 @@ prepare() {
     phantom_task phantom-lesion --count 1200
 }
 
+# As pretrain.py, but it keeps the network at the validations after a fifth and half of the steps.
+keeping='
+import pretrain
+log_step = pretrain.log_step
+def log_and_keep(run, validating, entry):
+    log_step(run, validating, entry)
+    step = entry["step"] + 1
+    if validating and round(10 * step / run.plan.steps) in (2, 5):
+        network = dict(run.header, model=run.model.state_dict(), step=step)
+        pretrain.save(run.out / f"step-{step}.pt", network)
+pretrain.log_step = log_and_keep
+pretrain.main()'
+
 # train NAME SEED STEPS OPTIONS...: pretrain a network; where it is finished, this takes seconds
 train() {
-    local name=$1 seed=$2 steps=$3
+    local name=$1 seed=$2 steps=$3 program=(pretrain.py)
     shift 3
-    python pretrain.py --model tiny --depth 4 --batch 64 --lr 8e-3 --steps $steps --seed $seed \
-        --out out/$seed/$name --resume "$@"
+    [[ $name = *-2000 || $name = *-2760 ]] && program=(-c "$keeping")
+    python "${program[@]}" --model tiny --depth 4 --batch 64 --lr 8e-3 --steps $(few $steps 10) \
+        --seed $seed --out $out/$seed/$name --resume "$@"
 }
 
 # tune TASK NETWORK SEED OPTIONS...: fine-tune a network as --adapt says; without that word, a plain
@@ -60,33 +86,38 @@ train() {
 tune() {
     local task=$1 network=$2 seed=$3 from how
     shift 3
-    from="--init out/$seed/$network/ckpt.pt"
+    from="--init $out/$seed/$network/ckpt.pt"
     [ $network = scratch ] && from='--init scratch --model tiny --depth 4'
     [[ $network = scratch && $task = phantom* ]] && from+=' --patch 8'
     [[ "$*" = *--adapt* || $network = *dex || $network = *experts ]] || set -- --adapt director "$@"
     case $task in
-        covid-cxr | eye-disease) how='--lr 3e-4 --epochs 20' ;;
-        hc18) how='--lr 1e-3 --epochs 40' ;;
+        covid-cxr | eye-disease) how="--lr 3e-4 --epochs $(few 20 1)" ;;
+        hc18) how="--lr 1e-3 --epochs $(few 40 1)" ;;
         phantom-lesion) how='' ;;       # given with each
-        phantom-*) how='--lr 1e-3 --epochs 15' ;;
+        phantom-*) how="--lr 1e-3 --epochs $(few 15 1)" ;;
     esac
-    local out=out/tune/$(echo $task $network $seed $* | tr -d - | tr ' ' _)
-    [ -e $out/results.json ] ||
-        python finetune.py --task $task $from --batch 8 $how --seed $seed --out $out --resume "$@"
+    local folder=$out/tune/$(echo $task $network $seed $* | tr -d - | tr ' ' _)
+    [ -e $folder/results.json ] ||
+        python finetune.py --task $task $from --batch 8 $how --seed $seed --out $folder \
+            --resume "$@"
+}
+
+# train_phantoms NAME SEED STEPS OPTIONS...: pretrain a network on phantoms
+train_phantoms() {
+    train "$@" --data data/phantoms-64 --size 64 --patch 8 --val_share 0.2
 }
 
 # Table 6 on simulated images
 phantoms() {
-    local options='--data data/phantoms-64 --size 64 --patch 8 --val_share 0.2'
     for seed in $seeds; do
-        train ph-mae $seed 400 $options --experts 0
-        train ph-experts $seed 400 $options --align 0
-        train ph-dex $seed 400 $options
-        train ph-mae138 $seed 552 $options --experts 0
-        train ph-dex-long $seed 800 $options
-        train ph-mae-long $seed 1104 $options --experts 0
-        train ph-dex-2000 $seed 2000 $options
-        train ph-mae-2760 $seed 2760 $options --experts 0
+        train_phantoms ph-mae $seed 400 --experts 0
+        train_phantoms ph-experts $seed 400 --align 0
+        train_phantoms ph-dex $seed 400
+        train_phantoms ph-mae138 $seed 552 --experts 0
+        train_phantoms ph-dex-long $seed 800
+        train_phantoms ph-mae-long $seed 1104 --experts 0
+        train_phantoms ph-dex-2000 $seed 2000
+        train_phantoms ph-mae-2760 $seed 2760 --experts 0
         for network in scratch ph-mae ph-experts ph-dex ph-mae138; do
             for task in phantom-organs phantom-vessels; do
                 tune $task $network $seed
@@ -95,11 +126,11 @@ phantoms() {
             done
             # naevus or melanoma: a linear layer on what was pretrained, then all of a plain ViT on
             # 30 images, which are drawn three times
-            tune phantom-lesion $network $seed --tune_blocks 0 --batch 16 --lr 3e-3 --epochs 8 \
-                --warmup_epochs 1
+            tune phantom-lesion $network $seed --tune_blocks 0 --batch 16 --lr 3e-3 \
+                --epochs $(few 8 1) --warmup_epochs 1
             for draw in $seed $((seed + 10)) $((seed + 20)); do
                 tune phantom-lesion $network $seed --adapt director --fraction 0.05 --batch 16 \
-                    --lr 3e-4 --epochs 40 --warmup_epochs 4 --seed $draw
+                    --lr 3e-4 --epochs $(few 40 1) --warmup_epochs 4 --seed $draw
             done
         done
     done
@@ -155,22 +186,34 @@ scaling() {
     done
 }
 
+# one activated expert, beside plain networks of 1.11, 1.27 and 1.43 times the steps
+gate() {
+    for seed in $seeds; do
+        train_phantoms ph-k1 $seed 400 --top_k 1
+        for steps in 443 508 573; do
+            train_phantoms ph-mae-$steps $seed $steps --experts 0
+        done
+    done
+    python -m tests.lab.probe $out/*/ph-{k1,mae-443,mae-508,mae-573}/ckpt.pt
+}
+
 # of networks pretrained on phantoms
 modularity() {
-    python -m tests.lab.modularity out/*/ph-{mae,experts,dex}/ckpt.pt
+    python -m tests.lab.modularity $out/*/ph-{mae,experts,dex}/ckpt.pt
 }
 
 # what frozen features know
 probe() {
-    python -m tests.lab.probe out/*/ph-{mae,dex,mae138,experts}/ckpt.pt
-    python -m tests.lab.probe out/*/ph-{dex-2000,mae-2760}/ckpt.pt
-    for task in eye-disease covid-cxr hc18; do
-        python -m tests.lab.probe out/*/{mae,experts,dex,mae138}/ckpt.pt --task $task
+    python -m tests.lab.probe $out/*/ph-{mae,dex,mae138,experts}/ckpt.pt
+    python -m tests.lab.probe $out/*/ph-{dex-2000,mae-2760}/ckpt.pt
+    python -m tests.lab.probe $out/*/ph-{dex-2000,mae-2760}/step-*.pt
+    for task in eye-disease covid-cxr hc18 pneumonia; do
+        python -m tests.lab.probe $out/*/{mae,experts,dex,mae138}/ckpt.pt --task $task
     done
 }
 
 prepare
 shift
-for part in ${@:-phantoms modularity pretrain ablation adapt scaling probe}; do
+for part in ${@:-phantoms modularity gate pretrain ablation adapt scaling probe}; do
     $part
 done

@@ -39,20 +39,21 @@ from tqdm import tqdm
 
 MODALITIES = tuple('CT PET MR X-ray Ultrasound Fundus OCT Pathology Endoscope Photo'.split())
 
-# How more than 8 bits become 8. window: the values that become 0 and 255, or else the percentiles
+# How more than 8 bits become 8. limits: the values that become 0 and 255, or else the percentiles
 # that do. foreground: slices with a smaller share of pixels above 0.02 are dropped.
-Rule = namedtuple('Rule', 'window percentiles foreground words')
-RULES = {
-    'CT': Rule((-200, 400), None, 0.05, 'HU (+ 32768) in [-200, 400]; other unsigned, min..max'),
-    'MR': Rule(None, (1, 99), 0.05, '1st..99th percentile'),
+Window = namedtuple('Window', 'limits percentiles foreground words')
+WINDOWS = {
+    'CT': Window((-200, 400), None, 0.05, 'HU (+ 32768) in [-200, 400]; other unsigned, min..max'),
+    'MR': Window(None, (1, 99), 0.05, '1st..99th percentile'),
     # The paper's z-score of PET cancels in the scaling to 0..255 that follows it.
-    'PET': Rule(None, (1, 99), 0.01, '1st..99th percentile; SUV in [0, 20] where the path has suv'),
-    'SUV': Rule((0, 20), None, 0.01, 'SUV in [0, 20]'),  # PET in standardized uptake values
-    '': Rule(None, (0, 100), 0, 'minimum..maximum')}  # all others
+    'PET': Window(None, (1, 99), 0.01, '1st..99th percentile; SUV in [0, 20] where the path has suv'),
+    'SUV': Window((0, 20), None, 0.01, 'SUV in [0, 20]'),  # PET in standardized uptake values
+    '': Window(None, (0, 100), 0, 'minimum..maximum')}  # all others
 
 PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm')
-VIDEOS, NIFTI = ('.avi', '.mp4'), ('.nii.gz', '.nii')
-IMAGES = (*PICTURES, *VIDEOS, *NIFTI, '.npy', '.img')
+VIDEOS = ('.avi', '.mp4')
+VOLUMES = ('.nii.gz', '.nii', '.img')  # of NIfTI and Analyze
+IMAGES = (*PICTURES, *VIDEOS, *VOLUMES, '.npy')
 OTHERS = ('.webp', '.jp2', '.jfif', '.heic', '.avif', '.tga', '.svs', '.mha', '.mhd', '.nrrd')
 ENDING = re.compile(f'({"|".join(map(re.escape, IMAGES))})$', re.IGNORECASE)
 REASONS = ('corrupt', 'small', 'blank', 'duplicate', 'other')  # why an image is dropped
@@ -63,7 +64,7 @@ def warn(text):
     print(f'warning: {text}', file=sys.stderr)
 
 # --- names of files ---
-def find(rule, name):
+def search(rule, name):
     """The match of a rule in a path, or None. An empty rule matches nothing."""
     return re.search(rule, name, re.IGNORECASE | re.DOTALL) if rule else None
 
@@ -71,7 +72,7 @@ def by_groups(names, rule):
     """{what the groups of a rule find: names}. Without groups, a name stands for itself."""
     found = {}
     for name in names:
-        if match := find(rule, name):
+        if match := search(rule, name):
             found.setdefault(match.groups() or name, []).append(name)
     return found
 
@@ -84,9 +85,8 @@ def is_image(home, name):
     return path.is_dir() or path.is_file() and has_ending(path, IMAGES) and not hidden
 
 def has_affine(path):
-    """Whether a file is NIfTI or Analyze. An .img without its .hdr is a film of JSRT."""
-    pair = path.with_suffix('.hdr').exists() or path.with_suffix('.HDR').exists()
-    return has_ending(path, NIFTI) or has_ending(path, '.img') and pair
+    """Whether a file is NIfTI or Analyze."""
+    return has_ending(path, VOLUMES)
 
 def is_dicom(path):
     """Whether a file belongs to a DICOM series, by its name or by its mark."""
@@ -136,22 +136,16 @@ def read(path, draft=0, grid=None):
             return [array.copy() for volume in series(path, new) for array in read(volume)]
     if has_ending(path, PICTURES):
         return read_pages(path, draft)
-    if has_ending(path, '.img') and not has_affine(path):
-        return [read_film(path)]
     return [read_array(path)] if has_ending(path, '.npy') else read_volume(path, grid)
 
 def read_array(path):
+    """The array of an .npy file, (n, H, W) or (n, H, W, 3)."""
     array = np.load(path, mmap_mode='r')
     if array.shape[2:] in ((), (3,)):  # one image
         array = array[None]
     if array.ndim != 3 and array.shape[3:] != (3,):
         raise ValueError(f'{array.shape} is none of (H, W), (H, W, 3), (n, H, W), (n, H, W, 3)')
     return array
-
-def read_film(path):
-    """A film of JSRT, 12 bits and high values dark, at half its side, as the masks of SCR are."""
-    pixels = np.fromfile(path, '>u2').reshape(1, 1024, 2, 1024, 2).mean((2, 4))
-    return np.uint8((4095 - pixels.clip(0, 4095)) * (255 / 4095) + 0.5)
 
 def read_volume(path, grid):
     """`read` of NIfTI and Analyze: a volume for each time point."""
@@ -209,21 +203,25 @@ def cut(volume, affine):
     axis = 2 if spacing[2] >= 0.99 * spacing.max() else spacing.argmax()
     return np.moveaxis(volume, (3, axis), (0, 1)).swapaxes(2, 3)[:, :, ::-1, ::-1]
 
+def window_of(modality):
+    return WINDOWS.get(modality, WINDOWS[''])
+
 def to_uint8(volume, modality):
     """Yield the slices of an array (n, H, W[, 3]) as uint8, all by one window (C.1.1). The modality
     may also be 'SUV'. uint8 stays as it is. NaN and infinity count as the lowest."""
     if volume.dtype == np.uint8:
         yield from volume
         return
-    window, percentiles = RULES.get(modality, RULES[''])[:2]
+    window = window_of(modality)
+    limits, percentiles = window.limits, window.percentiles
     if modality == 'CT' and volume.dtype.kind == 'u':  # no HU
         shifted = 31000 < np.median(volume[volume > 0]) < 36000  # HU + 32768, as in DeepLesion
-        window, percentiles = (32568, 33168) if shifted else None, (0, 100)
-    if not window:
+        limits, percentiles = (32568, 33168) if shifted else None, (0, 100)
+    if not limits:
         sample = volume.flat[::volume.size // 1_000_000 | 1]  # odd: 2^k would see a few columns
         sample = sample[np.isfinite(sample)] + 0  # + 0 makes a number of bool
-        window = np.percentile(sample, percentiles) if sample.size else (0, 0)
-    low, high = map(np.float32, window)
+        limits = np.percentile(sample, percentiles) if sample.size else (0, 0)
+    low, high = map(np.float32, limits)
     scale = 255 / (high - low or np.inf)
     for image in volume:
         image = np.where(np.isfinite(image), image, low) if image.dtype.kind == 'f' else image
@@ -254,7 +252,7 @@ Item = namedtuple('Item', 'pixels picture reason detail', defaults=(False, '', '
 
 def source_items(path, modality, size, min_side):
     """In a worker: yield an Item of side `size` px for each image of a file, or one for all."""
-    foreground = RULES.get(modality, RULES['']).foreground
+    foreground = window_of(modality).foreground
     film, count = has_ending(path, VIDEOS), 0
     try:
         arrays = decode_video(path, size) if film else read(path, draft=max(2 * size, min_side))
@@ -356,15 +354,16 @@ def prepare_source(row, home, folder, o, pool):
         return meta
     images, skip = o.images or row.images, o.skip or row.skip
     wanted = [name for name in names
-              if find(images, name) and not find(skip, name) and is_image(home, name)]
+              if search(images, name) and not search(skip, name) and is_image(home, name)]
     if not wanted:
         print(f'{home}: no image that can be read matches {images}; it is left out')
         return None
-    *_, least, words = RULES.get(row.modality, RULES[''])
+    window = window_of(row.modality)
+    least = window.foreground
     with whole(folder, pool) as part:
         kept, dropped = write_source(row, home, names, wanted, part, o, pool)
         meta = {'source': folder.name, 'modality': row.modality, 'count': kept, 'size': o.size,
-                'normalization': f'8 bits as they are; others, by one window a file: {words}',
+                'normalization': f'8 bits as they are; others, by one window a file: {window.words}',
                 'foreground': f'slices: {least} of the pixels above 0.02' if least else 'any',
                 'files': len(names), 'read': kept + sum(dropped.values()), 'dropped': dropped}
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
@@ -374,7 +373,7 @@ def write_source(row, home, names, wanted, part, o, pool):
     """Write shards and dropped.csv. Returns how many images were kept, and dropped by reason."""
     calls = []
     for name in wanted:
-        suv = row.modality == 'PET' and find('suv', f'{home.name}/{name}')
+        suv = row.modality == 'PET' and search('suv', f'{home.name}/{name}')
         calls.append((home / name, 'SUV' if suv else row.modality, o.size, o.min_side))
     kept, dropped = 0, dict.fromkeys(REASONS, 0) | {'other': len(names) - len(wanted)}
     shards, filling, seen = 0, {}, {}
@@ -470,39 +469,36 @@ def list_tables(raw):
               f'{"found" if home_of(row, raw) else "-":<7}{access}, {row.link}')
 
 # --- labelled tasks: which images, with which answers ---
-# frames: the path of an image below RAW, or several that make one. masks: that of its mask, or one
-# for each class, None where it is absent. label: its class, if it has no masks.
-Sample = namedtuple('Sample', 'frames masks label patient', defaults=((), '', ''))
+# masks: the path of an image's mask below RAW, or one for each class, None where it is absent.
+# label: its class, if it has no masks.
+Sample = namedtuple('Sample', 'masks label patient', defaults=((), '', ''))
 # By default masks/ lies beside images/, or nnU-Net's labelsTr/ beside imagesTr/.
 MASKS = r'(.*)(?:masks/|labels(?=T[rs]/))(.*?)(?:_0000)?(?:\.nii)?\.\w+$'
 IMAGES_BESIDE = r'(.*)images(?:/|(?=T[rs]/))(.*?)(?:_0000)?(?:\.nii)?\.\w+$'
 
 def find_samples(raw, o, account):
     """{path of an image below RAW: its Sample}: by a table, by pairs or by class folders."""
-    names = [name for name in list_names(raw) if '/.' not in f'/{name}' and not find(o.skip, name)]
-    table = o.labels and '(' not in o.labels[0]
-    rules = [] if table else o.labels or o.masks or [MASKS]
+    names = [name for name in list_names(raw) if '/.' not in f'/{name}' and not search(o.skip, name)]
+    rules = [] if o.labels else o.masks or [MASKS]
     layers = [by_groups(names, rule) for rule in rules]
     partners = {name for layer in layers for found in layer.values() for name in found}
     rule = o.images or (IMAGES_BESIDE if partners else '.')
-    wanted = [name for name in names if name not in partners and find(rule, name)]
+    wanted = [name for name in names if name not in partners and search(rule, name)]
     images = by_groups([name for name in wanted if is_image(raw, name)], rule)
     singles = [name for found in images.values() for name in found]
-    if table:
+    if o.labels:
         samples = read_table(raw, singles, account, *o.labels)
     elif partners:
-        samples = find_pairs(raw, images, layers, o)
+        samples = find_pairs(raw, images, layers)
     else:
-        samples = {name: Sample((name,), label=Path(name).parent.name)
-                   for name in singles if '/' in name}
-    if not samples or not (partners or table) and (o.masks or o.labels or o.values or o.outline):
+        samples = {name: Sample(label=Path(name).parent.name) for name in singles if '/' in name}
+    if not samples or not (partners or o.labels) and (o.masks or o.values or o.outline):
         sys.exit(f'{raw}: {len(singles)} images, {len(partners)} masks: --images --masks --labels')
-    used = {name for sample in samples.values() for name in sample.frames}
-    lone = [name for name in singles if name not in used]
+    lone = [name for name in singles if name not in samples]
     unread = [name for name in wanted if has_ending(raw / name, OTHERS)]  # formats unknown here
     account.append((f'images {rule}', len(singles + unread), unread + lone, bool(unread)))
     if o.patient:
-        strangers = [name for name in samples if not find(o.patient, name)]
+        strangers = [name for name in samples if not search(o.patient, name)]
         account.append((f'--patient {o.patient}', len(samples), strangers, True))
     for rule, layer in zip(rules, layers if partners else []):
         if not layer:
@@ -510,7 +506,7 @@ def find_samples(raw, o, account):
         left = [name for key in layer if key not in images for name in layer[key]]
         account.append((f'files {rule}', sum(map(len, layer.values())), left, True))
     for name, sample in samples.items():
-        match = find(o.patient, name)
+        match = search(o.patient, name)
         patient = match and match[min(match.re.groups, 1)] or sample.patient or name
         samples[name] = sample._replace(patient=patient)
     return samples
@@ -524,32 +520,17 @@ def settle(raw, account, partial):
     if harm and not partial:
         sys.exit(f'{raw}: {"; ".join(harm)}; mend this, --skip them, or allow it by --partial')
 
-def find_pairs(raw, images, layers, o):
-    """Samples of images {key: paths} and of their masks, or files of labels, [{key: paths}]."""
+def find_pairs(raw, images, layers):
+    """Samples of images {key: paths} and of their masks, a {key: paths} for each rule."""
     samples = {}
-    for key, frames in images.items():
+    for key, found in images.items():
         partners = [layer.get(key, []) for layer in layers]
-        if max(map(len, partners)) > 1 or len(frames) > 1 and not o.frames:
-            names = ', '.join([*frames, *sum(partners, [])])
+        if max(map(len, [found, *partners])) > 1:
+            names = ', '.join([*found, *sum(partners, [])])
             sys.exit(f'{raw}: {names} cannot be a pair; mend --images and --masks')
-        paths = tuple(found[0] if found else None for found in partners)
-        if o.labels and paths[0]:
-            samples[frames[0]] = Sample(tuple(frames), label=read_label(raw / paths[0], o))
-        elif any(paths):
-            samples[frames[0]] = Sample(tuple(frames), paths)
+        if any(partners):
+            samples[found[0]] = Sample(tuple(paths[0] if paths else None for paths in partners))
     return samples
-
-def read_label(path, o):
-    """The class of the first object of VOC's XML, or of the largest polygon of a .txt."""
-    if path.suffix == '.txt':
-        found = sorted(polygons(path), key=lambda polygon: -np.ptp(polygon[1], 0).prod())
-        found = [kind for kind, _ in found]
-    else:
-        found = re.findall(r'<object>.*?<name>\s*(.*?)\s*<', path.read_text(), re.DOTALL)
-    if not found:
-        sys.exit(f'{path}: holds no label; mend or --skip it')
-    names = dict(zip(o.values or map(str, range(len(o.classes))), o.classes))
-    return names.get(found[0], found[0])
 
 def polygons(path):
     """[(class, corners (n, 2) as shares of the sides)] of lines `class x1 y1 x2 y2 ...`. Two pairs
@@ -605,7 +586,7 @@ def read_table(raw, names, account, end, *columns):
         if not found:
             lost += [path] * bool(path and label)
             continue
-        sample = Sample(tuple(found), (), label, *patient)
+        sample = Sample((), label, *patient)
         if len(found) > 1 or samples.setdefault(found[0], sample) != sample:
             sys.exit(f'{end}, line {table.line_num}: {path} has another answer above, or is '
                      f'several of {found}')
@@ -621,7 +602,7 @@ def split(samples, raw, o, account):
     """{'train', 'val', 'test': names}. A rule takes what it is found in (also in a mask's path), a
     list (.txt below RAW) what it names; the first decides. Shares divide the other patients."""
     rules = dict(zip(FOLDERS, o.split or ('50', '20', '30')))
-    given = [part for part in FOLDERS if any(find(FOLDERS[part], name) for name in samples)]
+    given = [part for part in FOLDERS if any(search(FOLDERS[part], name) for name in samples)]
     if not o.split and 'train' in given and len(given) > 1:  # there must be a test split
         rules = FOLDERS if 'test' in given else {**FOLDERS, 'train': '70', 'test': '30'}
     parts, tails = {}, by_tail(samples)
@@ -633,7 +614,7 @@ def split(samples, raw, o, account):
             account.append((f'lines of {rule}', len(lines), lost, True))
         else:
             chosen = [name for name, sample in samples.items() if not rule.isdigit()
-                      and any(find(rule, path) for path in (name, *filter(None, sample.masks)))]
+                      and any(search(rule, path) for path in (name, *filter(None, sample.masks)))]
         for name in chosen:
             parts.setdefault(name, part)
     others = [name for name in samples if name not in parts]
@@ -645,7 +626,7 @@ def split(samples, raw, o, account):
     if both := sorted(patient for patient in times if times[patient] > 1):
         warn(f'{len(both)} patients are in more than one split: {", ".join(both[:9])}')
     folders = {match[0].strip('/') for rule in rules.values() for name in samples
-               if not o.split and not rule.isdigit() and (match := find(rule, name))}
+               if not o.split and not rule.isdigit() and (match := search(rule, name))}
     how = ', '.join(o.split or sorted(folders) or rules.values())
     splits = {part: sorted(name for name in parts if parts[name] == part) for part in rules}
     counts = ', '.join(f'{part} {len(names)}' for part, names in splits.items())
@@ -746,12 +727,9 @@ def task_items(path, raw, sample, o):
     """In a worker: yield (pixels uint8 (S, S, c), mask uint8 (S, S) or number of the class)."""
     try:
         with tempfile.TemporaryDirectory() as new:
-            files = series(path, new) if path.is_dir() else [raw / name for name in sample.frames]
-            stacks = [[image for array in read(file) for image in to_uint8(array, o.modality)]
-                      for file in files]
-            images = sum(stacks, [])
-            if o.frames:
-                images = [np.minimum.reduce(frames) for frames in zip(*stacks, strict=True)]
+            files = series(path, new) if path.is_dir() else [path]
+            images = [image for file in files for array in read(file)
+                      for image in to_uint8(array, o.modality)]
             layers = {number: read_masks(raw / mask, files[0], images[0].shape, o.values)
                       for number, mask in enumerate(sample.masks, 1) if mask}
         for image, *found in zip(images, *layers.values(), strict=True):
@@ -920,18 +898,18 @@ tnbc | Pathology | nuclei | 20 10 20 | open | zenodo.org/records/1175282 | --ima
 lsc | Pathology | lymphomas | 188 73 113 | open | andrewjanowczyk.com use case 7 | --images '(CLL|FL|MCL)/.*\.tif' --patient '.*(?=_)'
 bcss | Pathology | tissues | 75 30 46 | open | github.com/PathologyDataScience/BCSS | --images '(?:images|rgbs_colorNormalized)/(.*)' --masks 'masks/(.*)' --patient 'TCGA-[^-]+-[^-]+' --classes background tumour stroma inflammatory necrosis other --values '' 1+19+20 2 3+10+11 4 * 0
 monusac | Pathology | nuclei | 167 42 101 | open | huggingface.co/datasets/RationAI/MoNuSAC (save its rows as <split>/images/<row>.png and <split>/masks/<row>.png, each instance by the number of its category) | --split 167 42 test/ --classes background epithelial lymphocyte macrophage neutrophil
-scr | X-ray | chest structures | 25 47 175 | form | jsrt.or.jp and isi.uu.nl/Research/Databases/SCR | --split 25 47 175 --images 'All247images/(.*)\.' --classes background left-lung right-lung heart left-clavicle right-clavicle --masks 'left lung/(.*)\.' 'right lung/(.*)\.' 'heart/(.*)\.' 'left clavicle/(.*)\.' 'right clavicle/(.*)\.'
+scr | X-ray | chest structures | 25 47 175 | form | jsrt.or.jp and isi.uu.nl/Research/Databases/SCR (first: python -m tests.lab.convert scr RAW/scr) | --split 25 47 175 --images 'All247images/(.*)\.png' --classes background left-lung right-lung heart left-clavicle right-clavicle --masks 'left lung/(.*)\.' 'right lung/(.*)\.' 'heart/(.*)\.' 'left clavicle/(.*)\.' 'right clavicle/(.*)\.'
 pdcxr | X-ray | pneumonia | 3659 1573 624 | open | data.mendeley.com/datasets/rscbjbr9sj | --images 'chest_xray/.*\.jpeg' --patient 'person\d+|[^/]*IM-.*' --split 3659 1573 chest_xray/test/
 dca1 | X-ray | coronary arteries | 25 25 84 | account? | kaggle.com/datasets/bard2024 dca1 | --images '(.*)\.pgm' --masks '(.*)_gt\.pgm' --values 0 * --split 25 25 84
-dias | X-ray | brain arteries | 30 10 20 | open? | zenodo.org/records/11637181 | --values 0 * --frames --images '(.*)images/image_s(.*)_i' --masks '(.*)labels/label_s(.*)\.png' --split training/ validation/ test/
-dsca | X-ray | brain arteries | 112 44 68 | open? | zenodo.org/records/11255024 | --images 'images/(.*)/' --masks 'labels/(.*)\.' --values 0 * --frames
+dias | X-ray | brain arteries | 30 10 20 | open? | zenodo.org/records/11637181 (first: python -m tests.lab.convert dias RAW/dias) | --values 0 * --images 'darkest/(.*/)(.*)\.png' --masks '(.*)labels/label_s(.*)\.png' --split training/ validation/ test/
+dsca | X-ray | brain arteries | 112 44 68 | open? | zenodo.org/records/11255024 (first: python -m tests.lab.convert dsca RAW/dsca) | --images 'darkest/(.*)\.png' --masks 'labels/(.*)\.' --values 0 *
 sts-tooth-2d | X-ray | teeth | 100 100 700 | open? | toothfairychallenges.github.io/miccai2023 | --images '(.*)/Labeled/Image/(.*)' --masks '(.*)/Labeled/Mask/(.*)' --values 0 * --split 100 100 700
 uns | Ultrasound | nerve | 2758 1078 1799 | account | kaggle.com/c/ultrasound-nerve-segmentation | --images '(.*)\.tif' --masks '(.*)_mask\.tif' --values 0 * --patient '\d+(?=_\d+\.tif)'
-tn5000 | Ultrasound | thyroid nodule | 3500 500 1000 | open | figshare.com/articles/28455641 | --images 'JPEGImages/(.*)\.jpg' --labels 'Annotations/(.*)\.xml' --classes malignant benign --values 1 0 --split Main/train.txt Main/val.txt Main/test.txt
+tn5000 | Ultrasound | thyroid nodule | 3500 500 1000 | open | figshare.com/articles/28455641 (first: python -m tests.lab.convert tn5000 RAW/tn5000) | --images 'JPEGImages/(.*)\.jpg' --labels classes.csv --classes malignant benign --split Main/train.txt Main/val.txt Main/test.txt
 fhu | Ultrasound | fetal head | 499 200 300 | account | kaggle.com/datasets/ankit8467 | --images '(.*HC)\.png' --masks '(.*HC)_Annotation' --values 0 * --outline --patient '\d+(?=_[^/]*HC)'
 autopet-org | PET | organs | 18076 6386 10465 | form | github.com/YichiZhang98/SegAnyPET | --images 'PETCT_([^/]*)/([^/]*)/SUV\.nii' --masks 'PETCT_([^_]*)_(.*)_\.nii' --values 0 1 2 3 4 5 6 7 8 9 10 11+12 --patient 'PETCT_[^/_]+' --modality SUV --classes background liver left-kidney right-kidney heart spleen aorta left-lower-lobe right-lower-lobe left-upper-lobe right-upper-lobe right-middle-lobe
 slsc-s | Photo | skin lesion | 6675 1911 964 | open | huggingface.co/datasets/makhresearch | --masks '(.*)labels/(.*)\.txt' --values '' * --split train/ valid/ test/
-slsc-c | Photo | 7 skin diseases | 6675 1911 964 | open | huggingface.co/datasets/makhresearch | --labels '(.*)labels/(.*)\.txt' --classes BKL NV DF MEL VASC BCC AKIEC --split train/ valid/ test/'''.strip().splitlines())}
+slsc-c | Photo | 7 skin diseases | 6675 1911 964 | open | huggingface.co/datasets/makhresearch (first: python -m tests.lab.convert slsc-c RAW/slsc-c) | --labels classes.csv --classes BKL NV DF MEL VASC BCC AKIEC --split train/ valid/ test/'''.strip().splitlines())}
 
 # --- the command ---
 def parse(words):
@@ -954,13 +932,12 @@ def parse(words):
     add('--images', help='rule of the images (default, beside masks: (.*)images/(.*))')
     add('--masks', nargs='+', help='rule ((.*)masks/(.*)), or one for each class after the first')
     add('--skip', help='rule of files to leave out')
-    add('--labels', nargs='+', help='CSV, columns file class patient (first 2) or rule of XML, txt')
+    add('--labels', nargs='+', help='CSV below RAW, and its columns of file, class, patient (first two)')
     add('--classes', nargs='+', help='names (default: background foreground, or as found)')
     add('--values', nargs='+', help='of classes, as 0 420+421 #ff0000 *; unnamed 255: not scored')
     add('--outline', action='store_true', help='masks show a closed convex outline: fill it')
     add('--partial', action='store_true', help='go on without masks, rows and lines without image')
     add('--sided', action='store_true', help='classes tell left from right: mirror no image')
-    add('--frames', action='store_true', help='images of one mask are frames: take the darkest')
     add('--patient', help='rule: what it finds in a path is the patient (default: the path)')
     add('--split', nargs='+', help='of each part a share (50 20 30), a rule or a .txt of names')
     return parser.parse_args(words)

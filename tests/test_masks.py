@@ -208,20 +208,6 @@ def test_an_outline_is_filled(tmp_path):
     for path, mask in found.answer.items():
         assert np.array_equal(mask, right[path])
 
-def test_of_frames_with_one_mask_the_darkest_of_each_pixel_counts(tmp_path):
-    for number in range(2):
-        for frame in range(3):
-            picture = files.noise(10 * number + frame)
-            files.save(tmp_path / f'raw/images/{number}_{frame}.png', picture)
-        files.save(tmp_path / f'raw/masks/{number}.png', BLOB)
-    rules = '--images', r'images/(\d)', '--masks', r'masks/(\d)'
-    refused(tmp_path, *rules, naming=['images/?_0.png', 'images/?_1.png', 'cannot be a pair'])
-    found = task(tmp_path, *rules, '--frames')
-    for path, image in found.image.items():
-        number = int(path[len('images/')])
-        darkest = np.min([files.noise(10 * number + frame) for frame in range(3)], axis=0)
-        assert np.array_equal(image[..., 0], darkest)
-
 # --- real masks ----------------------------------------------------------------------------------
 
 @real

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from tests.support import files, medverse, miniatures
+from tests.support import files, medverse, miniatures, runs
 from tests.support.miniatures import SIZE, shown, write_source, write_task
 from tests.support.prepared import Prepared, prepare, said, task
 from tests.support.runs import ROOT
@@ -107,6 +107,10 @@ def test_a_source_of_table_2_is_prepared_by_its_row(tmp_path, row):
 @pytest.mark.parametrize('row', [marked(row) for row in medverse.TASKS])
 def test_a_task_of_table_3_is_prepared_by_its_row(tmp_path, row):
     right = write_task(tmp_path / 'raw', row)
+    if row.becomes:
+        result = runs.program('convert', row.name, tmp_path / 'raw', *row.rule)
+        assert result.code == 0, result.err
+        right = {re.sub(*row.becomes, path): true for path, true in right.items()}
     told = must_prepare(tmp_path / 'raw', tmp_path / 'out', '--task', row.name, *row.options)
     check_task(tmp_path / 'out', row, right)
     left_out = {*re.findall(r'(\d+) left out', told)}

@@ -89,16 +89,16 @@ def test_ct_pet_mr_and_x_ray_see_the_same_body(tmp_path, monkeypatch):
     assert len(bodies) == 4
     assert all(np.array_equal(body, bodies[0]) for body in bodies)
 
-def test_an_eleventh_modality_takes_a_name_a_rule_and_a_function(tmp_path, monkeypatch):
+def test_an_eleventh_modality_takes_a_name_a_window_and_a_function(tmp_path, monkeypatch):
     """Echoes of 0 to 100 by a window from 0 to 50: those above 25 become more than 127."""
     def sonar(rng, side, sick):
         echoes = rng.integers(0, 101, (side, side, 2)).astype(np.float32)
         return echoes, np.zeros((side, side, 2), np.uint8)
 
     names = *preparation.MODALITIES, 'Sonar'
-    rule = preparation.Rule((0, 50), None, 0, 'echoes in [0, 50]')
+    window = preparation.Window((0, 50), None, 0, 'echoes in [0, 50]')
     monkeypatch.setattr(preparation, 'MODALITIES', names)
-    monkeypatch.setitem(preparation.RULES, 'Sonar', rule)
+    monkeypatch.setitem(preparation.WINDOWS, 'Sonar', window)
     monkeypatch.setitem(simulated.PHANTOMS, 'Sonar', (2, sonar))
     for modality in names:
         simulated.write_phantom(tmp_path, modality, HEALTHY, seed=3, side=64)

@@ -1,4 +1,4 @@
-"""Classes of pictures from tables as people write them, and from files of labels."""
+"""Classes of pictures from tables as people write them."""
 import re
 
 import pytest
@@ -157,10 +157,3 @@ def test_a_table_without_a_class_for_any_picture_is_refused(tmp_path, table, tol
 def test_a_table_that_is_not_there_is_named(tmp_path):
     write_animals(tmp_path)
     refused(tmp_path, '--labels', 'none.csv', naming=['none.csv'])
-
-def test_a_file_of_labels_without_a_label_is_named(tmp_path):
-    write_animals(tmp_path, below='images', kinds=['cat'])
-    for number in range(3):
-        files.write(tmp_path / f'raw/{number}.txt')
-    rules = '--images', r'images/(\d)', '--labels', r'^(\d)\.txt', '--classes', *folders.KINDS
-    refused(tmp_path, *rules, naming=['/0.txt', 'no label', '--skip'])

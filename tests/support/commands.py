@@ -19,7 +19,7 @@ from torch.distributed.run import get_args_parser
 from tests.support import runs
 
 STARTERS = 'python', 'python3', 'torchrun', 'bash', 'pip', 'pytest'
-WITHOUT_OPTIONS = 'report', 'scaling', 'bench_prepare', 'idea'
+WITHOUT_OPTIONS = 'report', 'scaling', 'bench_prepare', 'idea', 'convert'
 BENCHMARKS = 'run', 'gates', 'step', 'ranks', 'data', 'memory'
 
 # --- finding ----------------------------------------------------------------------------------

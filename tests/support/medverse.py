@@ -179,6 +179,8 @@ class Task:
     units: str = ''             # of volumes: CT, MR or SUV
     modes: tuple = ('L',)       # of Pillow, in which masks are written
     side: tuple = (96, 96)      # of the pictures: height and width
+    becomes: tuple = None       # of a converted task: what is found in a path, what replaces it
+    rule: tuple = ()            # of its frames, for tests.lab.convert, where the layout is not known
     options: tuple = ()         # of the command line, where the layout is not known
 
 def numbered(*groups):
@@ -267,7 +269,7 @@ TASKS = [
          masks=['$1/masks/TCGA-$2-01Z_1.png'],
          given={'train val': '^train', 'test': '^test'}),
     Task('scr', link='jsrt|isi.uu.nl', classes=6, patients=(1, 1, 6), answers='layers',
-         images=['All247images/JPC{LN,NN}{00,01}{1,2}.IMG'],
+         images=['All247images/JPC{LN,NN}{00,01}{1,2}.IMG'], becomes=('IMG$', 'png'),
          masks=['scratch/fold$3/masks/{' + BONE_NAMES + '}/JPC$1$2$3.gif']),
     Task('pdcxr', link='rscbjbr9sj', patients=(12, 4, 3), patient=r'person\d+_|IM-\d+',
          images=[CHEST + 'train/PNEUMONIA/person{1..8}_bacteria_{1,2}.jpeg',
@@ -281,11 +283,14 @@ TASKS = [
          masks=['Database_134_Angiograms/$1_gt.pgm']),
     Task('dias', link='DIAS|11637181', classes=2, patients=(4, 4, 4), values=BLACK_WHITE,
          images=['{training,validation,test}/images/image_s{1,2,10,11}_i#.png'],
-         masks=['$1/labels/label_s$2.png'], given=OFFICIAL),
+         masks=['$1/labels/label_s$2.png'],
+         becomes=(r'(.*)images/image_s(\d+)_i0', r'darkest/\1\2'),
+         given={'train': '/train', 'val': '/val', 'test': '/test'}),
     Task('dsca', link='DSCA|11255024', classes=2, patients=(5, 2, 3), values={0: 0, 1: 1, 2: 1},
          images=['series/s{1..10}_f#.png'],
          masks=['vessels/s$1.png'],
-         options=['--images', 'series/(.*)_f', '--masks', r'vessels/(.*)\.png']),
+         becomes=('series/(.*)_f0', r'darkest/\1'), rule=['series/(.*)_f'],
+         options=['--masks', r'vessels/(.*)\.png']),
     Task('sts-tooth-2d', link='toothfairy|10597292', classes=2, patients=(1, 1, 8),
          images=[TEETH + '{A,C}-PXI/Labeled/Image/{1..5}.png'],
          masks=[TEETH + '$1-PXI/Labeled/Mask/$2.png'], values=same(2), modes=['1'],
@@ -297,7 +302,7 @@ TASKS = [
     Task('tn5000', link='TN5000|28455641', patients=(4, 2, 3), answers='xml',
          images=['TN5000_forReview/JPEGImages/00000{1..9}.jpg'],
          masks=['TN5000_forReview/Annotations/00000$1.xml'],
-         classes=['malignant', 'benign'],
+         classes=['malignant', 'benign'], becomes=('', ''),
          given={'train': '[1-4].jpg', 'val': '[56].jpg', 'test': '[7-9].jpg'}),
     Task('fhu', link='ankit8467|hc18', classes=2, patients=(5, 1, 3), patient=r'/\d+',
          images=['training_set/training_set/00{1..9}_{,2}HC.png'],
@@ -314,5 +319,5 @@ TASKS = [
          masks=['$1/labels/ISIC_$2.txt'], given=OFFICIAL, answers='polygons'),
     Task('slsc-c', link='makhresearch', patients=(14, 14, 14), side=(96, 128),
          images=['{train,valid,test}/images/ISIC_{11..24}.jpg'],
-         masks=['$1/labels/ISIC_$2.txt'], given=OFFICIAL, answers='largest polygon',
+         masks=['$1/labels/ISIC_$2.txt'], given=OFFICIAL, answers='largest polygon', becomes=('', ''),
          classes=['BKL', 'NV', 'DF', 'MEL', 'VASC', 'BCC', 'AKIEC'])]

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = ('pretrain', 'finetune', 'prepare_medverse')
 PACKAGES = {    # where the programs lie
     'tests.lab': ('phantoms', 'pictures', 'report', 'scaling', 'modularity', 'bench',
-                  'bench_prepare', 'predict', 'probe'),
+                  'bench_prepare', 'predict', 'probe', 'convert'),
     'tests.encoders': ('published', 'authors_dex'),
     'tests.support': ('two_ranks',),
 }

@@ -1,0 +1,107 @@
+r"""What prepare_medverse.py does not read of five tasks of Table 3, as files that it reads.
+
+    python -m tests.lab.convert scr RAW/scr           films of JSRT as PNG beside them
+    python -m tests.lab.convert tn5000 RAW/tn5000     classes of VOC's XML as RAW/tn5000/classes.csv
+    python -m tests.lab.convert slsc-c RAW/slsc-c     classes of the largest polygons, the same way
+    python -m tests.lab.convert dias RAW/dias         darkest of the frames, as RAW/dias/darkest/**
+    python -m tests.lab.convert dsca RAW/dsca 'images/(.*)/'
+
+The last word is the rule of the frames: frames whose groups ( ) are the same text are one sequence.
+The files that were there stay as they are.
+"""
+import csv
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from prepare_medverse import has_affine, polygons, read, search, to_uint8
+
+NODULES = {'1': 'malignant', '0': 'benign'}
+LESIONS = dict(enumerate(('BKL', 'NV', 'DF', 'MEL', 'VASC', 'BCC', 'AKIEC')))
+FRAMES = {'dias': '(.*)images/image_s(.*)_i', 'dsca': 'images/(.*)/'}
+
+def read_film(path):
+    """A film of JSRT, 12 bits and high values dark, at half its side, as the masks of SCR are."""
+    pixels = np.fromfile(path, '>u2').reshape(1024, 2, 1024, 2).mean((1, 3))
+    return np.uint8((4095 - pixels.clip(0, 4095)) * (255 / 4095) + 0.5)
+
+def write_films(raw):
+    """Write each film X.IMG as X.png beside it; returns the paths of the new files."""
+    written = []
+    for path in sorted(raw.rglob('*')):
+        if path.suffix.lower() == '.img' and not has_header(path):
+            Image.fromarray(read_film(path)).save(path.with_suffix('.png'))
+            written.append(path.with_suffix('.png'))
+    return written
+
+def has_header(path):
+    """Whether an .img file is a volume of Analyze, whose header is a file of its own."""
+    return path.with_suffix('.hdr').exists() or path.with_suffix('.HDR').exists()
+
+def class_of_object(path):
+    """The class of the first object of an XML file of VOC, or None."""
+    found = re.search(r'<object>.*?<name>\s*(.*?)\s*<', path.read_text(), re.DOTALL)
+    return found and NODULES.get(found[1], found[1])
+
+def class_of_polygon(path):
+    """The class of the polygon with the largest bounding box, or None."""
+    found = sorted(polygons(path), key=lambda polygon: -np.ptp(polygon[1], 0).prod())
+    return LESIONS[int(found[0][0])] if found else None
+
+def write_classes(raw, folders, class_of):
+    """Write RAW/classes.csv of the images whose labels lie in a folder beside them. folders: the
+    names of that of the labels, with their ending, and of that of the images."""
+    labels, ending, images = folders
+    rows = []
+    for path in sorted(raw.rglob(f'{labels}/*{ending}')):
+        name = class_of(path)
+        if name is None:
+            sys.exit(f'{path}: holds no label; mend it, or move it away')
+        image = path.parent.parent / images / path.stem
+        rows.append((image.relative_to(raw).as_posix(), name))
+    with open(raw / 'classes.csv', 'w', newline='', encoding='utf-8') as file:
+        csv.writer(file).writerows([('file', 'class'), *rows])
+    return rows
+
+def write_darkest(raw, rule):
+    """Write the darkest of the frames of each sequence, pixel by pixel, as RAW/darkest/**.png."""
+    darkest = {}
+    for path in sorted(raw.rglob('*')):
+        name = path.relative_to(raw).as_posix()
+        match = search(rule, name)
+        if not match or not path.is_file() or name.startswith('darkest/'):
+            continue
+        for array in read(path):
+            for frame in to_uint8(array, 'X-ray'):
+                before = darkest.setdefault(match.groups(), frame)
+                darkest[match.groups()] = np.minimum(before, frame)
+    for groups, frame in darkest.items():
+        path = Path(raw, 'darkest', *(group.strip('/') for group in groups)).with_suffix('.png')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(frame).save(path)
+    return darkest
+
+def main():
+    """Convert the data set that the first word names, in the folder of the second."""
+    if len(sys.argv) < 3 or not Path(sys.argv[2]).is_dir():
+        sys.exit('convert takes the name of a task and its folder, as in scr RAW/scr')
+    name, raw = sys.argv[1], Path(sys.argv[2])
+    if name == 'scr':
+        written = write_films(raw)
+    elif name == 'tn5000':
+        written = write_classes(raw, ('Annotations', '.xml', 'JPEGImages'), class_of_object)
+    elif name == 'slsc-c':
+        written = write_classes(raw, ('labels', '.txt', 'images'), class_of_polygon)
+    elif name in FRAMES:
+        written = write_darkest(raw, [FRAMES[name], *sys.argv[3:]][-1])
+    else:
+        sys.exit(f'{name}: is none of scr, tn5000, slsc-c, dias and dsca')
+    if not written:
+        sys.exit(f'{raw}: holds nothing that is converted for {name}')
+    print(f'{raw}: {len(written)} images of {name} converted')
+
+if __name__ == '__main__':
+    main()

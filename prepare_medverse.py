@@ -4,6 +4,7 @@ r"""Prepare images for pretraining (paper, C.1.1) and labelled tasks for fine-tu
     python prepare_medverse.py --raw RAW --out data/medverse
     python prepare_medverse.py --task fives --raw RAW/fives
     python prepare_medverse.py --task mine --raw MINE --images '(.*)\.png' --masks '(.*)_truth'
+    python prepare_medverse.py --task pneumonia --raw pneumoniamnist_64.npz
 
 RAW/<name>/** holds a data set of Table 2 as it was unpacked, RAW/<Modality>/<source>/** any other:
 PNG, JPEG, TIFF, BMP, GIF, PGM, PPM, NIfTI, DICOM series, .npy, AVI and MP4. OUT/<source>/ appears
@@ -16,6 +17,7 @@ mask are a pair if the groups ( ) of both rules find the same text: above, a/12 
 import argparse
 import contextlib
 import csv
+import difflib
 import json
 import multiprocessing
 import os
@@ -28,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import zipfile
 from collections import Counter, deque, namedtuple
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
@@ -43,20 +46,21 @@ MODALITIES = tuple('CT PET MR X-ray Ultrasound Fundus OCT Pathology Endoscope Ph
 # that do. foreground: slices with a smaller share of pixels above 0.02 are dropped.
 Window = namedtuple('Window', 'limits percentiles foreground words')
 WINDOWS = {
+    **dict.fromkeys((*MODALITIES, ''), Window(None, (0, 100), 0, 'minimum..maximum')),
     'CT': Window((-200, 400), None, 0.05, 'HU (+ 32768) in [-200, 400]; other unsigned, min..max'),
     'MR': Window(None, (1, 99), 0.05, '1st..99th percentile'),
     # The paper's z-score of PET cancels in the scaling to 0..255 that follows it.
     'PET': Window(None, (1, 99), 0.01, '1st..99th percentile; SUV in [0, 20] where the path has suv'),
-    'SUV': Window((0, 20), None, 0.01, 'SUV in [0, 20]'),  # PET in standardized uptake values
-    '': Window(None, (0, 100), 0, 'minimum..maximum')}  # all others
+    'SUV': Window((0, 20), None, 0.01, 'SUV in [0, 20]')}  # PET in standardized uptake values
 
 PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm')
 VIDEOS = ('.avi', '.mp4')
 VOLUMES = ('.nii.gz', '.nii', '.img')  # of NIfTI and Analyze
-IMAGES = (*PICTURES, *VIDEOS, *VOLUMES, '.npy')
+IMAGES = (*PICTURES, *VIDEOS, *VOLUMES, '.npy', '.npz')
 OTHERS = ('.webp', '.jp2', '.jfif', '.heic', '.avif', '.tga', '.svs', '.mha', '.mhd', '.nrrd')
 ENDING = re.compile(f'({"|".join(map(re.escape, IMAGES))})$', re.IGNORECASE)
-REASONS = ('corrupt', 'small', 'blank', 'duplicate', 'other')  # why an image is dropped
+ZEROS = re.compile(r'(?<![^/])0+(?=\d+$)')  # those before a whole number
+REASONS = ('corrupt', 'small', 'blank', 'duplicate', 'held out', 'other')  # why it is dropped
 SHARD = 256 << 20  # bytes of a full shard
 Image.MAX_IMAGE_PIXELS = 100_000_000  # a small file can claim any number; Pillow allows the double
 
@@ -83,10 +87,6 @@ def is_image(home, name):
     """Whether a path below `home` names images: by its ending, if not hidden, or as a series."""
     path, hidden = home / name, '/.' in f'/{name}'
     return path.is_dir() or path.is_file() and has_ending(path, IMAGES) and not hidden
-
-def has_affine(path):
-    """Whether a file is NIfTI or Analyze."""
-    return has_ending(path, VOLUMES)
 
 def is_dicom(path):
     """Whether a file belongs to a DICOM series, by its name or by its mark."""
@@ -136,11 +136,18 @@ def read(path, draft=0, grid=None):
             return [array.copy() for volume in series(path, new) for array in read(volume)]
     if has_ending(path, PICTURES):
         return read_pages(path, draft)
+    if has_ending(path, '.npz'):
+        return medmnist_images(path, 'train')
     return [read_array(path)] if has_ending(path, '.npy') else read_volume(path, grid)
 
 def read_array(path):
     """The array of an .npy file, (n, H, W) or (n, H, W, 3)."""
     array = np.load(path, mmap_mode='r')
+    if array.ndim == 3 and 3 == array.shape[0] < array.shape[2] or array.shape[2:] == (4,):
+        raise ValueError(f'{array.shape} may be colours or slices; save colours as (H, W, 3), and '
+                         'slices as (n, H, W, 1)')
+    if array.shape[3:] == (1,):
+        array = array[..., 0]
     if array.shape[2:] in ((), (3,)):  # one image
         array = array[None]
     if array.ndim != 3 and array.shape[3:] != (3,):
@@ -149,7 +156,10 @@ def read_array(path):
 
 def read_volume(path, grid):
     """`read` of NIfTI and Analyze: a volume for each time point."""
-    image = nib.load(path)
+    try:
+        image = nib.load(path)
+    except nib.filebasedimages.ImageFileError:
+        raise ValueError('it is no NIfTI or Analyze file, or damaged') from None
     if not np.isfinite(image.affine).all():  # no comparison with NaN would fail
         raise ValueError('its affine is not finite')
     kind, scaled = image.get_data_dtype(), (image.dataobj.slope, image.dataobj.inter) != (1, 0)
@@ -203,17 +213,13 @@ def cut(volume, affine):
     axis = 2 if spacing[2] >= 0.99 * spacing.max() else spacing.argmax()
     return np.moveaxis(volume, (3, axis), (0, 1)).swapaxes(2, 3)[:, :, ::-1, ::-1]
 
-def window_of(modality):
-    return WINDOWS.get(modality, WINDOWS[''])
-
 def to_uint8(volume, modality):
     """Yield the slices of an array (n, H, W[, 3]) as uint8, all by one window (C.1.1). The modality
     may also be 'SUV'. uint8 stays as it is. NaN and infinity count as the lowest."""
     if volume.dtype == np.uint8:
         yield from volume
         return
-    window = window_of(modality)
-    limits, percentiles = window.limits, window.percentiles
+    limits, percentiles, *_ = WINDOWS.get(modality, WINDOWS[''])
     if modality == 'CT' and volume.dtype.kind == 'u':  # no HU
         shifted = 31000 < np.median(volume[volume > 0]) < 36000  # HU + 32768, as in DeepLesion
         limits, percentiles = (32568, 33168) if shifted else None, (0, 100)
@@ -247,19 +253,36 @@ def decode_video(path, size):
     if process.returncode:
         raise ValueError('ffmpeg cannot decode it to its end')
 
+def medmnist_labels(path):
+    """{split: labels (n, 1)} of a MedMNIST file."""
+    with np.load(path) as members:
+        return {part: members[f'{part}_labels'] for part in ('train', 'val', 'test')}
+
+def medmnist_images(path, part):
+    """Yield the images of a split of a MedMNIST file, uint8 (1, S, S[, 3]), one at a time: the
+    larger files do not fit into memory."""
+    with zipfile.ZipFile(path) as archive, archive.open(f'{part}_images.npy') as file:
+        np.lib.format.read_magic(file)
+        (count, *sides), _, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype != np.uint8 or sides[2:] not in ([], [3]):
+            raise ValueError(f'its {part}_images are not uint8 (n, S, S) or (n, S, S, 3)')
+        for _ in range(count):
+            yield np.frombuffer(file.read(np.prod(sides)), np.uint8).reshape(1, *sides)
+
 # pixels: uint8 (S, S, c), or None with a reason. picture: no slice of a volume, no video's frame.
 Item = namedtuple('Item', 'pixels picture reason detail', defaults=(False, '', ''))
 
 def source_items(path, modality, size, min_side):
     """In a worker: yield an Item of side `size` px for each image of a file, or one for all."""
-    foreground = window_of(modality).foreground
-    film, count = has_ending(path, VIDEOS), 0
+    foreground = WINDOWS[modality].foreground
+    film, medmnist, count = has_ending(path, VIDEOS), has_ending(path, '.npz'), 0
     try:
         arrays = decode_video(path, size) if film else read(path, draft=max(2 * size, min_side))
         for array in arrays:
-            picture = len(array) == 1 and has_ending(path, (*PICTURES, '.npy'))
+            picture = len(array) == 1 and has_ending(path, (*PICTURES, '.npy', '.npz'))
             least = 0 if picture and array.dtype == np.uint8 else foreground
-            for count, image in enumerate(to_uint8(array, modality), count + 1):
+            for image in to_uint8(array, modality):
+                count += 1
                 small = min(image.shape[:2]) < min_side and not film
                 bright = np.count_nonzero(image > 5)  # above 0.02 of 255
                 if small or np.ptp(image) < 8 or bright < least * image.size:
@@ -267,6 +290,10 @@ def source_items(path, modality, size, min_side):
                     yield Item(None, False, 'small' if small else 'blank', sides)
                 else:
                     yield Item(resize(image, size), picture)
+        if medmnist:
+            labels = medmnist_labels(path)
+            for part in ['val'] * len(labels['val']) + ['test'] * len(labels['test']):
+                yield Item(None, False, 'held out', f'{part}, for a task')
         if not count:
             raise ValueError('it holds no image')
     except Exception as error:  # decoders fail on broken files in every way there is
@@ -358,7 +385,7 @@ def prepare_source(row, home, folder, o, pool):
     if not wanted:
         print(f'{home}: no image that can be read matches {images}; it is left out')
         return None
-    window = window_of(row.modality)
+    window = WINDOWS[row.modality]
     least = window.foreground
     with whole(folder, pool) as part:
         kept, dropped = write_source(row, home, names, wanted, part, o, pool)
@@ -450,8 +477,9 @@ def prepare_sources(raw, out, o, pool):
     rows, left_out = [('modality', 'source', 'files', 'read', 'kept', *REASONS)], []
     for name, (row, home) in find_sources(raw, o).items():
         if meta := prepare_source(row, home, out / name, o, pool):
+            dropped = [meta['dropped'].get(reason, 0) for reason in REASONS]
             rows.append((meta['modality'], meta['source'], meta['files'], meta['read'],
-                         meta['count'], *meta['dropped'].values()))
+                         meta['count'], *dropped))
         else:
             left_out.append(name)
     for modality, source, *counts in rows:
@@ -461,50 +489,42 @@ def prepare_sources(raw, out, o, pool):
     print(f'{len(rows) - 1} sources, every file accounted for: read = kept + dropped')
 
 def list_tables(raw):
-    """Print Tables 2 and 3: what lies below RAW, how to get it, whose layout is not confirmed."""
-    print(f'{"name":<26}{"modality":<12}{"content":<26}{"in the paper":>17}  {"":<7}access, link')
+    """Print Tables 2 and 3: what lies below RAW, and how to get it."""
+    print('name, found below RAW, modality, content, images, access (?: layout unsure), link')
     for row in (*SOURCES, *TASKS.values()):
-        access = row.access.replace('?', ' (layout unsure)')
-        print(f'{row.name:<26}{row.modality:<12}{row.content:<26}{row.count:>17}  '
-              f'{"found" if home_of(row, raw) else "-":<7}{access}, {row.link}')
+        found = 'found' if home_of(row, raw) else '-'
+        print(f'{row.name:<26}{found:<7}{" | ".join(row[1:6])}')
 
 # --- labelled tasks: which images, with which answers ---
-# masks: the path of an image's mask below RAW, or one for each class, None where it is absent.
-# label: its class, if it has no masks.
+# masks: for each rule of masks, the paths of an image's below RAW. label: its class, if it has none.
 Sample = namedtuple('Sample', 'masks label patient', defaults=((), '', ''))
 # By default masks/ lies beside images/, or nnU-Net's labelsTr/ beside imagesTr/.
 MASKS = r'(.*)(?:masks/|labels(?=T[rs]/))(.*?)(?:_0000)?(?:\.nii)?\.\w+$'
 IMAGES_BESIDE = r'(.*)images(?:/|(?=T[rs]/))(.*?)(?:_0000)?(?:\.nii)?\.\w+$'
+NOT_READ = 'COCO, LabelMe and run lengths are not read: draw PNG masks, a value for each class'
 
 def find_samples(raw, o, account):
     """{path of an image below RAW: its Sample}: by a table, by pairs or by class folders."""
     names = [name for name in list_names(raw) if '/.' not in f'/{name}' and not search(o.skip, name)]
     rules = [] if o.labels else o.masks or [MASKS]
-    layers = [by_groups(names, rule) for rule in rules]
-    partners = {name for layer in layers for found in layer.values() for name in found}
-    rule = o.images or (IMAGES_BESIDE if partners else '.')
+    layers = {rule: by_groups(names, rule) for rule in rules}
+    partners = {name for layer in layers.values() for found in layer.values() for name in found}
+    pairs = partners or o.masks or o.outline or o.objects or o.values and not o.labels
+    rule = o.images or (IMAGES_BESIDE if pairs else '.')
     wanted = [name for name in names if name not in partners and search(rule, name)]
-    images = by_groups([name for name in wanted if is_image(raw, name)], rule)
-    singles = [name for found in images.values() for name in found]
+    images = [name for name in wanted if is_image(raw, name)]
     if o.labels:
-        samples = read_table(raw, singles, account, *o.labels)
-    elif partners:
-        samples = find_pairs(raw, images, layers)
+        samples = read_table(raw, images, account, *o.labels)
+    elif pairs:
+        samples = find_pairs(raw, {rule: by_groups(images, rule), **layers}, account, o.objects)
     else:
-        samples = {name: Sample(label=Path(name).parent.name) for name in singles if '/' in name}
-    if not samples or not (partners or o.labels) and (o.masks or o.values or o.outline):
-        sys.exit(f'{raw}: {len(singles)} images, {len(partners)} masks: --images --masks --labels')
-    lone = [name for name in singles if name not in samples]
+        samples = by_folders(raw, images, o.level)
     unread = [name for name in wanted if has_ending(raw / name, OTHERS)]  # formats unknown here
-    account.append((f'images {rule}', len(singles + unread), unread + lone, bool(unread)))
+    alone = [name for name in images if name not in samples]
+    account.append((f'images {rule}', len(images + unread), unread + alone, bool(unread)))
     if o.patient:
         strangers = [name for name in samples if not search(o.patient, name)]
         account.append((f'--patient {o.patient}', len(samples), strangers, True))
-    for rule, layer in zip(rules, layers if partners else []):
-        if not layer:
-            sys.exit(f'{raw}: the rule {rule} takes no file')
-        left = [name for key in layer if key not in images for name in layer[key]]
-        account.append((f'files {rule}', sum(map(len, layer.values())), left, True))
     for name, sample in samples.items():
         match = search(o.patient, name)
         patient = match and match[min(match.re.groups, 1)] or sample.patient or name
@@ -520,17 +540,61 @@ def settle(raw, account, partial):
     if harm and not partial:
         sys.exit(f'{raw}: {"; ".join(harm)}; mend this, --skip them, or allow it by --partial')
 
-def find_pairs(raw, images, layers):
-    """Samples of images {key: paths} and of their masks, a {key: paths} for each rule."""
+def find_pairs(raw, rules, account, objects):
+    """Samples of {rule: {what its groups find: paths}}, the rule of images before those of masks."""
+    (_, images), *layers = rules.items()
     samples = {}
+    for rule, layer in layers:
+        left = [name for key in layer if key not in images for name in layer[key]]
+        account.append((f'files {rule}', sum(map(len, layer.values())), left, True))
     for key, found in images.items():
-        partners = [layer.get(key, []) for layer in layers]
-        if max(map(len, [found, *partners])) > 1:
-            names = ', '.join([*found, *sum(partners, [])])
-            sys.exit(f'{raw}: {names} cannot be a pair; mend --images and --masks')
-        if any(partners):
-            samples[found[0]] = Sample(tuple(paths[0] if paths else None for paths in partners))
+        masks = [layer.get(key, []) for _, layer in layers]
+        if len(found) > 1 or max(map(len, masks)) > 1 and not objects:
+            names = ', '.join([*found[:2], *sum(masks, [])][:3])
+            sys.exit(f'{raw}: {names} cannot be a pair, since the groups find {key} in all; mend '
+                     '--images and --masks, or unite masks of single objects by --objects')
+        if any(masks):
+            samples[found[0]] = Sample(masks)
+    empty = [rule for rule in rules if not rules[rule]]
+    if empty:
+        sys.exit(f'{raw}: the rule {empty[0]} takes no file')
+    if not samples:
+        explain(raw, rules)
     return samples
+
+def explain(raw, rules):
+    """End with the reason why no image finds a mask by `rules`, as `find_pairs` takes them."""
+    groups = {rule: re.compile(rule).groups for rule in rules}
+    if 0 in groups.values() or len({*groups.values()}) > 1:
+        counts = ', '.join(f'{rule} has {count}' for rule, count in groups.items())
+        sys.exit(f'{raw}: each rule needs groups ( ), and all the same number; {counts}')
+    images, masks, *_ = rules.values()
+    key, found = next(iter(images.items()))
+    nearest = difflib.get_close_matches(str(key), map(str, masks), 1, 0)[0]
+    sys.exit(f'{raw}: no image has a mask; the groups find {key} in {found[0]}, and the most '
+             f'similar that they find in a mask is {nearest}')
+
+def by_folders(raw, names, level):
+    """Samples by folders: level 1 is that of an image, 2 the one above. Those of splits are none."""
+    readings = {1: {}, 2: {}}  # {level: {name: folder}}
+    for name in names:
+        folders = Path(name).parts[-2::-1]
+        kinds = [folder for folder in folders
+                 if not any(search(rule, f'{folder}/') for rule in FOLDERS.values())]
+        for number, folder in enumerate(kinds or folders[:1], 1):
+            readings.setdefault(number, {})[name] = folder
+    labels, above = readings.get(level or 1), readings[2]
+    if not labels:
+        sys.exit(f'{raw}: of {len(names)} images none lies in a folder of its class; give --masks '
+                 f'or --labels; {NOT_READ}')
+    kinds = {*labels.values()}
+    parted = {(above.get(name), label) for name, label in labels.items()}
+    if not level and len({*above.values()}) > 1 and (
+            len(parted) > len(kinds) or 3 * len(kinds) >= len(names)):
+        one, two = (', '.join(f'{kind} {times}' for kind, times in Counter(found.values()).items())
+                    for found in (labels, above))
+        sys.exit(f'{raw}: which folders are the classes? --level 1: {one}; --level 2: {two}')
+    return {name: Sample(label=label) for name, label in labels.items()}
 
 def polygons(path):
     """[(class, corners (n, 2) as shares of the sides)] of lines `class x1 y1 x2 y2 ...`. Two pairs
@@ -556,14 +620,24 @@ def plain(path):
     """A path without blanks around it and without the ending of an image."""
     return ENDING.sub('', path.strip().replace('\\', '/'))
 
-def by_tail(names):
-    """{end of a path, of whole folders and without ending: the names that end so}."""
-    found = {}
+def look_up(paths, names):
+    """{path of a table or list: the names that end so}, by whole folders and without ending. A
+    number that lost its leading zeros is found if they make it a single name."""
+    exact, numbers, found, guessed = {}, {}, {}, []
     for name in names:
         tail = plain(name)
         while tail:
-            found.setdefault(tail, []).append(name)
+            exact.setdefault(tail, []).append(name)
+            numbers.setdefault(ZEROS.sub('', tail), []).append(name)
             tail = tail.partition('/')[2]
+    for path in paths:
+        tail = plain(path)
+        found[path], near = exact.get(tail, []), numbers.get(ZEROS.sub('', tail), [])
+        if not found[path] and len(near) == 1:
+            found[path] = near
+            guessed.append(f'{path} is {near[0]}')
+    if guessed:
+        print(f'{len(guessed)} names are found as whole numbers: {", ".join(guessed[:3])}')
     return found
 
 def read_table(raw, names, account, end, *columns):
@@ -572,25 +646,30 @@ def read_table(raw, names, account, end, *columns):
         """Of how many lines this delimiter makes as many cells as of the first."""
         widths = [len(cells) for cells in csv.reader(lines[:99], delimiter=mark) if cells]
         return sum(width == widths[0] > 1 for width in widths)
-    lines, tails, samples, lost = read_lines(raw, end), by_tail(names), {}, []
+    lines, samples, lost = read_lines(raw, end), {}, []
     table = csv.DictReader(lines, delimiter=max(',;\t', key=agreement))
     head = table.fieldnames or []
     columns = columns or head[:2]
     if len(columns) < 2 or not {*columns} <= {*head}:
-        sys.exit(f'{end}: needs a column of files and one of classes, has {head}, no '
-                 f'{", ".join({*columns} - {*head})}')
+        sys.exit(f'{end}: needs a column of files and one of classes, has {head[:9]}, no '
+                 f'{", ".join({*columns} - {*head})}; {NOT_READ}')
     print(f'{end}: file, class, patient are its columns {", ".join(columns)}; others are not read')
-    for row in table:
-        path, label, *patient = [(row[column] or '').strip() for column in columns]
-        found = tails.get(plain(path), []) if label else []
-        if not found:
-            lost += [path] * bool(path and label)
-            continue
+    rows = [(table.line_num, *((row[column] or '').strip() for column in columns)) for row in table]
+    rows = [row for row in rows if row[1] and row[2]]
+    found = look_up([path for _, path, *_ in rows], names)
+    for line, path, label, *patient in rows:
+        if re.fullmatch(r'\d+( \d+){3,}', label):
+            sys.exit(f'{end}, line {line}: looks like run lengths; {NOT_READ}')
         sample = Sample((), label, *patient)
-        if len(found) > 1 or samples.setdefault(found[0], sample) != sample:
-            sys.exit(f'{end}, line {table.line_num}: {path} has another answer above, or is '
-                     f'several of {found}')
-    account.append((f'rows of {end}', len(samples) + len(lost), lost, True))
+        answers = {samples.setdefault(name, sample) for name in found[path]} | {sample}
+        if len(found[path]) > 1 or len(answers) > 1:
+            sys.exit(f'{end}, line {line}: {path} has another answer above, or is several of '
+                     f'{found[path][:3]}')
+        lost += [] if found[path] else [path]
+    if not samples:
+        sys.exit(f'{end}: none of its {len(rows)} rows names one of {len(names)} images: rows are '
+                 f'{lost[:1]}, images {names[:1]}; {NOT_READ}')
+    account.append((f'rows of {end}', len(rows), lost, True))
     return samples
 
 FOLDERS = {  # of official splits: train, Training Set, test_images, 01_train, TRAIN1, imagesTr
@@ -605,16 +684,17 @@ def split(samples, raw, o, account):
     given = [part for part in FOLDERS if any(search(FOLDERS[part], name) for name in samples)]
     if not o.split and 'train' in given and len(given) > 1:  # there must be a test split
         rules = FOLDERS if 'test' in given else {**FOLDERS, 'train': '70', 'test': '30'}
-    parts, tails = {}, by_tail(samples)
+    parts = {}
     for part, rule in rules.items():
         if rule.endswith('.txt'):
-            lines = [line for line in map(plain, read_lines(raw, rule)) if line]
-            chosen = [name for line in lines for name in tails.get(line, [])]
-            lost = [line for line in lines if line not in tails]
+            lines = [line.strip() for line in read_lines(raw, rule) if line.strip()]
+            found = look_up(lines, samples)
+            chosen = [name for line in lines for name in found[line]]
+            lost = [line for line in lines if not found[line]]
             account.append((f'lines of {rule}', len(lines), lost, True))
         else:
             chosen = [name for name, sample in samples.items() if not rule.isdigit()
-                      and any(search(rule, path) for path in (name, *filter(None, sample.masks)))]
+                      and any(search(rule, path) for path in (name, *sum(sample.masks, [])))]
         for name in chosen:
             parts.setdefault(name, part)
     others = [name for name in samples if name not in parts]
@@ -656,7 +736,9 @@ def read_masks(path, file, shape, values):
             with Image.open(picture) as image:
                 if image.getexif().get(0x0112, 1) not in (0, 1):
                     raise ValueError(f'EXIF turns {picture}; save both without this tag')
-    if has_affine(file) != has_affine(path):
+    if not has_ending(path, (*IMAGES, '.txt')):
+        raise ValueError(NOT_READ)
+    if has_ending(file, VOLUMES) != has_ending(path, VOLUMES):
         raise ValueError('one of them is NIfTI, the other is not')
     if path.suffix == '.txt':
         canvas = Image.new('L', shape[1::-1])
@@ -664,7 +746,7 @@ def read_masks(path, file, shape, values):
             points = [tuple(corner) for corner in corners * canvas.size]
             ImageDraw.Draw(canvas).polygon(points, classify(np.float64([[number]]), values).item())
         return [np.asarray(canvas)]
-    grid = nib.load(file) if has_affine(file) else None
+    grid = nib.load(file) if has_ending(file, VOLUMES) else None
     masks, lossy = [mask for volume in read(path, grid=grid) for mask in volume], False
     if has_ending(path, PICTURES):
         with Image.open(path) as image:
@@ -716,7 +798,7 @@ def classify(mask, values, lossy=False):
     places = np.uint8([table.get(value, rest) for value in found.tolist()])
     return places[place].reshape(mask.shape)
 
-def fill(outline):
+def fill_outline(outline):
     """bool (H, W), closed and convex, with its inside: between outline in a row or column."""
     run = np.logical_or.accumulate
     rows, columns = (run(outline, axis) & np.flip(run(np.flip(outline, axis), axis), axis)
@@ -730,25 +812,32 @@ def task_items(path, raw, sample, o):
             files = series(path, new) if path.is_dir() else [path]
             images = [image for file in files for array in read(file)
                       for image in to_uint8(array, o.modality)]
-            layers = {number: read_masks(raw / mask, files[0], images[0].shape, o.values)
-                      for number, mask in enumerate(sample.masks, 1) if mask}
-        for image, *found in zip(images, *layers.values(), strict=True):
-            mask = merge(image.shape[:2], dict(zip(layers, found)), o)
-            square = Image.fromarray(mask).resize((o.size, o.size), Image.Resampling.NEAREST)
-            answer = np.asarray(square) if sample.masks else o.classes.index(sample.label)
+            layers = [(number, read_masks(raw / mask, files[0], images[0].shape, o.values))
+                      for number, masks in enumerate(sample.masks, 1) for mask in masks]
+        counts = {len(masks) for _, masks in layers} - {len(images)}
+        if counts:
+            raise ValueError(f'it has {len(images)} images or slices, its mask {counts.pop()}')
+        for index, image in enumerate(images):
+            answer = o.classes.index(sample.label) if not layers else None
+            if layers:
+                found = [(number, masks[index]) for number, masks in layers]
+                mask = Image.fromarray(lay_over(image.shape[:2], found, o))
+                answer = np.asarray(mask.resize((o.size, o.size), Image.Resampling.NEAREST))
             yield resize(image, o.size), answer
     except Exception as error:  # decoders fail in every way there is
-        sys.exit(f'{path}: cannot be used with {sample.label or sample.masks} '
-                 f'({type(error).__name__}: {error}); mend or remove them')
+        partner = sample.label or ', '.join(sum(sample.masks, [])[:3])
+        sys.exit(f'{path}: cannot be used with {partner} ({type(error).__name__}: {error}); mend '
+                 'or remove them')
 
-def merge(shape, layers, o):
-    """Mask of classes uint8 (H, W) of layers {number: `classify`'s}; a layer's 1 is its number."""
+def lay_over(shape, layers, o):
+    """Mask of classes uint8 (H, W) of [(number, `classify`'s)], a later over an earlier one. A
+    layer's 1 is its number."""
     mask = np.zeros(shape, np.uint8)
-    for number, layer in layers.items():
+    for number, layer in layers:
         if layer.shape != shape:
             raise ValueError(f'their sizes differ: {shape} and {layer.shape}')
         if o.outline:
-            layer = np.uint8(fill(layer > 0))
+            layer = np.uint8(fill_outline(layer > 0))
         mask[layer > 0] = np.where(layer == 1, number, layer)[layer > 0]
     mask[mask >= len(o.classes)] = 255  # values after those of the classes are not scored
     return mask
@@ -771,40 +860,77 @@ def write_split(folder, spilled, kind, size):
             hashes.add(hash(pixels.tobytes()))
     return len(images), shown, hashes
 
+def medmnist_splits(path, o):
+    """{split: names of the images} of a MedMNIST file. Sets --classes if they are not given."""
+    try:
+        labels = medmnist_labels(path)
+    except Exception as error:  # decoders fail in every way there is
+        sys.exit(f'{path}: is no file of MedMNIST ({type(error).__name__}: {error})')
+    if any(found.shape[1:] not in ((), (1,)) for found in labels.values()):
+        sys.exit(f'{path}: has several labels for each image, but a task has one class an image')
+    count = 1 + max(int(found.max(initial=0)) for found in labels.values())
+    o.classes = o.classes or [str(number) for number in range(count)]
+    if len(o.classes) != count:
+        sys.exit(f'--classes {" ".join(o.classes)}: {path} has {count} classes')
+    return {part: [f'{part}/{number}' for number in range(len(found))]
+            for part, found in labels.items()}
+
+def medmnist_items(path, part, size):
+    """In a worker: yield (pixels uint8 (S, S, c), number of the class) of a split of MedMNIST."""
+    try:
+        labels = medmnist_labels(path)[part].ravel().tolist()
+        for (image,), label in zip(medmnist_images(path, part), labels, strict=True):
+            yield resize(image, size), label
+    except Exception as error:
+        sys.exit(f'{path}: its split {part} cannot be read ({type(error).__name__}: {error})')
+
 def prepare_task(raw, folder, o, pool):
     """Write the labelled images below RAW to `folder` as data.Task reads them."""
     if folder.exists():
         sys.exit(f'{folder}: this task is prepared; delete it, or choose another --out')
-    account, counts, shown, holders = [], {}, {}, {}
-    samples = find_samples(raw, o, account)
-    labels = sorted({sample.label for sample in samples.values() if not sample.masks})
-    drawn = any(str(path).endswith('.txt') for one in samples.values() for path in one.masks)
-    name_classes(o, labels, drawn)
-    splits = split(samples, raw, o, account)
-    settle(raw, account, o.partial)
+    if raw.is_file():
+        splits, work, answers = medmnist_splits(raw, o), medmnist_items, 'labels'
+        calls = {part: [(raw, part, o.size)] for part in splits}
+    else:
+        samples, splits = split_samples(raw, o)
+        work = task_items
+        answers = 'masks' if any(sample.masks for sample in samples.values()) else 'labels'
+        calls = {part: [(raw / name, raw, samples[name], o) for name in names]
+                 for part, names in splits.items()}
+    counts, shown, holders = {}, {}, {}
     words = {*re.findall('[a-z]+', ' '.join(o.classes).lower())}
     sides = 'left', 'right', 'sinister', 'dexter', 'l r', 'od os'  # then nothing is mirrored
     sided = bool(o.sided) or any({*side.split()} <= words for side in sides)
     with whole(folder, pool) as part:
-        for name, chosen in splits.items():
+        for name in splits:
             (part / name).mkdir()
-            calls = [(raw / path, raw, samples[path], o) for path in chosen]
-            spilled = [*in_order(pool, o.workers, part, task_items, calls, name)]
-            written = write_split(part / name, spilled, 'labels' if labels else 'masks', o.size)
-            counts[name], shown[name], hashes = written
+            spilled = [*in_order(pool, o.workers, part, work, calls[name], name)]
+            counts[name], shown[name], hashes = write_split(part / name, spilled, answers, o.size)
             for key in hashes:
                 holders.setdefault(key, []).append(name)
             for path in spilled:
                 path.unlink()
-        meta = {'kind': 'classification' if labels else 'segmentation', 'classes': o.classes,
-                'modality': o.modality, 'size': o.size, 'counts': counts, 'sided': sided}
+        meta = {'kind': 'classification' if answers == 'labels' else 'segmentation',
+                'classes': o.classes, 'modality': o.modality, 'size': o.size, 'counts': counts,
+                'sided': sided}
         (part / 'split.json').write_text(json.dumps(splits, indent=1))
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
-        check_classes(raw, o.classes, shown)
+        check_classes(raw, o, shown)
     twins = [' and '.join(parts) for parts in holders.values() if len(parts) > 1]
     for parts, times in Counter(twins).items():
         warn(f'{times} images are the same in {parts}')
     print(f'{folder}: {meta["kind"]} into {", ".join(o.classes)}; images: {counts}')
+
+def split_samples(raw, o):
+    """The samples below RAW and {split: their names}; sets --classes and --values."""
+    account = []
+    samples = find_samples(raw, o, account)
+    labels = sorted({sample.label for sample in samples.values() if not sample.masks})
+    drawn = any(str(path).endswith('.txt') for one in samples.values() for path in sum(one.masks, []))
+    name_classes(o, labels, drawn)
+    splits = split(samples, raw, o, account)
+    settle(raw, account, o.partial)
+    return samples, splits
 
 def name_classes(o, labels, drawn):
     """Set --classes and --values if not given. drawn: number n of a polygon is class n + 1."""
@@ -814,22 +940,26 @@ def name_classes(o, labels, drawn):
         named = [value or 'background' for value in o.values]
         o.classes = labels or (named if len(named) > 2 else ['background', 'foreground'])
     numbers = [*drawn * [''], *map(str, range(len(o.classes) - drawn))]
-    if len(o.masks) > 1:
+    if len(o.masks) > 1 or o.objects:
         numbers = ['' if drawn else '0', '*']
+    if len(o.masks) > 1:
         if len(o.classes) != len(o.masks) + 1 or len(o.values) not in (0, 2):
             sys.exit('--classes: background and one for each mask; --values: outside and inside')
     o.values = o.values or numbers
 
-def check_classes(raw, classes, shown):
-    """Print how many images of each split show each class, and stop if training lacks some."""
+def check_classes(raw, o, shown):
+    """Print how many images of each split show each class, and stop if training lacks one. Known
+    tasks may have classes that no image shows."""
     print(f'{"images that show":<26}' + ''.join(f'{part:>8}' for part in shown))
-    for number, name in enumerate(classes):
+    for number, name in enumerate(o.classes):
         print(f'{name:<26}' + ''.join(f'{times[number]:>8}' for times in shown.values()))
-    unseen = [name for number, name in enumerate(classes) if not shown['train'][number]]
+    unseen = [name for number, name in enumerate(o.classes) if not shown['train'][number]]
     new = {*shown['test']} - {*shown['train'], 255}
-    if new or not shown['test'] or len(classes) - len(unseen) < 2:
-        sys.exit(f'{raw}: training must show two classes, and all of the test images; no training '
-                 f'image shows {", ".join(unseen) or "more"}; mend --classes, --values or --split')
+    allowed = o.partial or o.task in TASKS
+    if new or not shown['test'] or len(o.classes) - len(unseen) < 2 or unseen and not allowed:
+        sys.exit(f'{raw}: training must show two classes, all of the test images and all of '
+                 f'--classes; no training image shows {", ".join(unseen[:3]) or "more"}; mend '
+                 '--classes, --values, --split or the order of --masks, or allow it by --partial')
 
 # --- the data sets of Table 2 and the tasks of Table 3 ---
 # count: images in the paper. access: open, account or form; ?: its layout is not confirmed.
@@ -935,6 +1065,8 @@ def parse(words):
     add('--labels', nargs='+', help='CSV below RAW, and its columns of file, class, patient (first two)')
     add('--classes', nargs='+', help='names (default: background foreground, or as found)')
     add('--values', nargs='+', help='of classes, as 0 420+421 #ff0000 *; unnamed 255: not scored')
+    add('--objects', action='store_true', help='several masks of an image are objects: unite them')
+    add('--level', type=int, default=0, help='folder of the class: 1 is that of an image (default)')
     add('--outline', action='store_true', help='masks show a closed convex outline: fill it')
     add('--partial', action='store_true', help='go on without masks, rows and lines without image')
     add('--sided', action='store_true', help='classes tell left from right: mirror no image')
@@ -955,11 +1087,12 @@ def main():
     if o.modality and not modality_of(o.modality):
         sys.exit(f'--modality {o.modality}: is none of {MODALITIES}, SUV')
     o.modality = modality_of(o.modality) or ''
-    if o.size < 1 or min(o.min_side, o.workers, o.seed) < 0:
-        sys.exit('--size takes 1 or more, and --min_side, --workers and --seed take 0 or more')
+    if o.size < 1 or min(o.min_side, o.workers, o.seed, o.level) < 0:
+        sys.exit('--size takes 1 or more; --min_side, --workers, --seed, --level take 0 or more')
     if len(o.split) not in (0, 3) or any(re.fullmatch(r'\d*\.\d+', rule) for rule in o.split):
         sys.exit('--split takes three whole shares, rules or lists: for train, val and test')
-    if not o.raw or not raw.is_dir():
+    medmnist = o.task and has_ending(raw, '.npz') and raw.is_file()
+    if not o.raw or not raw.is_dir() and not medmnist:
         sys.exit(f'--raw "{o.raw}": there is no such folder of <Modality>/<source>/** or of a task')
     prepare = prepare_task if o.task else prepare_sources
     try:

@@ -70,9 +70,11 @@ def test_a_star_stands_for_many_values(tmp_path):
     write_pairs(tmp_path, np.uint8(BLOB * (1 + files.noise(5) % 60)))
     assert show(task(tmp_path, '--values', '0', '*'), BLOB)
 
-def test_a_class_that_no_mask_shows_is_told(tmp_path):
+def test_a_class_that_no_mask_shows_stops_unless_allowed(tmp_path):
     write_pairs(tmp_path, BLOB * 255, count=4)
-    found = task(tmp_path, '--values', '0', '255', '7', '--classes', *'abc')
+    words = '--values', '0', '255', '7', '--classes', *'abc'
+    refused(tmp_path, *words, naming=['no training image shows c', '--values', '--partial'])
+    found = task(tmp_path, *words, '--partial')
     row, = (line.split() for line in found.said.splitlines() if line.startswith('c '))
     assert row == ['c', '0', '0', '0']      # how many images of each split show it
 
@@ -84,14 +86,23 @@ def test_masks_of_255_alone_are_refused_and_told_how_to_name_it(tmp_path):
 
 def test_of_several_masks_each_is_a_class_and_later_ones_lie_over_earlier_ones(tmp_path):
     """A mask that is missing shows that its class is absent."""
-    write_pairs(tmp_path, np.ones_like(BLOB), count=4)
+    first = np.uint8(np.indices(BLOB.shape)[0] < 40)    # lies below most of the second
+    write_pairs(tmp_path, first, count=4)
     for number in (0, 1, 2):
         files.save(tmp_path / f'raw/second/{number}.png', 255 * BLOB)
     rules = '--images', r'images/(\d)', '--masks', r'masks/(\d)', r'second/(\d)'
     found = task(tmp_path, *rules, '--classes', *'abc')
     assert found.classes == ['a', 'b', 'c']
     for path, mask in found.answer.items():
-        assert np.array_equal(mask, 1 + BLOB if '3' not in path else np.ones_like(BLOB))
+        assert np.array_equal(mask, np.where(BLOB, 2, first) if '3' not in path else first)
+
+def test_a_class_that_a_later_mask_covers_everywhere_stops(tmp_path):
+    write_pairs(tmp_path, BLOB, count=4)
+    for number in range(4):
+        files.save(tmp_path / f'raw/second/{number}.png', np.ones_like(BLOB))
+    rules = '--images', r'images/(\d)', '--masks', r'masks/(\d)', r'second/(\d)'
+    words = '--classes', 'none', 'lesion', 'organ'
+    refused(tmp_path, *rules, *words, naming=['shows none, lesion', 'order of --masks'])
 
 @pytest.mark.parametrize('classes', [[], ['--classes', *'01'], ['--classes', *'0123']])
 def test_several_masks_need_a_name_for_each_and_one_for_the_background(tmp_path, classes):
@@ -152,7 +163,7 @@ def write_palette(folder, numbers, colours):
 def test_a_palette_of_colours_gives_the_numbers(tmp_path):
     colours = [(0, 0, 0), (255, 255, 255), (0, 128, 0), (128, 128, 0)]
     write_palette(tmp_path, REGIONS, colours)
-    assert show(task(tmp_path, '--values', *'0123', '--classes', *'abcd'), REGIONS)
+    assert show(task(tmp_path, '--values', *'012', '--classes', *'abc'), REGIONS)
 
 def test_a_palette_of_colours_gives_the_numbers_even_if_only_black_and_white_are_shown(tmp_path):
     colours = [(0, 0, 0), (255, 255, 255), (0, 128, 0)]

@@ -114,7 +114,7 @@ def test_arrays_and_pages_become_volumes(finder, tmp_path, name):
     """Voxels are (x, y, page)."""
     pixels, masks = slices()
     if name.endswith('.npy'):
-        np.save(tmp_path / name, pixels)
+        np.save(tmp_path / name, pixels[..., None])     # (3, H, W) might be colours
     else:
         first, *others = map(Image.fromarray, pixels)
         first.save(tmp_path / name, save_all=True, append_images=others)
@@ -153,7 +153,7 @@ def test_an_overlay_shows_the_slice_with_most_foreground(finder, tmp_path):
     """Where the mask is, in the first class's colour, lime; elsewhere as it was."""
     pixels, _ = slices()
     pixels[[0, 2]] = 30
-    np.save(tmp_path / 'x.npy', pixels)
+    np.save(tmp_path / 'x.npy', pixels[..., None])
     predicted(finder, tmp_path / 'x.npy')
     shown = np.asarray(Image.open(place(finder, tmp_path) / 'x.npy-overlay.png'))
     mask = read_mask(place(finder, tmp_path), 'x.npy')[0].T[1]

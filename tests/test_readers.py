@@ -156,7 +156,8 @@ def test_the_whole_picture_is_shown_at_the_new_size(tmp_path):
 # --- .npy and .img -------------------------------------------------------------------------------
 
 NPY_SHAPES = {(40, 50): (1, 40, 50), (40, 50, 3): (1, 40, 50, 3),
-              (5, 40, 50): (5, 40, 50), (5, 40, 50, 3): (5, 40, 50, 3)}
+              (5, 40, 50): (5, 40, 50), (5, 40, 50, 3): (5, 40, 50, 3),
+              (3, 40, 50, 1): (3, 40, 50), (3, 40, 50, 3): (3, 40, 50, 3)}
 
 @pytest.mark.parametrize('dtype', [np.uint8, np.int16, np.float64])
 @pytest.mark.parametrize('shape', NPY_SHAPES, ids=str)
@@ -170,6 +171,12 @@ def test_an_array_is_an_image_or_a_stack_in_grey_or_colour(tmp_path, shape, dtyp
 def test_an_array_that_is_no_image_is_dropped(tmp_path, shape):
     path = files.save(tmp_path / 'a.npy', np.ones(shape, np.uint8))
     assert prepared.dropped(path, 'MR')[0] == 'corrupt'
+
+@pytest.mark.parametrize('shape', [(3, 40, 50), (40, 50, 4)], ids=str)
+def test_an_array_that_may_be_colours_or_slices_is_dropped_and_told(tmp_path, shape):
+    path = files.save(tmp_path / 'a.npy', np.ones(shape, np.uint8))
+    reason, detail = prepared.dropped(path, 'MR')
+    assert reason == 'corrupt' and str(shape) in detail and '(n, H, W, 1)' in detail
 
 def test_an_img_file_with_a_header_beside_it_is_an_analyze_volume(tmp_path):
     volume = np.random.default_rng(0).integers(0, 900, (256, 256, 64)).astype(np.int16)

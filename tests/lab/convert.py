@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from prepare_medverse import has_affine, polygons, read, search, to_uint8
+from prepare_medverse import polygons, read, search, to_uint8
 
 NODULES = {'1': 'malignant', '0': 'benign'}
 LESIONS = dict(enumerate(('BKL', 'NV', 'DF', 'MEL', 'VASC', 'BCC', 'AKIEC')))

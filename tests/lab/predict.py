@@ -19,7 +19,7 @@ from PIL import Image, ImageColor
 
 import finetune
 from model import ViT, read_checkpoint
-from prepare_medverse import cut, has_affine, read, resize, series, to_uint8
+from prepare_medverse import VOLUMES, cut, has_ending, read, resize, series, to_uint8
 from pretrain import set_up_process
 from tests.encoders.own import own_encoder
 
@@ -70,7 +70,7 @@ def write_masks(target, path, images, masks):
     foreground = [np.count_nonzero(mask) for mask in masks]
     shown = np.argmax(foreground) if any(foreground) else len(masks) // 2
     Image.fromarray(overlay(images[shown], masks[shown])).save(f'{target}-overlay.png')
-    is_scan = path.name.lower().endswith('.hdr') or has_affine(path)
+    is_scan = has_ending(path, ('.hdr', *VOLUMES))
     if len(masks) == 1 and not is_scan:
         Image.fromarray(masks[0]).save(f'{target}-mask.png')
         return

@@ -14,7 +14,7 @@ class Source:
     count: int          # images in Table 2
     link: str           # expression that is found in where it is had
     keep: list          # paths of its images
-    gives: int          # images that come out of the miniature, with 3 of each volume and video
+    gives: int          # images that come out of it, with 3 of a volume or video, and 4 of .npy
     leave: tuple = ()   # paths of what lies beside them and must not be taken
     units: str = ''     # of its volumes, where they are not those of the modality
     options: tuple = () # of the command line, where the layout is not known
@@ -51,7 +51,7 @@ SOURCES = [
            keep=['database/training/patient00{1,2}/patient00$1_frame{01,12}.nii.gz'],
            leave=['database/training/patient00{1,2}/patient00$1_{frame01_gt,frame12_gt}.nii.gz',
                   'database/training/patient00{1,2}/patient00$1_4d.nii.gz']),
-    Source('MRNet', modality='MR', count=116624, link='aimi|stanford', gives=18,
+    Source('MRNet', modality='MR', count=116624, link='aimi|stanford', gives=24,
            keep=['MRNet-v1.0/{train,valid}/{axial,coronal,sagittal}/0000.npy']),
     Source('Duke-Breast-Cancer-MRI', modality='MR', count=515747, link='cancerimagingarchive',
            gives=12,
@@ -90,7 +90,7 @@ SOURCES = [
     Source('XCAD', modality='X-ray', count=1621, link='SSVS', gives=4,
            keep=['XCAD/train/trainB/{1..4}.png'],
            leave=['XCAD/train/trainC/{1..4}.png', 'XCAD/test/{images,masks}/{1,2}.png']),
-    Source('Thyroid-Cine-clip', modality='Ultrasound', count=1737, link='aimi|stanford', gives=6,
+    Source('Thyroid-Cine-clip', modality='Ultrasound', count=1737, link='aimi|stanford', gives=8,
            keep=['clips/{1,2}.npy']),
     Source('EchoNet-Dynamic', modality='Ultrasound', count=63867, link='echonet', gives=6,
            keep=['EchoNet-Dynamic/Videos/0X1A{1,2}.avi']),

@@ -49,9 +49,9 @@ def write_image(path, number, units, side=(96, 96)):
     if suffix in ('.avi', '.mp4'):
         return write_video(path, seed)
     if suffix == '.npy':
-        slices = textures(seed, 48)
-        files.save(path, slices)
-        return list(slices)
+        slices = [*textures(seed, 48), files.texture(seed + FRAMES, 48, 48)]
+        files.save(path, np.stack(slices))      # of three, they might be the colours of one image
+        return slices
     if suffix in ('.gz', '.dcm'):
         return write_volume(path, seed, number, units)
     if suffix == '.img':

@@ -98,8 +98,7 @@ def is_dicom(path):
 
 def list_names(home):
     """Sorted paths of all files below a folder, relative to it; a DICOM series is its folder."""
-    def stop(error):
-        """End at a folder that cannot be read; os.walk alone would leave it out without a word."""
+    def stop(error):  # os.walk alone would leave out an unreadable folder without a word
         raise error
     names, visited = set(), {str(parent) for parent in home.resolve().parents}
     for folder, folders, files in os.walk(home, onerror=stop, followlinks=True):
@@ -115,17 +114,16 @@ def list_names(home):
 # --- from files to images ---
 def series(folder, new):
     """NIfTI files of the MR, CT and PET images of a DICOM folder, written to the folder `new`."""
-    command = ['dcm2niix', '-d', '0', '-z', 'n', '-o', new, folder]
+    run = subprocess.run(['dcm2niix', '-d', '0', '-z', 'n', '-o', new, folder],
+                         capture_output=True, text=True, errors='replace')
     # It may end with an error although it wrote all volumes, so what it wrote decides.
-    run = subprocess.run(command, capture_output=True, text=True, errors='replace')
-    reason, found = f'dcm2niix: {(run.stdout + run.stderr).strip().splitlines()[-1:]}', []
-    for path in sorted(Path(new).glob('*.json')):  # copies with corrected slices have no JSON
-        reason = 'of DICOM only MR, CT and PT are read; save it as PNG'
-        modality = re.search('"Modality": "(MR|CT|PT)"', path.read_text(errors='replace'))
-        if modality and path.with_suffix('.nii').exists():
-            found.append(path.with_suffix('.nii'))
+    volumes = [path for path in sorted(Path(new).glob('*.nii')) if path.with_suffix('.json').exists()]
+    found = [path for path in volumes if re.search(
+        '"Modality": "(MR|CT|PT)"', path.with_suffix('.json').read_text(errors='replace'))]
+    if volumes and not found:
+        raise ValueError('of DICOM only MR, CT and PT are read; save it as PNG')
     if not found:
-        raise ValueError(reason)
+        raise ValueError(f'dcm2niix: {(run.stdout + run.stderr).strip().splitlines()[-1:]}')
     return found
 
 def read(path, draft=0, grid=None):
@@ -551,12 +549,11 @@ def find_pairs(raw, rules, account, objects):
         masks = [layer.get(key, []) for _, layer in layers]
         if len(found) > 1 or max(map(len, masks)) > 1 and not objects:
             names = ', '.join([*found[:2], *sum(masks, [])][:3])
-            sys.exit(f'{raw}: {names} cannot be a pair, since the groups find {key} in all; mend '
-                     '--images and --masks, or unite masks of single objects by --objects')
+            sys.exit(f'{raw}: {names} cannot be a pair, as all have the groups {key}; mend --images '
+                     'and --masks, or unite masks of single objects by --objects')
         if any(masks):
             samples[found[0]] = Sample(masks)
-    empty = [rule for rule in rules if not rules[rule]]
-    if empty:
+    if empty := [rule for rule in rules if not rules[rule]]:
         sys.exit(f'{raw}: the rule {empty[0]} takes no file')
     if not samples:
         explain(raw, rules)
@@ -570,42 +567,29 @@ def explain(raw, rules):
         sys.exit(f'{raw}: each rule needs groups ( ), and all the same number; {counts}')
     images, masks, *_ = rules.values()
     key, found = next(iter(images.items()))
-    nearest = difflib.get_close_matches(str(key), map(str, masks), 1, 0)[0]
-    sys.exit(f'{raw}: no image has a mask; the groups find {key} in {found[0]}, and the most '
-             f'similar that they find in a mask is {nearest}')
+    near = difflib.get_close_matches(str(key), map(str, masks), 1, 0)[0]
+    sys.exit(f'{raw}: no image has a mask; groups are {key} in {found[0]}, {near} in the next mask')
 
 def by_folders(raw, names, level):
     """Samples by folders: level 1 is that of an image, 2 the one above. Those of splits are none."""
-    readings = {1: {}, 2: {}}  # {level: {name: folder}}
+    near, above = {}, {}  # {name: folder}
     for name in names:
-        folders = Path(name).parts[-2::-1]
-        kinds = [folder for folder in folders
-                 if not any(search(rule, f'{folder}/') for rule in FOLDERS.values())]
-        for number, folder in enumerate(kinds or folders[:1], 1):
-            readings.setdefault(number, {})[name] = folder
-    labels, above = readings.get(level or 1), readings[2]
-    if not labels:
-        sys.exit(f'{raw}: of {len(names)} images none lies in a folder of its class; give --masks '
-                 f'or --labels; {NOT_READ}')
-    kinds = {*labels.values()}
-    parted = {(above.get(name), label) for name, label in labels.items()}
-    if not level and len({*above.values()}) > 1 and (
-            len(parted) > len(kinds) or 3 * len(kinds) >= len(names)):
+        parents = Path(name).parts[-2::-1]
+        folders = [folder for folder in parents
+                   if not any(search(rule, f'{folder}/') for rule in FOLDERS.values())]
+        near[name], above[name], *_ = *(folders or parents[:1]), '', ''
+    kinds, parted = {*near.values()}, {*zip(near.values(), above.values())}
+    deeper = len(parted) > len(kinds) or 3 * len(kinds) >= len(names)
+    if not level and deeper and len({*above.values()}) > 1:
         one, two = (', '.join(f'{kind} {times}' for kind, times in Counter(found.values()).items())
-                    for found in (labels, above))
+                    for found in (near, above))
         sys.exit(f'{raw}: which folders are the classes? --level 1: {one}; --level 2: {two}')
-    return {name: Sample(label=label) for name, label in labels.items()}
-
-def polygons(path):
-    """[(class, corners (n, 2) as shares of the sides)] of lines `class x1 y1 x2 y2 ...`. Two pairs
-    of numbers are a box: its centre and its sides."""
-    found = []
-    for kind, *numbers in map(str.split, path.read_text().splitlines()):
-        corners = np.reshape(numbers, (-1, 2)).astype(float)
-        if len(corners) == 2:
-            corners = corners[0] + corners[1] * ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5))
-        found.append((kind, corners))
-    return found
+    labels = above if level == 2 else near
+    samples = {name: Sample(label=label) for name, label in labels.items() if label}
+    if not samples:
+        sys.exit(f'{raw}: of {len(names)} images none is in a folder of its class; give --masks or '
+                 f'--labels; {NOT_READ}')
+    return samples
 
 def read_lines(raw, end):
     """Lines of the table or list whose path below RAW ends so, in UTF or Windows' code page."""
@@ -616,22 +600,18 @@ def read_lines(raw, end):
         with contextlib.suppress(UnicodeDecodeError):
             return re.split('\r\n|\r|\n', content.decode(code))  # splitlines() knows other ends
 
-def plain(path):
-    """A path without blanks around it and without the ending of an image."""
-    return ENDING.sub('', path.strip().replace('\\', '/'))
-
 def look_up(paths, names):
     """{path of a table or list: the names that end so}, by whole folders and without ending. A
     number that lost its leading zeros is found if they make it a single name."""
     exact, numbers, found, guessed = {}, {}, {}, []
     for name in names:
-        tail = plain(name)
+        tail = ENDING.sub('', name)
         while tail:
             exact.setdefault(tail, []).append(name)
             numbers.setdefault(ZEROS.sub('', tail), []).append(name)
             tail = tail.partition('/')[2]
     for path in paths:
-        tail = plain(path)
+        tail = ENDING.sub('', path.replace('\\', '/'))
         found[path], near = exact.get(tail, []), numbers.get(ZEROS.sub('', tail), [])
         if not found[path] and len(near) == 1:
             found[path] = near
@@ -651,8 +631,8 @@ def read_table(raw, names, account, end, *columns):
     head = table.fieldnames or []
     columns = columns or head[:2]
     if len(columns) < 2 or not {*columns} <= {*head}:
-        sys.exit(f'{end}: needs a column of files and one of classes, has {head[:9]}, no '
-                 f'{", ".join({*columns} - {*head})}; {NOT_READ}')
+        lacking = ', '.join({*columns} - {*head})
+        sys.exit(f'{end}: needs columns of files and classes, has {head}, no {lacking}; {NOT_READ}')
     print(f'{end}: file, class, patient are its columns {", ".join(columns)}; others are not read')
     rows = [(table.line_num, *((row[column] or '').strip() for column in columns)) for row in table]
     rows = [row for row in rows if row[1] and row[2]]
@@ -663,12 +643,12 @@ def read_table(raw, names, account, end, *columns):
         sample = Sample((), label, *patient)
         answers = {samples.setdefault(name, sample) for name in found[path]} | {sample}
         if len(found[path]) > 1 or len(answers) > 1:
-            sys.exit(f'{end}, line {line}: {path} has another answer above, or is several of '
-                     f'{found[path][:3]}')
+            several = found[path][:3]
+            sys.exit(f'{end}, line {line}: {path} has another answer above, or is all of {several}')
         lost += [] if found[path] else [path]
     if not samples:
-        sys.exit(f'{end}: none of its {len(rows)} rows names one of {len(names)} images: rows are '
-                 f'{lost[:1]}, images {names[:1]}; {NOT_READ}')
+        sys.exit(f'{end}: none of its {len(rows)} rows {lost[:1]} is one of {len(names)} images '
+                 f'{names[:1]}; {NOT_READ}')
     account.append((f'rows of {end}', len(rows), lost, True))
     return samples
 
@@ -731,25 +711,20 @@ def draw(samples, names, shares, seed):
 # --- labelled tasks: masks ---
 def read_masks(path, file, shape, values):
     """What `classify` makes of each mask of a file, for the images of another, of this shape."""
-    for picture in (file, path):
-        if has_ending(picture, PICTURES):
-            with Image.open(picture) as image:
-                if image.getexif().get(0x0112, 1) not in (0, 1):
-                    raise ValueError(f'EXIF turns {picture}; save both without this tag')
-    if not has_ending(path, (*IMAGES, '.txt')):
+    if path.suffix == '.txt':
+        return [paint(path, shape, values)]
+    if not has_ending(path, IMAGES):
         raise ValueError(NOT_READ)
     if has_ending(file, VOLUMES) != has_ending(path, VOLUMES):
         raise ValueError('one of them is NIfTI, the other is not')
-    if path.suffix == '.txt':
-        canvas = Image.new('L', shape[1::-1])
-        for number, corners in polygons(path):
-            points = [tuple(corner) for corner in corners * canvas.size]
-            ImageDraw.Draw(canvas).polygon(points, classify(np.float64([[number]]), values).item())
-        return [np.asarray(canvas)]
     grid = nib.load(file) if has_ending(file, VOLUMES) else None
     masks, lossy = [mask for volume in read(path, grid=grid) for mask in volume], False
-    if has_ending(path, PICTURES):
-        with Image.open(path) as image:
+    for picture in [file, path] if has_ending(path, PICTURES) else []:
+        with Image.open(picture) as image:
+            if image.getexif().get(0x0112, 1) not in (0, 1):
+                raise ValueError(f'EXIF turns {picture}; save both without this tag')
+            if picture == file:
+                continue
             lossy = image.format in ('JPEG', 'MPO') or image.info.get('compression') == 'jpeg'
             palette = np.reshape(image.getpalette() or [], (-1, 3))  # colours; none: (0, 3)
             if np.ptp(palette, 1).any() and '#' not in ''.join(values):
@@ -759,9 +734,20 @@ def read_masks(path, file, shape, values):
                 masks[0][np.asarray(image)[..., -1] < 128] = 0
     masks = [classify(mask, values, lossy) for mask in masks]
     if {value for mask in masks for value in np.unique(mask).tolist()} - {0} == {255}:
-        raise ValueError('255 is its only foreground: name it in --values, as 0 1+255 if it is a '
-                         'class, or 0 1 255 if it is not to be scored')
+        raise ValueError('255 is its only foreground: give --values 0 1+255 if it is a class, or '
+                         '0 1 255 if it is not to be scored')
     return masks
+
+def paint(path, shape, values):
+    """Mask (H, W) of lines `number x1 y1 x2 y2 ...` in shares of the sides: polygons, or boxes."""
+    canvas = Image.new('L', shape[1::-1])
+    for number, *pairs in map(str.split, path.read_text().splitlines()):
+        corners = np.reshape(pairs, (-1, 2)).astype(float)
+        if len(corners) == 2:  # the centre of a box, and its sides
+            corners = corners[0] + corners[1] * ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5))
+        points = [tuple(corner) for corner in corners * canvas.size]
+        ImageDraw.Draw(canvas).polygon(points, classify(np.float64([[number]]), values).item())
+    return np.asarray(canvas)
 
 def classify(mask, values, lossy=False):
     """Mask (H, W[, 3]) -> uint8 (H, W), the places of its pixels in `values`, with + and *. 255 is
@@ -814,15 +800,13 @@ def task_items(path, raw, sample, o):
                       for image in to_uint8(array, o.modality)]
             layers = [(number, read_masks(raw / mask, files[0], images[0].shape, o.values))
                       for number, masks in enumerate(sample.masks, 1) for mask in masks]
-        counts = {len(masks) for _, masks in layers} - {len(images)}
-        if counts:
-            raise ValueError(f'it has {len(images)} images or slices, its mask {counts.pop()}')
-        for index, image in enumerate(images):
-            answer = o.classes.index(sample.label) if not layers else None
-            if layers:
-                found = [(number, masks[index]) for number, masks in layers]
-                mask = Image.fromarray(lay_over(image.shape[:2], found, o))
-                answer = np.asarray(mask.resize((o.size, o.size), Image.Resampling.NEAREST))
+        numbers, masks = zip(*layers) if layers else ((), ())
+        if {len(images), *map(len, masks)} != {len(images)}:
+            raise ValueError(f'it has {len(images)} images or slices, its mask {len(masks[0])}')
+        for image, *found in zip(images, *masks):
+            mask = Image.fromarray(lay_over(image.shape[:2], zip(numbers, found), o))
+            square = mask.resize((o.size, o.size), Image.Resampling.NEAREST)
+            answer = np.asarray(square) if masks else o.classes.index(sample.label)
             yield resize(image, o.size), answer
     except Exception as error:  # decoders fail in every way there is
         partner = sample.label or ', '.join(sum(sample.masks, [])[:3])
@@ -860,59 +844,51 @@ def write_split(folder, spilled, kind, size):
             hashes.add(hash(pixels.tobytes()))
     return len(images), shown, hashes
 
-def medmnist_splits(path, o):
-    """{split: names of the images} of a MedMNIST file. Sets --classes if they are not given."""
+def prepare_medmnist(path, folder, o, pool):
+    """`prepare_task` of a MedMNIST file, whose images become files in folders of their classes."""
     try:
         labels = medmnist_labels(path)
-    except Exception as error:  # decoders fail in every way there is
-        sys.exit(f'{path}: is no file of MedMNIST ({type(error).__name__}: {error})')
-    if any(found.shape[1:] not in ((), (1,)) for found in labels.values()):
-        sys.exit(f'{path}: has several labels for each image, but a task has one class an image')
-    count = 1 + max(int(found.max(initial=0)) for found in labels.values())
-    o.classes = o.classes or [str(number) for number in range(count)]
-    if len(o.classes) != count:
-        sys.exit(f'--classes {" ".join(o.classes)}: {path} has {count} classes')
-    return {part: [f'{part}/{number}' for number in range(len(found))]
-            for part, found in labels.items()}
-
-def medmnist_items(path, part, size):
-    """In a worker: yield (pixels uint8 (S, S, c), number of the class) of a split of MedMNIST."""
-    try:
-        labels = medmnist_labels(path)[part].ravel().tolist()
-        for (image,), label in zip(medmnist_images(path, part), labels, strict=True):
-            yield resize(image, size), label
-    except Exception as error:
-        sys.exit(f'{path}: its split {part} cannot be read ({type(error).__name__}: {error})')
+        o.classes = o.classes or [f'{number}' for number in range(1 + labels['train'].max())]
+        with tempfile.TemporaryDirectory() as new:
+            for part, numbers in labels.items():
+                if numbers.size != len(numbers):
+                    raise ValueError('it has several labels for each image')
+                pairs = zip(numbers.ravel(), medmnist_images(path, part), strict=True)
+                for place, (number, (image,)) in enumerate(pairs):
+                    kind = Path(new, part, o.classes[number])
+                    kind.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(image).save(kind / f'{place:06d}.ppm')
+            prepare_task(Path(new), folder, o, pool)
+    except (KeyError, IndexError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        sys.exit(f'{path}: is no file of MedMNIST with one of {len(o.classes)} --classes an image '
+                 f'({type(error).__name__}: {error})')
 
 def prepare_task(raw, folder, o, pool):
     """Write the labelled images below RAW to `folder` as data.Task reads them."""
     if folder.exists():
         sys.exit(f'{folder}: this task is prepared; delete it, or choose another --out')
-    if raw.is_file():
-        splits, work, answers = medmnist_splits(raw, o), medmnist_items, 'labels'
-        calls = {part: [(raw, part, o.size)] for part in splits}
-    else:
-        samples, splits = split_samples(raw, o)
-        work = task_items
-        answers = 'masks' if any(sample.masks for sample in samples.values()) else 'labels'
-        calls = {part: [(raw / name, raw, samples[name], o) for name in names]
-                 for part, names in splits.items()}
-    counts, shown, holders = {}, {}, {}
+    account, counts, shown, holders = [], {}, {}, {}
+    samples = find_samples(raw, o, account)
+    labels = sorted({sample.label for sample in samples.values() if not sample.masks})
+    name_classes(o, labels, [name for sample in samples.values() for name in sum(sample.masks, [])])
+    splits = split(samples, raw, o, account)
+    settle(raw, account, o.partial)
     words = {*re.findall('[a-z]+', ' '.join(o.classes).lower())}
     sides = 'left', 'right', 'sinister', 'dexter', 'l r', 'od os'  # then nothing is mirrored
     sided = bool(o.sided) or any({*side.split()} <= words for side in sides)
     with whole(folder, pool) as part:
-        for name in splits:
+        for name, chosen in splits.items():
             (part / name).mkdir()
-            spilled = [*in_order(pool, o.workers, part, work, calls[name], name)]
-            counts[name], shown[name], hashes = write_split(part / name, spilled, answers, o.size)
+            calls = [(raw / path, raw, samples[path], o) for path in chosen]
+            spilled = [*in_order(pool, o.workers, part, task_items, calls, name)]
+            written = write_split(part / name, spilled, 'labels' if labels else 'masks', o.size)
+            counts[name], shown[name], hashes = written
             for key in hashes:
                 holders.setdefault(key, []).append(name)
             for path in spilled:
                 path.unlink()
-        meta = {'kind': 'classification' if answers == 'labels' else 'segmentation',
-                'classes': o.classes, 'modality': o.modality, 'size': o.size, 'counts': counts,
-                'sided': sided}
+        meta = {'kind': 'classification' if labels else 'segmentation', 'classes': o.classes,
+                'modality': o.modality, 'size': o.size, 'counts': counts, 'sided': sided}
         (part / 'split.json').write_text(json.dumps(splits, indent=1))
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
         check_classes(raw, o, shown)
@@ -921,19 +897,9 @@ def prepare_task(raw, folder, o, pool):
         warn(f'{times} images are the same in {parts}')
     print(f'{folder}: {meta["kind"]} into {", ".join(o.classes)}; images: {counts}')
 
-def split_samples(raw, o):
-    """The samples below RAW and {split: their names}; sets --classes and --values."""
-    account = []
-    samples = find_samples(raw, o, account)
-    labels = sorted({sample.label for sample in samples.values() if not sample.masks})
-    drawn = any(str(path).endswith('.txt') for one in samples.values() for path in sum(one.masks, []))
-    name_classes(o, labels, drawn)
-    splits = split(samples, raw, o, account)
-    settle(raw, account, o.partial)
-    return samples, splits
-
-def name_classes(o, labels, drawn):
-    """Set --classes and --values if not given. drawn: number n of a polygon is class n + 1."""
+def name_classes(o, labels, masks):
+    """Set --classes and --values if not given. In masks of lines, number n is class n + 1."""
+    drawn = any(name.endswith('.txt') for name in masks)
     if len({''.join(label.lower().split()) for label in labels}) < len(labels):
         sys.exit(f'classes {labels}: some differ in case or blanks alone; give them one spelling')
     if not o.classes:
@@ -1066,7 +1032,7 @@ def parse(words):
     add('--classes', nargs='+', help='names (default: background foreground, or as found)')
     add('--values', nargs='+', help='of classes, as 0 420+421 #ff0000 *; unnamed 255: not scored')
     add('--objects', action='store_true', help='several masks of an image are objects: unite them')
-    add('--level', type=int, default=0, help='folder of the class: 1 is that of an image (default)')
+    add('--level', type=int, default=0, help='folder of the class: 1 holds the image, 2 holds 1')
     add('--outline', action='store_true', help='masks show a closed convex outline: fill it')
     add('--partial', action='store_true', help='go on without masks, rows and lines without image')
     add('--sided', action='store_true', help='classes tell left from right: mirror no image')
@@ -1094,7 +1060,7 @@ def main():
     medmnist = o.task and has_ending(raw, '.npz') and raw.is_file()
     if not o.raw or not raw.is_dir() and not medmnist:
         sys.exit(f'--raw "{o.raw}": there is no such folder of <Modality>/<source>/** or of a task')
-    prepare = prepare_task if o.task else prepare_sources
+    prepare = prepare_medmnist if medmnist else prepare_task if o.task else prepare_sources
     try:
         with ProcessPoolExecutor(o.workers, initializer=follow_parent) as pool:
             prepare(raw, out, o, pool)

@@ -45,11 +45,11 @@ def test_pictures_of_one_hash_must_also_be_alike():
 def test_slices_of_a_volume_may_repeat_each_other_and_pictures_may_not(tmp_path):
     """Neighbouring slices are alike by nature, and Table 2 of the paper counts them all."""
     image = files.texture(0)
-    files.save(tmp_path / 'raw/MR/a/stack.npy', np.stack([image, image, image]))
+    files.save(tmp_path / 'raw/MR/a/stack.npy', np.stack([image] * 4))
     files.save(tmp_path / 'raw/MR/a/x.png', image)
     files.save(tmp_path / 'raw/MR/a/y.png', image)
     assert prepared.prepare(tmp_path / 'raw', tmp_path / 'out').code == 0
     found = prepared.Prepared(tmp_path / 'out')
-    assert len(found.images('a')) == 4
+    assert len(found.images('a')) == 5
     assert found.dropped('a') == [
         dict(path='y.png', slice='0', reason='duplicate', detail='of x.png')]

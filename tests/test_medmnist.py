@@ -1,5 +1,6 @@
 """Files of MedMNIST: labelled tasks with their own splits, and sources that hold these back."""
 import json
+import re
 import shutil
 
 import numpy as np
@@ -36,10 +37,11 @@ def test_a_task_has_the_images_labels_and_splits_of_the_file(tmp_path, channels)
     assert found.kind == 'classification'
     assert found.counts == COUNTS and found.classes == ['normal', 'pneumonia']
     for part, count in COUNTS.items():
+        order = [*range(0, count, 2), *range(1, count, 2)]      # by class, then as in the file
         stored = found.images[part] if channels else found.images[part][..., 0]
-        assert np.array_equal(stored, images[part])
-        assert found.answers[part].tolist() == [number % 2 for number in range(count)]
-        assert found.answers[part].dtype == np.int64 and len(found.split[part]) == count
+        assert np.array_equal(stored, images[part][order])
+        assert found.answers[part].tolist() == [number % 2 for number in order]
+        assert [int(re.search(r'(\d+)\.', path)[1]) for path in found.split[part]] == order
 
 def test_without_names_the_classes_are_the_numbers(tmp_path):
     write(tmp_path / 'lungs.npz')
@@ -48,7 +50,8 @@ def test_without_names_the_classes_are_the_numbers(tmp_path):
 
 def test_another_number_of_classes_is_refused(tmp_path):
     write(tmp_path / 'lungs.npz')
-    runs.ends(task(tmp_path, '--classes', *'abc'), ['a b c', '2 classes'])
+    runs.ends(task(tmp_path, '--classes', *'abc'), ['no training image shows c'])
+    runs.ends(task(tmp_path, '--classes', 'a'), ['lungs.npz', 'one of 1 --classes'])
 
 def test_several_labels_of_an_image_are_refused(tmp_path):
     write(tmp_path / 'lungs.npz', columns=14)
@@ -65,7 +68,7 @@ def test_an_archive_of_other_arrays_is_named(tmp_path):
 
 def test_images_without_labels_are_refused(tmp_path):
     write(tmp_path / 'lungs.npz', train_labels=np.zeros((11, 1), np.uint8))
-    runs.ends(task(tmp_path), ['lungs.npz', 'train'])
+    runs.ends(task(tmp_path), ['lungs.npz', 'no file of MedMNIST'])
     assert not list(tmp_path.glob('out*'))
 
 def test_images_in_two_splits_are_told(tmp_path):
@@ -122,8 +125,10 @@ def test_a_real_file_gives_its_images_and_holds_back_what_is_a_task(tmp_path):
     found = prepared.task(tmp_path / 'task')
     with np.load(REAL) as members:
         for part in found.counts:
-            assert np.array_equal(found.images[part][..., 0], members[f'{part}_images'])
-            assert np.array_equal(found.answers[part], members[f'{part}_labels'].ravel())
+            labels = members[f'{part}_labels'].ravel()
+            order = labels.argsort(kind='stable')
+            assert np.array_equal(found.images[part][..., 0], members[f'{part}_images'][order])
+            assert np.array_equal(found.answers[part], labels[order])
     shutil.copy(REAL, files.parent(tmp_path / 'raw/X-ray/lungs/lungs.npz'))
     assert prepare(tmp_path / 'raw', tmp_path / 'out', '--min_side', 28).code == 0
     meta = Prepared(tmp_path / 'out').meta('lungs')

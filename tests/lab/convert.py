@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from prepare_medverse import polygons, read, search, to_uint8
+from prepare_medverse import read, search, to_uint8
 
 NODULES = {'1': 'malignant', '0': 'benign'}
 LESIONS = dict(enumerate(('BKL', 'NV', 'DF', 'MEL', 'VASC', 'BCC', 'AKIEC')))
@@ -47,9 +47,14 @@ def class_of_object(path):
     return found and NODULES.get(found[1], found[1])
 
 def class_of_polygon(path):
-    """The class of the polygon with the largest bounding box, or None."""
-    found = sorted(polygons(path), key=lambda polygon: -np.ptp(polygon[1], 0).prod())
-    return LESIONS[int(found[0][0])] if found else None
+    """The class of the line `class x1 y1 x2 y2 ...` with the largest bounding box, or None. Two
+    pairs of numbers are a box: its centre and its sides."""
+    areas = {}
+    for kind, *numbers in map(str.split, path.read_text().splitlines()):
+        pairs = np.reshape(numbers, (-1, 2)).astype(float)
+        sides = pairs[1] if len(pairs) == 2 else np.ptp(pairs, 0)
+        areas[kind] = max(areas.get(kind, 0), sides.prod())
+    return LESIONS[int(max(areas, key=areas.get))] if areas else None
 
 def write_classes(raw, folders, class_of):
     """Write RAW/classes.csv of the images whose labels lie in a folder beside them. folders: the

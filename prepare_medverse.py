@@ -7,17 +7,18 @@ r"""Prepare images for pretraining (paper, C.1.1) and labelled tasks for fine-tu
     python prepare_medverse.py --task pneumonia --raw pneumoniamnist_64.npz
 
 RAW/<name>/** holds a data set of Table 2 as it was unpacked, RAW/<Modality>/<source>/** any other:
-PNG, JPEG, TIFF, BMP, GIF, PGM, PPM, NIfTI, DICOM series, .npy, AVI and MP4. OUT/<source>/ appears
-when complete: 00000.npy ... (uint8 (n, S, S, c), c = 1 for grey or 3), meta.json, and dropped.csv
-(why). A task has images in pairs with masks, in folders named after their classes, or in a table.
+PNG, JPEG, TIFF, BMP, GIF, PGM, PPM, NIfTI, DICOM series, .npy, .npz of MedMNIST, AVI and MP4; videos
+are for pretraining only. OUT/<source>/ appears when complete: 00000.npy ... (uint8 (n, S, S, c), c =
+1 for grey or 3), meta.json, and dropped.csv (why). A task has images in pairs with masks, in folders
+of their classes, or in a table. Its split is that of folders called train, val and test, or drawn.
 
-Rules on names are regular expressions, searched in the path below RAW in any case. An image and its
-mask are a pair if the groups ( ) of both rules find the same text: above, a/12 of a/12_truth.png.
+Rules on names are regular expressions, searched in the path below RAW; upper and lower case are the
+same. An image and its mask are a pair if the groups ( ) of both rules find the same text: above,
+a/12 of a/12_truth.png. Rules without ( ) never pair. A later mask lies over an earlier one.
 """
 import argparse
 import contextlib
 import csv
-import difflib
 import json
 import multiprocessing
 import os
@@ -30,14 +31,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-import zipfile
 from collections import Counter, deque, namedtuple
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps, ImageSequence
+from PIL import Image, ImageOps, ImageSequence
 from tqdm import tqdm
 
 MODALITIES = tuple('CT PET MR X-ray Ultrasound Fundus OCT Pathology Endoscope Photo'.split())
@@ -50,7 +50,7 @@ WINDOWS = {
     'CT': Window((-200, 400), None, 0.05, 'HU (+ 32768) in [-200, 400]; other unsigned, min..max'),
     'MR': Window(None, (1, 99), 0.05, '1st..99th percentile'),
     # The paper's z-score of PET cancels in the scaling to 0..255 that follows it.
-    'PET': Window(None, (1, 99), 0.01, '1st..99th percentile; SUV in [0, 20] where the path has suv'),
+    'PET': Window(None, (1, 99), 0.01, '1st..99th percentile; SUV in [0, 20] if its path has suv'),
     'SUV': Window((0, 20), None, 0.01, 'SUV in [0, 20]')}  # PET in standardized uptake values
 
 PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm')
@@ -69,7 +69,7 @@ def warn(text):
 
 # --- names of files ---
 def search(rule, name):
-    """The match of a rule in a path, or None. An empty rule matches nothing."""
+    """The match of a rule in a path, or None; upper and lower case are the same to it."""
     return re.search(rule, name, re.IGNORECASE | re.DOTALL) if rule else None
 
 def by_groups(names, rule):
@@ -117,13 +117,12 @@ def series(folder, new):
     run = subprocess.run(['dcm2niix', '-d', '0', '-z', 'n', '-o', new, folder],
                          capture_output=True, text=True, errors='replace')
     # It may end with an error although it wrote all volumes, so what it wrote decides.
-    volumes = [path for path in sorted(Path(new).glob('*.nii')) if path.with_suffix('.json').exists()]
-    found = [path for path in volumes if re.search(
-        '"Modality": "(MR|CT|PT)"', path.with_suffix('.json').read_text(errors='replace'))]
-    if volumes and not found:
-        raise ValueError('of DICOM only MR, CT and PT are read; save it as PNG')
+    reports = sorted(Path(new).glob('*.json'))  # copies with corrected slices have none
+    found = [path.with_suffix('.nii') for path in reports
+             if re.search('"Modality": "(MR|CT|PT)"', path.read_text(errors='replace'))]
+    last = f'dcm2niix: {(run.stdout + run.stderr).strip().splitlines()[-1:]}'
     if not found:
-        raise ValueError(f'dcm2niix: {(run.stdout + run.stderr).strip().splitlines()[-1:]}')
+        raise ValueError('of DICOM only MR, CT and PT are read; save PNG' if reports else last)
     return found
 
 def read(path, draft=0, grid=None):
@@ -134,16 +133,16 @@ def read(path, draft=0, grid=None):
             return [array.copy() for volume in series(path, new) for array in read(volume)]
     if has_ending(path, PICTURES):
         return read_pages(path, draft)
-    if has_ending(path, '.npz'):
-        return medmnist_images(path, 'train')
+    if has_ending(path, '.npz'):  # of MedMNIST; its other images are for testing
+        return np.load(path)['train_images'][:, None]
     return [read_array(path)] if has_ending(path, '.npy') else read_volume(path, grid)
 
 def read_array(path):
     """The array of an .npy file, (n, H, W) or (n, H, W, 3)."""
     array = np.load(path, mmap_mode='r')
-    if array.ndim == 3 and 3 == array.shape[0] < array.shape[2] or array.shape[2:] == (4,):
-        raise ValueError(f'{array.shape} may be colours or slices; save colours as (H, W, 3), and '
-                         'slices as (n, H, W, 1)')
+    first_three = array.ndim == 3 and array.shape[0] == 3 and array.shape[2] > 3
+    if first_three or array.shape[2:] == (4,):
+        raise ValueError(f'{array.shape} may be colours, (H, W, 3), or slices, (n, H, W, 1)')
     if array.shape[3:] == (1,):
         array = array[..., 0]
     if array.shape[2:] in ((), (3,)):  # one image
@@ -178,8 +177,8 @@ def on_grid(mask, image):
         drift = np.abs(image.affine - one.affine) @ (*shape[:3], 1)  # at most, of any corner, mm
         if (*one.shape, 1, 1)[:4] == shape and drift.max() <= size / 2:
             return one
-    raise ValueError(f'their grids differ: {image.shape} and {mask.shape}, '
-                     f'{image.affine.round(3).tolist()} and {mask.affine.round(3).tolist()}')
+    affines = [one.affine.round(3).tolist() for one in (image, mask)]
+    raise ValueError(f'their grids differ: {image.shape} and {mask.shape}, {affines}')
 
 def read_pages(path, draft):
     """`read` of a picture. Its pages of more than 8 bits become one array, with one window."""
@@ -189,16 +188,16 @@ def read_pages(path, draft):
         for page in [image] if image.format == 'MPO' else ImageSequence.Iterator(image):
             deep = page.mode[0] in 'IF'  # I;16, I and F; all other modes of Pillow have 8 bits
             tags = getattr(page, 'tag_v2', {})  # of TIFF, whose numbers Pillow may misread
-            number = tags.get(339, (1,))[0], tags.get(258, (1,))[0]  # 1 unsigned, 2 signed; bits
+            kind, bits = tags.get(339, (1,))[0], tags.get(258, (1,))[0]  # 1 unsigned, 2 signed
             white_is_zero, cut_off = tags.get(262) == 0, ';16' in str(page.tile)
-            if number in ((2, 8), (1, 32)) or (white_is_zero if deep else cut_off):
+            if (kind, bits) in ((2, 8), (1, 32)) or (white_is_zero if deep else cut_off):
                 raise ValueError('its type of numbers is not read; save 8 bits, or grey 16')
             page.draft(None, (draft, draft) if draft else None)  # fast at 1/2, 1/4 or 1/8 of JPEG
             page = ImageOps.exif_transpose(page)
             if not deep:
                 page = page.convert('L' if page.mode in ('1', 'L', 'LA') else 'RGB')
-            kind = np.uint16 if deep and image.format == 'PPM' else None  # Pillow has it in 32 bits
-            pages.append(np.asarray(page, kind)[None])
+            dtype = np.uint16 if deep and image.format == 'PPM' else None  # Pillow has 32 bits
+            pages.append(np.asarray(page, dtype)[None])
     return [np.concatenate(pages)] if deep and len({page.shape for page in pages}) == 1 else pages
 
 def cut(volume, affine):
@@ -217,7 +216,7 @@ def to_uint8(volume, modality):
     if volume.dtype == np.uint8:
         yield from volume
         return
-    limits, percentiles, *_ = WINDOWS.get(modality, WINDOWS[''])
+    limits, percentiles, _, _ = WINDOWS.get(modality, WINDOWS[''])
     if modality == 'CT' and volume.dtype.kind == 'u':  # no HU
         shifted = 31000 < np.median(volume[volume > 0]) < 36000  # HU + 32768, as in DeepLesion
         limits, percentiles = (32568, 33168) if shifted else None, (0, 100)
@@ -251,29 +250,13 @@ def decode_video(path, size):
     if process.returncode:
         raise ValueError('ffmpeg cannot decode it to its end')
 
-def medmnist_labels(path):
-    """{split: labels (n, 1)} of a MedMNIST file."""
-    with np.load(path) as members:
-        return {part: members[f'{part}_labels'] for part in ('train', 'val', 'test')}
-
-def medmnist_images(path, part):
-    """Yield the images of a split of a MedMNIST file, uint8 (1, S, S[, 3]), one at a time: the
-    larger files do not fit into memory."""
-    with zipfile.ZipFile(path) as archive, archive.open(f'{part}_images.npy') as file:
-        np.lib.format.read_magic(file)
-        (count, *sides), _, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype != np.uint8 or sides[2:] not in ([], [3]):
-            raise ValueError(f'its {part}_images are not uint8 (n, S, S) or (n, S, S, 3)')
-        for _ in range(count):
-            yield np.frombuffer(file.read(np.prod(sides)), np.uint8).reshape(1, *sides)
-
 # pixels: uint8 (S, S, c), or None with a reason. picture: no slice of a volume, no video's frame.
 Item = namedtuple('Item', 'pixels picture reason detail', defaults=(False, '', ''))
 
 def source_items(path, modality, size, min_side):
     """In a worker: yield an Item of side `size` px for each image of a file, or one for all."""
     foreground = WINDOWS[modality].foreground
-    film, medmnist, count = has_ending(path, VIDEOS), has_ending(path, '.npz'), 0
+    film, count = has_ending(path, VIDEOS), 0
     try:
         arrays = decode_video(path, size) if film else read(path, draft=max(2 * size, min_side))
         for array in arrays:
@@ -288,9 +271,8 @@ def source_items(path, modality, size, min_side):
                     yield Item(None, False, 'small' if small else 'blank', sides)
                 else:
                     yield Item(resize(image, size), picture)
-        if medmnist:
-            labels = medmnist_labels(path)
-            for part in ['val'] * len(labels['val']) + ['test'] * len(labels['test']):
+        for part in ('val', 'test') if has_ending(path, '.npz') else ():
+            for _ in np.load(path)[f'{part}_labels']:
                 yield Item(None, False, 'held out', f'{part}, for a task')
         if not count:
             raise ValueError('it holds no image')
@@ -383,12 +365,11 @@ def prepare_source(row, home, folder, o, pool):
     if not wanted:
         print(f'{home}: no image that can be read matches {images}; it is left out')
         return None
-    window = WINDOWS[row.modality]
-    least = window.foreground
+    _, _, least, words = WINDOWS[row.modality]
     with whole(folder, pool) as part:
         kept, dropped = write_source(row, home, names, wanted, part, o, pool)
         meta = {'source': folder.name, 'modality': row.modality, 'count': kept, 'size': o.size,
-                'normalization': f'8 bits as they are; others, by one window a file: {window.words}',
+                'normalization': f'8 bits as they are; others by one window a file: {words}',
                 'foreground': f'slices: {least} of the pixels above 0.02' if least else 'any',
                 'files': len(names), 'read': kept + sum(dropped.values()), 'dropped': dropped}
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
@@ -461,7 +442,7 @@ def find_sources(raw, o):
         warn(f'no data sets are {len(others)} files and folders, as {min(others)}')
     times, sources = Counter(row.name for row, _ in found), {}
     for row, home in found:
-        name = row.name + f'-{row.modality}' * (times[row.name] > 1)
+        name = f'{row.name}-{row.modality}' if times[row.name] > 1 else row.name
         if name in sources:
             sys.exit(f'{sources[name][1]}, {home}: have the same name; rename or move one of them')
         if o.source in ('', row.name):
@@ -486,24 +467,19 @@ def prepare_sources(raw, out, o, pool):
         sys.exit(f'left out, as told above: {", ".join(left_out)}')
     print(f'{len(rows) - 1} sources, every file accounted for: read = kept + dropped')
 
-def list_tables(raw):
-    """Print Tables 2 and 3: what lies below RAW, and how to get it."""
-    print('name, found below RAW, modality, content, images, access (?: layout unsure), link')
-    for row in (*SOURCES, *TASKS.values()):
-        found = 'found' if home_of(row, raw) else '-'
-        print(f'{row.name:<26}{found:<7}{" | ".join(row[1:6])}')
-
 # --- labelled tasks: which images, with which answers ---
-# masks: for each rule of masks, the paths of an image's below RAW. label: its class, if it has none.
+# masks: for each rule of masks, the paths of an image's below RAW. label: its class, or ''.
 Sample = namedtuple('Sample', 'masks label patient', defaults=((), '', ''))
 # By default masks/ lies beside images/, or nnU-Net's labelsTr/ beside imagesTr/.
 MASKS = r'(.*)(?:masks/|labels(?=T[rs]/))(.*?)(?:_0000)?(?:\.nii)?\.\w+$'
 IMAGES_BESIDE = r'(.*)images(?:/|(?=T[rs]/))(.*?)(?:_0000)?(?:\.nii)?\.\w+$'
-NOT_READ = 'COCO, LabelMe and run lengths are not read: draw PNG masks, a value for each class'
+NOT_READ = ('COCO, LabelMe and run lengths are not read, draw PNG masks, a value for each class; of '
+            'YOLO and other polygons in .txt python -m tests.lab.convert yolo RAW draws them')
 
 def find_samples(raw, o, account):
     """{path of an image below RAW: its Sample}: by a table, by pairs or by class folders."""
-    names = [name for name in list_names(raw) if '/.' not in f'/{name}' and not search(o.skip, name)]
+    names = [name for name in list_names(raw)
+             if '/.' not in f'/{name}' and not search(o.skip, name)]
     rules = [] if o.labels else o.masks or [MASKS]
     layers = {rule: by_groups(names, rule) for rule in rules}
     partners = {name for layer in layers.values() for found in layer.values() for name in found}
@@ -516,10 +492,14 @@ def find_samples(raw, o, account):
     elif pairs:
         samples = find_pairs(raw, {rule: by_groups(images, rule), **layers}, account, o.objects)
     else:
-        samples = by_folders(raw, images, o.level)
+        samples = by_folders(images, o.level)
     unread = [name for name in wanted if has_ending(raw / name, OTHERS)]  # formats unknown here
     alone = [name for name in images if name not in samples]
     account.append((f'images {rule}', len(images + unread), unread + alone, bool(unread)))
+    if not samples:
+        unused = ', '.join(f'{what} {left[:1]}' for what, _, left, _ in account)
+        sys.exit(f'{raw}: no image has a class or mask; of what is unused the first are {unused}; '
+                 f'give --masks or --labels; {NOT_READ}')
     if o.patient:
         strangers = [name for name in samples if not search(o.patient, name)]
         account.append((f'--patient {o.patient}', len(samples), strangers, True))
@@ -539,7 +519,7 @@ def settle(raw, account, partial):
         sys.exit(f'{raw}: {"; ".join(harm)}; mend this, --skip them, or allow it by --partial')
 
 def find_pairs(raw, rules, account, objects):
-    """Samples of {rule: {what its groups find: paths}}, the rule of images before those of masks."""
+    """Samples of {rule: {what its groups find: paths}}: the rule of images, those of masks."""
     (_, images), *layers = rules.items()
     samples = {}
     for rule, layer in layers:
@@ -549,29 +529,18 @@ def find_pairs(raw, rules, account, objects):
         masks = [layer.get(key, []) for _, layer in layers]
         if len(found) > 1 or max(map(len, masks)) > 1 and not objects:
             names = ', '.join([*found[:2], *sum(masks, [])][:3])
-            sys.exit(f'{raw}: {names} cannot be a pair, as all have the groups {key}; mend --images '
-                     'and --masks, or unite masks of single objects by --objects')
+            sys.exit(f'{raw}: {names} cannot be a pair, as all have the groups {key}; mend the '
+                     'rules --images and --masks, or unite masks of single objects by --objects')
         if any(masks):
             samples[found[0]] = Sample(masks)
-    if empty := [rule for rule in rules if not rules[rule]]:
-        sys.exit(f'{raw}: the rule {empty[0]} takes no file')
-    if not samples:
-        explain(raw, rules)
+    if not samples or not all(rules.values()):
+        firsts = [f'{rule} finds {next(iter(rules[rule]), "no file")}' for rule in rules]
+        sys.exit(f'{raw}: images have no masks, since each rule needs groups ( ), the same number '
+                 f'of them, that find the same text, but {"; ".join(firsts)}')
     return samples
 
-def explain(raw, rules):
-    """End with the reason why no image finds a mask by `rules`, as `find_pairs` takes them."""
-    groups = {rule: re.compile(rule).groups for rule in rules}
-    if 0 in groups.values() or len({*groups.values()}) > 1:
-        counts = ', '.join(f'{rule} has {count}' for rule, count in groups.items())
-        sys.exit(f'{raw}: each rule needs groups ( ), and all the same number; {counts}')
-    images, masks, *_ = rules.values()
-    key, found = next(iter(images.items()))
-    near = difflib.get_close_matches(str(key), map(str, masks), 1, 0)[0]
-    sys.exit(f'{raw}: no image has a mask; groups are {key} in {found[0]}, {near} in the next mask')
-
-def by_folders(raw, names, level):
-    """Samples by folders: level 1 is that of an image, 2 the one above. Those of splits are none."""
+def by_folders(names, level):
+    """Samples by folders: level 1 is that of an image, 2 the one above, without those of splits."""
     near, above = {}, {}  # {name: folder}
     for name in names:
         parents = Path(name).parts[-2::-1]
@@ -581,15 +550,10 @@ def by_folders(raw, names, level):
     kinds, parted = {*near.values()}, {*zip(near.values(), above.values())}
     deeper = len(parted) > len(kinds) or 3 * len(kinds) >= len(names)
     if not level and deeper and len({*above.values()}) > 1:
-        one, two = (', '.join(f'{kind} {times}' for kind, times in Counter(found.values()).items())
-                    for found in (near, above))
-        sys.exit(f'{raw}: which folders are the classes? --level 1: {one}; --level 2: {two}')
+        one, two = (dict(Counter(found.values()).most_common(9)) for found in (near, above))
+        sys.exit(f'which folders are the classes? --level 1: {one}; --level 2: {two}')
     labels = above if level == 2 else near
-    samples = {name: Sample(label=label) for name, label in labels.items() if label}
-    if not samples:
-        sys.exit(f'{raw}: of {len(names)} images none is in a folder of its class; give --masks or '
-                 f'--labels; {NOT_READ}')
-    return samples
+    return {name: Sample(label=label) for name, label in labels.items() if label}
 
 def read_lines(raw, end):
     """Lines of the table or list whose path below RAW ends so, in UTF or Windows' code page."""
@@ -603,36 +567,35 @@ def read_lines(raw, end):
 def look_up(paths, names):
     """{path of a table or list: the names that end so}, by whole folders and without ending. A
     number that lost its leading zeros is found if they make it a single name."""
-    exact, numbers, found, guessed = {}, {}, {}, []
+    tails, found, guessed = {}, {}, []
     for name in names:
         tail = ENDING.sub('', name)
         while tail:
-            exact.setdefault(tail, []).append(name)
-            numbers.setdefault(ZEROS.sub('', tail), []).append(name)
+            tails.setdefault(ZEROS.sub('', tail), []).append((tail, name))
             tail = tail.partition('/')[2]
     for path in paths:
         tail = ENDING.sub('', path.replace('\\', '/'))
-        found[path], near = exact.get(tail, []), numbers.get(ZEROS.sub('', tail), [])
+        near = tails.get(ZEROS.sub('', tail), [])
+        found[path] = [name for other, name in near if other == tail]
         if not found[path] and len(near) == 1:
-            found[path] = near
-            guessed.append(f'{path} is {near[0]}')
+            found[path] = [near[0][1]]
+            guessed.append(f'{path} is {near[0][1]}')
     if guessed:
         print(f'{len(guessed)} names are found as whole numbers: {", ".join(guessed[:3])}')
     return found
 
 def read_table(raw, names, account, end, *columns):
     """Samples by the columns of file, class and maybe patient of a CSV whose path ends so."""
-    def agreement(mark):
-        """Of how many lines this delimiter makes as many cells as of the first."""
+    def agreement(mark):  # of how many lines it makes as many cells as of the first
         widths = [len(cells) for cells in csv.reader(lines[:99], delimiter=mark) if cells]
         return sum(width == widths[0] > 1 for width in widths)
-    lines, samples, lost = read_lines(raw, end), {}, []
+    lines, samples = read_lines(raw, end), {}
     table = csv.DictReader(lines, delimiter=max(',;\t', key=agreement))
     head = table.fieldnames or []
     columns = columns or head[:2]
     if len(columns) < 2 or not {*columns} <= {*head}:
-        lacking = ', '.join({*columns} - {*head})
-        sys.exit(f'{end}: needs columns of files and classes, has {head}, no {lacking}; {NOT_READ}')
+        sys.exit(f'{end}: needs columns of files and classes, has {head}, no '
+                 f'{", ".join({*columns} - {*head})}; {NOT_READ}')
     print(f'{end}: file, class, patient are its columns {", ".join(columns)}; others are not read')
     rows = [(table.line_num, *((row[column] or '').strip() for column in columns)) for row in table]
     rows = [row for row in rows if row[1] and row[2]]
@@ -645,10 +608,7 @@ def read_table(raw, names, account, end, *columns):
         if len(found[path]) > 1 or len(answers) > 1:
             several = found[path][:3]
             sys.exit(f'{end}, line {line}: {path} has another answer above, or is all of {several}')
-        lost += [] if found[path] else [path]
-    if not samples:
-        sys.exit(f'{end}: none of its {len(rows)} rows {lost[:1]} is one of {len(names)} images '
-                 f'{names[:1]}; {NOT_READ}')
+    lost = [path for _, path, *_ in rows if not found[path]]
     account.append((f'rows of {end}', len(rows), lost, True))
     return samples
 
@@ -657,7 +617,7 @@ FOLDERS = {  # of official splits: train, Training Set, test_images, 01_train, T
     for part, words in dict(train='train(ing)?|(images|labels)Tr', val='val(id(ation)?)?',
                             test='test(ing)?|(images|labels)Ts').items()}
 
-def split(samples, raw, o, account):
+def split_samples(samples, raw, o, account):
     """{'train', 'val', 'test': names}. A rule takes what it is found in (also in a mask's path), a
     list (.txt below RAW) what it names; the first decides. Shares divide the other patients."""
     rules = dict(zip(FOLDERS, o.split or ('50', '20', '30')))
@@ -681,10 +641,10 @@ def split(samples, raw, o, account):
     shares = [int(rule) if rule.isdigit() else 0 for rule in rules.values()]
     if others and not sum(shares):
         sys.exit(f'{raw}/{others[0]}: no rule of --split takes it; give shares, or --skip it')
-    parts.update(draw(samples, others, shares, o.seed))
+    parts.update(draw_splits(samples, others, shares, o.seed))
     times = Counter(one for one, _ in {(samples[name].patient, parts[name]) for name in parts})
     if both := sorted(patient for patient in times if times[patient] > 1):
-        warn(f'{len(both)} patients are in more than one split: {", ".join(both[:9])}')
+        warn(f'{len(both)} patients are in more than one split: {", ".join(both[:3])}')
     folders = {match[0].strip('/') for rule in rules.values() for name in samples
                if not o.split and not rule.isdigit() and (match := search(rule, name))}
     how = ', '.join(o.split or sorted(folders) or rules.values())
@@ -693,7 +653,7 @@ def split(samples, raw, o, account):
     print(f'{raw}: {counts} files, split by {how}; {len(others)} of them drawn')
     return splits
 
-def draw(samples, names, shares, seed):
+def draw_splits(samples, names, shares, seed):
     """{name: part} by shares of the patients of each class, rounded as in the paper's Table 3."""
     labels, sides, rng = {}, {}, np.random.default_rng(seed)
     for name in names:
@@ -708,11 +668,8 @@ def draw(samples, names, shares, seed):
             sides.update(dict.fromkeys(patients.tolist(), part))
     return {name: sides[samples[name].patient] for name in names}
 
-# --- labelled tasks: masks ---
-def read_masks(path, file, shape, values):
-    """What `classify` makes of each mask of a file, for the images of another, of this shape."""
-    if path.suffix == '.txt':
-        return [paint(path, shape, values)]
+def read_masks(path, file, values):
+    """What `classify` makes of each mask of a file, for the images of another."""
     if not has_ending(path, IMAGES):
         raise ValueError(NOT_READ)
     if has_ending(file, VOLUMES) != has_ending(path, VOLUMES):
@@ -737,17 +694,6 @@ def read_masks(path, file, shape, values):
         raise ValueError('255 is its only foreground: give --values 0 1+255 if it is a class, or '
                          '0 1 255 if it is not to be scored')
     return masks
-
-def paint(path, shape, values):
-    """Mask (H, W) of lines `number x1 y1 x2 y2 ...` in shares of the sides: polygons, or boxes."""
-    canvas = Image.new('L', shape[1::-1])
-    for number, *pairs in map(str.split, path.read_text().splitlines()):
-        corners = np.reshape(pairs, (-1, 2)).astype(float)
-        if len(corners) == 2:  # the centre of a box, and its sides
-            corners = corners[0] + corners[1] * ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5))
-        points = [tuple(corner) for corner in corners * canvas.size]
-        ImageDraw.Draw(canvas).polygon(points, classify(np.float64([[number]]), values).item())
-    return np.asarray(canvas)
 
 def classify(mask, values, lossy=False):
     """Mask (H, W[, 3]) -> uint8 (H, W), the places of its pixels in `values`, with + and *. 255 is
@@ -798,7 +744,7 @@ def task_items(path, raw, sample, o):
             files = series(path, new) if path.is_dir() else [path]
             images = [image for file in files for array in read(file)
                       for image in to_uint8(array, o.modality)]
-            layers = [(number, read_masks(raw / mask, files[0], images[0].shape, o.values))
+            layers = [(number, read_masks(raw / mask, files[0], o.values))
                       for number, masks in enumerate(sample.masks, 1) for mask in masks]
         numbers, masks = zip(*layers) if layers else ((), ())
         if {len(images), *map(len, masks)} != {len(images)}:
@@ -814,8 +760,7 @@ def task_items(path, raw, sample, o):
                  'or remove them')
 
 def lay_over(shape, layers, o):
-    """Mask of classes uint8 (H, W) of [(number, `classify`'s)], a later over an earlier one. A
-    layer's 1 is its number."""
+    """Mask uint8 (H, W) of [(number of a class, where it is)], a later over an earlier one."""
     mask = np.zeros(shape, np.uint8)
     for number, layer in layers:
         if layer.shape != shape:
@@ -846,22 +791,20 @@ def write_split(folder, spilled, kind, size):
 
 def prepare_medmnist(path, folder, o, pool):
     """`prepare_task` of a MedMNIST file, whose images become files in folders of their classes."""
-    try:
-        labels = medmnist_labels(path)
-        o.classes = o.classes or [f'{number}' for number in range(1 + labels['train'].max())]
-        with tempfile.TemporaryDirectory() as new:
-            for part, numbers in labels.items():
-                if numbers.size != len(numbers):
-                    raise ValueError('it has several labels for each image')
-                pairs = zip(numbers.ravel(), medmnist_images(path, part), strict=True)
-                for place, (number, (image,)) in enumerate(pairs):
-                    kind = Path(new, part, o.classes[number])
+    with tempfile.TemporaryDirectory() as new:
+        try:
+            file = np.load(path)
+            o.classes = o.classes or [str(n) for n in range(file['train_labels'].max() + 1)]
+            for part in FOLDERS:
+                labels = file[f'{part}_labels'].squeeze(1)  # ends if an image has several labels
+                for place, image in enumerate(file[f'{part}_images']):
+                    kind = Path(new, part, o.classes[labels[place]])
                     kind.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(image).save(kind / f'{place:06d}.ppm')
-            prepare_task(Path(new), folder, o, pool)
-    except (KeyError, IndexError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        sys.exit(f'{path}: is no file of MedMNIST with one of {len(o.classes)} --classes an image '
-                 f'({type(error).__name__}: {error})')
+        except Exception as error:  # decoders fail in every way there is
+            sys.exit(f'{path}: has not one label of {len(o.classes)} --classes for each image, as '
+                     f'files of MedMNIST have ({type(error).__name__}: {error})')
+        prepare_task(Path(new), folder, o, pool)
 
 def prepare_task(raw, folder, o, pool):
     """Write the labelled images below RAW to `folder` as data.Task reads them."""
@@ -870,8 +813,8 @@ def prepare_task(raw, folder, o, pool):
     account, counts, shown, holders = [], {}, {}, {}
     samples = find_samples(raw, o, account)
     labels = sorted({sample.label for sample in samples.values() if not sample.masks})
-    name_classes(o, labels, [name for sample in samples.values() for name in sum(sample.masks, [])])
-    splits = split(samples, raw, o, account)
+    name_classes(o, labels)
+    splits = split_samples(samples, raw, o, account)
     settle(raw, account, o.partial)
     words = {*re.findall('[a-z]+', ' '.join(o.classes).lower())}
     sides = 'left', 'right', 'sinister', 'dexter', 'l r', 'od os'  # then nothing is mirrored
@@ -892,36 +835,31 @@ def prepare_task(raw, folder, o, pool):
         (part / 'split.json').write_text(json.dumps(splits, indent=1))
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
         check_classes(raw, o, shown)
-    twins = [' and '.join(parts) for parts in holders.values() if len(parts) > 1]
-    for parts, times in Counter(twins).items():
+    twins = Counter(' and '.join(parts) for parts in holders.values() if len(parts) > 1)
+    for parts, times in twins.items():
         warn(f'{times} images are the same in {parts}')
     print(f'{folder}: {meta["kind"]} into {", ".join(o.classes)}; images: {counts}')
 
-def name_classes(o, labels, masks):
-    """Set --classes and --values if not given. In masks of lines, number n is class n + 1."""
-    drawn = any(name.endswith('.txt') for name in masks)
+def name_classes(o, labels):
+    """Set --classes and --values if they are not given."""
     if len({''.join(label.lower().split()) for label in labels}) < len(labels):
         sys.exit(f'classes {labels}: some differ in case or blanks alone; give them one spelling')
     if not o.classes:
         named = [value or 'background' for value in o.values]
         o.classes = labels or (named if len(named) > 2 else ['background', 'foreground'])
-    numbers = [*drawn * [''], *map(str, range(len(o.classes) - drawn))]
-    if len(o.masks) > 1 or o.objects:
-        numbers = ['' if drawn else '0', '*']
-    if len(o.masks) > 1:
-        if len(o.classes) != len(o.masks) + 1 or len(o.values) not in (0, 2):
-            sys.exit('--classes: background and one for each mask; --values: outside and inside')
-    o.values = o.values or numbers
+    if len(o.masks) > 1 and (len(o.classes) != len(o.masks) + 1 or len(o.values) not in (0, 2)):
+        sys.exit('--classes: background and one for each mask; --values: outside and inside')
+    inside = ['*'] if len(o.masks) > 1 or o.objects else map(str, range(1, len(o.classes)))
+    o.values = o.values or ['0', *inside]
 
 def check_classes(raw, o, shown):
-    """Print how many images of each split show each class, and stop if training lacks one. Known
-    tasks may have classes that no image shows."""
+    """Print how many images of each split show each class, and stop if training lacks one."""
     print(f'{"images that show":<26}' + ''.join(f'{part:>8}' for part in shown))
     for number, name in enumerate(o.classes):
         print(f'{name:<26}' + ''.join(f'{times[number]:>8}' for times in shown.values()))
     unseen = [name for number, name in enumerate(o.classes) if not shown['train'][number]]
     new = {*shown['test']} - {*shown['train'], 255}
-    allowed = o.partial or o.task in TASKS
+    allowed = o.partial or o.task in TASKS  # whose classes are known
     if new or not shown['test'] or len(o.classes) - len(unseen) < 2 or unseen and not allowed:
         sys.exit(f'{raw}: training must show two classes, all of the test images and all of '
                  f'--classes; no training image shows {", ".join(unseen[:3]) or "more"}; mend '
@@ -1004,7 +942,7 @@ uns | Ultrasound | nerve | 2758 1078 1799 | account | kaggle.com/c/ultrasound-ne
 tn5000 | Ultrasound | thyroid nodule | 3500 500 1000 | open | figshare.com/articles/28455641 (first: python -m tests.lab.convert tn5000 RAW/tn5000) | --images 'JPEGImages/(.*)\.jpg' --labels classes.csv --classes malignant benign --split Main/train.txt Main/val.txt Main/test.txt
 fhu | Ultrasound | fetal head | 499 200 300 | account | kaggle.com/datasets/ankit8467 | --images '(.*HC)\.png' --masks '(.*HC)_Annotation' --values 0 * --outline --patient '\d+(?=_[^/]*HC)'
 autopet-org | PET | organs | 18076 6386 10465 | form | github.com/YichiZhang98/SegAnyPET | --images 'PETCT_([^/]*)/([^/]*)/SUV\.nii' --masks 'PETCT_([^_]*)_(.*)_\.nii' --values 0 1 2 3 4 5 6 7 8 9 10 11+12 --patient 'PETCT_[^/_]+' --modality SUV --classes background liver left-kidney right-kidney heart spleen aorta left-lower-lobe right-lower-lobe left-upper-lobe right-upper-lobe right-middle-lobe
-slsc-s | Photo | skin lesion | 6675 1911 964 | open | huggingface.co/datasets/makhresearch | --masks '(.*)labels/(.*)\.txt' --values '' * --split train/ valid/ test/
+slsc-s | Photo | skin lesion | 6675 1911 964 | open | huggingface.co/datasets/makhresearch (first: python -m tests.lab.convert slsc-s RAW/slsc-s) | --values 0 * --split train/ valid/ test/
 slsc-c | Photo | 7 skin diseases | 6675 1911 964 | open | huggingface.co/datasets/makhresearch (first: python -m tests.lab.convert slsc-c RAW/slsc-c) | --labels classes.csv --classes BKL NV DF MEL VASC BCC AKIEC --split train/ valid/ test/'''.strip().splitlines())}
 
 # --- the command ---
@@ -1027,17 +965,18 @@ def parse(words):
     add('--modality', help='sets the intensity window of its volumes')
     add('--images', help='rule of the images (default, beside masks: (.*)images/(.*))')
     add('--masks', nargs='+', help='rule ((.*)masks/(.*)), or one for each class after the first')
-    add('--skip', help='rule of files to leave out')
-    add('--labels', nargs='+', help='CSV below RAW, and its columns of file, class, patient (first two)')
-    add('--classes', nargs='+', help='names (default: background foreground, or as found)')
-    add('--values', nargs='+', help='of classes, as 0 420+421 #ff0000 *; unnamed 255: not scored')
     add('--objects', action='store_true', help='several masks of an image are objects: unite them')
+    add('--skip', help='rule of files, images or masks or both, to leave out')
+    add('--labels', nargs='+', help='CSV, and its columns of file, class, patient (first two)')
     add('--level', type=int, default=0, help='folder of the class: 1 holds the image, 2 holds 1')
+    add('--classes', nargs='+', help='their names, in order (default: numbers, or as found)')
+    add('--values', nargs='+', help='of classes, as 0 420+421 #ff0000 *; unnamed 255: not scored')
     add('--outline', action='store_true', help='masks show a closed convex outline: fill it')
-    add('--partial', action='store_true', help='go on without masks, rows and lines without image')
+    add('--partial', action='store_true', help='go on without what has no partner or no image')
     add('--sided', action='store_true', help='classes tell left from right: mirror no image')
     add('--patient', help='rule: what it finds in a path is the patient (default: the path)')
-    add('--split', nargs='+', help='of each part a share (50 20 30), a rule or a .txt of names')
+    add('--split', nargs='+', help='train, val, test: shares (50 20 30), rules or .txt of names; '
+        'without it, folders without val give no validation images')
     return parser.parse_args(words)
 
 def main():
@@ -1049,7 +988,11 @@ def main():
         o = parse([*rules, *shlex.split(row.options), *sys.argv[1:]])
     raw, out = Path(o.raw), Path(o.out or f'data/{o.task or "medverse"}')
     if o.list:
-        return list_tables(raw)
+        print('name | below RAW | modality | content | images | access (?: layout unsure) | link')
+        for row in (*SOURCES, *TASKS.values()):
+            found = 'found' if home_of(row, raw) else '-'
+            print(f'{row.name:<26}', found, *row[1:6], sep=' | ')
+        return
     if o.modality and not modality_of(o.modality):
         sys.exit(f'--modality {o.modality}: is none of {MODALITIES}, SUV')
     o.modality = modality_of(o.modality) or ''

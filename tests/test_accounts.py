@@ -71,7 +71,7 @@ def test_names_in_a_list_that_no_image_has_are_named_and_stop(tmp_path):
 def test_a_rule_of_masks_that_takes_no_file_is_named(tmp_path):
     pairs(tmp_path, '0123')
     words = '--masks', '(.*)masks/(.*)', '(.*)splen/(.*)', '--classes', *'abc'
-    runs.ends(task(tmp_path, '--images', '(.*)images/(.*)', *words), '(.*)splen/(.*) takes no file')
+    runs.ends(task(tmp_path, '--images', '(.*)images/(.*)', *words), '(.*)splen/(.*) finds no file')
 
 def test_masks_without_an_image_stop(tmp_path):
     pairs(tmp_path, '0123')

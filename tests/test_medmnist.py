@@ -51,24 +51,24 @@ def test_without_names_the_classes_are_the_numbers(tmp_path):
 def test_another_number_of_classes_is_refused(tmp_path):
     write(tmp_path / 'lungs.npz')
     runs.ends(task(tmp_path, '--classes', *'abc'), ['no training image shows c'])
-    runs.ends(task(tmp_path, '--classes', 'a'), ['lungs.npz', 'one of 1 --classes'])
+    runs.ends(task(tmp_path, '--classes', 'a'), ['lungs.npz', 'not one label of 1 --classes'])
 
 def test_several_labels_of_an_image_are_refused(tmp_path):
     write(tmp_path / 'lungs.npz', columns=14)
-    runs.ends(task(tmp_path), ['lungs.npz', 'several labels'])
+    runs.ends(task(tmp_path), ['lungs.npz', 'not one label of 2 --classes'])
 
 @pytest.mark.parametrize('content', [b'', b'no archive'], ids=['empty', 'text'])
 def test_a_file_that_is_no_archive_is_named(tmp_path, content):
     files.write(tmp_path / 'lungs.npz', content)
-    runs.ends(task(tmp_path), ['lungs.npz', 'no file of MedMNIST'])
+    runs.ends(task(tmp_path), ['lungs.npz', 'files of MedMNIST'])
 
 def test_an_archive_of_other_arrays_is_named(tmp_path):
     np.savez(tmp_path / 'lungs.npz', x=np.zeros(3))
-    runs.ends(task(tmp_path), ['lungs.npz', 'no file of MedMNIST', 'train_labels'])
+    runs.ends(task(tmp_path), ['lungs.npz', 'files of MedMNIST', 'train_labels'])
 
 def test_images_without_labels_are_refused(tmp_path):
     write(tmp_path / 'lungs.npz', train_labels=np.zeros((11, 1), np.uint8))
-    runs.ends(task(tmp_path), ['lungs.npz', 'no file of MedMNIST'])
+    runs.ends(task(tmp_path), ['lungs.npz', 'files of MedMNIST'])
     assert not list(tmp_path.glob('out*'))
 
 def test_images_in_two_splits_are_told(tmp_path):

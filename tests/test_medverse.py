@@ -139,7 +139,7 @@ def test_the_list_says_which_data_sets_lie_in_raw(tmp_path):
 def test_the_list_says_whose_layout_is_not_confirmed(tmp_path):
     lines = prepare(tmp_path, tmp_path / 'out', '--list').out.splitlines()
     unsure = {line.split()[0] for line in lines[1:]
-              if line.split(' | ')[3].endswith('?')}
+              if line.split(' | ')[5].endswith('?')}
     assert unsure == {'Mammo-Bench', 'XCAD', 'UBPD', 'MESSIDOR', 'APTOS2019',
                       'Lacuna-Malaria-Datasets', 'dca1', 'dias', 'dsca', 'sts-tooth-2d'}
 

@@ -153,7 +153,7 @@ def test_a_task_without_a_test_image_is_refused(tmp_path):
 def test_options_of_masks_do_not_make_a_classification_of_folders(tmp_path, words):
     write_pairs(tmp_path, count=4)
     (tmp_path / 'raw/masks').rename(tmp_path / 'raw/truth')
-    refused(tmp_path, *words, naming=[tmp_path / 'raw', 'the rule', '(.*)', 'takes no file'])
+    refused(tmp_path, *words, naming=[tmp_path / 'raw', '(.*)', 'finds no file'])
 
 def test_a_task_of_one_class_is_refused(tmp_path):
     write_pairs(tmp_path, count=4)

@@ -1,12 +1,15 @@
-r"""What prepare_medverse.py does not read of five tasks of Table 3, as files that it reads.
+r"""What prepare_medverse.py does not read of some tasks of Table 3, as files that it reads.
 
     python -m tests.lab.convert scr RAW/scr           films of JSRT as PNG beside them
     python -m tests.lab.convert tn5000 RAW/tn5000     classes of VOC's XML as RAW/tn5000/classes.csv
     python -m tests.lab.convert slsc-c RAW/slsc-c     classes of the largest polygons, the same way
+    python -m tests.lab.convert slsc-s RAW/slsc-s     polygons of labels/**.txt as masks/**.png
+    python -m tests.lab.convert yolo RAW/mine         the same of your own polygons and boxes
     python -m tests.lab.convert dias RAW/dias         darkest of the frames, as RAW/dias/darkest/**
     python -m tests.lab.convert dsca RAW/dsca 'images/(.*)/'
 
 The last word is the rule of the frames: frames whose groups ( ) are the same text are one sequence.
+In masks of polygons 0 is the background, and class n of a line is n + 1.
 The files that were there stay as they are.
 """
 import csv
@@ -15,9 +18,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from prepare_medverse import read, search, to_uint8
+from prepare_medverse import PICTURES, read, search, to_uint8
 
 NODULES = {'1': 'malignant', '0': 'benign'}
 LESIONS = dict(enumerate(('BKL', 'NV', 'DF', 'MEL', 'VASC', 'BCC', 'AKIEC')))
@@ -46,15 +49,41 @@ def class_of_object(path):
     found = re.search(r'<object>.*?<name>\s*(.*?)\s*<', path.read_text(), re.DOTALL)
     return found and NODULES.get(found[1], found[1])
 
-def class_of_polygon(path):
-    """The class of the line `class x1 y1 x2 y2 ...` with the largest bounding box, or None. Two
-    pairs of numbers are a box: its centre and its sides."""
-    areas = {}
+def polygons(path):
+    """[(class, corners (n, 2) as shares of the sides)] of lines `class x1 y1 x2 y2 ...`. Two pairs
+    of numbers are a box: its centre and its sides."""
+    found = []
     for kind, *numbers in map(str.split, path.read_text().splitlines()):
-        pairs = np.reshape(numbers, (-1, 2)).astype(float)
-        sides = pairs[1] if len(pairs) == 2 else np.ptp(pairs, 0)
-        areas[kind] = max(areas.get(kind, 0), sides.prod())
-    return LESIONS[int(max(areas, key=areas.get))] if areas else None
+        corners = np.reshape(numbers, (-1, 2)).astype(float)
+        if len(corners) == 2:
+            corners = corners[0] + corners[1] * ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5))
+        found.append((int(kind), corners))
+    return found
+
+def class_of_polygon(path):
+    """The class of the polygon with the largest bounding box, or None."""
+    found = sorted(polygons(path), key=lambda polygon: -np.ptp(polygon[1], 0).prod())
+    return LESIONS[found[0][0]] if found else None
+
+def write_masks(raw):
+    """Paint the polygons of each labels/**.txt on masks/**.png, for the picture images/**."""
+    written = []
+    for path in sorted(raw.rglob('labels/**/*.txt')):
+        *before, after = path.relative_to(raw).as_posix().rpartition('labels/')
+        stem = raw / before[0]
+        pictures = [picture for picture in (stem / 'images' / after).parent.glob(f'{path.stem}.*')
+                    if picture.suffix.lower() in PICTURES]
+        if len(pictures) != 1:
+            sys.exit(f'{path}: is the label of {len(pictures)} pictures in {stem / "images"}')
+        canvas = Image.new('L', Image.open(pictures[0]).size)
+        for kind, corners in polygons(path):
+            points = [tuple(corner) for corner in corners * canvas.size]
+            ImageDraw.Draw(canvas).polygon(points, kind + 1)
+        target = (stem / 'masks' / after).with_suffix('.png')
+        target.parent.mkdir(parents=True, exist_ok=True)
+        canvas.save(target)
+        written.append(target)
+    return written
 
 def write_classes(raw, folders, class_of):
     """Write RAW/classes.csv of the images whose labels lie in a folder beside them. folders: the
@@ -100,10 +129,12 @@ def main():
         written = write_classes(raw, ('Annotations', '.xml', 'JPEGImages'), class_of_object)
     elif name == 'slsc-c':
         written = write_classes(raw, ('labels', '.txt', 'images'), class_of_polygon)
+    elif name in ('slsc-s', 'yolo'):
+        written = write_masks(raw)
     elif name in FRAMES:
         written = write_darkest(raw, [FRAMES[name], *sys.argv[3:]][-1])
     else:
-        sys.exit(f'{name}: is none of scr, tn5000, slsc-c, dias and dsca')
+        sys.exit(f'{name}: is none of scr, tn5000, slsc-c, slsc-s, yolo, dias and dsca')
     if not written:
         sys.exit(f'{raw}: holds nothing that is converted for {name}')
     print(f'{raw}: {len(written)} images of {name} converted')

@@ -7,10 +7,10 @@ r"""Prepare images for pretraining (paper, C.1.1) and labelled tasks for fine-tu
     python prepare_medverse.py --task pneumonia --raw pneumoniamnist_64.npz
 
 RAW/<name>/** holds a data set of Table 2 as it was unpacked, RAW/<Modality>/<source>/** any other:
-PNG, JPEG, TIFF, BMP, GIF, PGM, PPM, NIfTI, DICOM series, .npy, .npz of MedMNIST, AVI and MP4; videos
-are for pretraining only. OUT/<source>/ appears when complete: 00000.npy ... (uint8 (n, S, S, c), c =
-1 for grey or 3), meta.json, and dropped.csv (why). A task has images in pairs with masks, in folders
-of their classes, or in a table. Its split is that of folders called train, val and test, or drawn.
+pictures, NIfTI, DICOM series, .npy, .npz of MedMNIST, and videos (for pretraining only). A folder
+OUT/<source>/ appears when complete: 00000.npy ... (uint8 (n, S, S, c), c = 1 for grey or 3),
+meta.json, and dropped.csv (why). A task has images in pairs with masks, in folders named after
+their classes, or in a table.
 
 Rules on names are regular expressions, searched in the path below RAW; upper and lower case are the
 same. An image and its mask are a pair if the groups ( ) of both rules find the same text: above,
@@ -41,7 +41,6 @@ from PIL import Image, ImageOps, ImageSequence
 from tqdm import tqdm
 
 MODALITIES = tuple('CT PET MR X-ray Ultrasound Fundus OCT Pathology Endoscope Photo'.split())
-
 # How more than 8 bits become 8. limits: the values that become 0 and 255, or else the percentiles
 # that do. foreground: slices with a smaller share of pixels above 0.02 are dropped.
 Window = namedtuple('Window', 'limits percentiles foreground words')
@@ -64,10 +63,6 @@ REASONS = ('corrupt', 'small', 'blank', 'duplicate', 'held out', 'other')  # why
 SHARD = 256 << 20  # bytes of a full shard
 Image.MAX_IMAGE_PIXELS = 100_000_000  # a small file can claim any number; Pillow allows the double
 
-def warn(text):
-    print(f'warning: {text}', file=sys.stderr)
-
-# --- names of files ---
 def search(rule, name):
     """The match of a rule in a path, or None; upper and lower case are the same to it."""
     return re.search(rule, name, re.IGNORECASE | re.DOTALL) if rule else None
@@ -116,13 +111,12 @@ def series(folder, new):
     """NIfTI files of the MR, CT and PET images of a DICOM folder, written to the folder `new`."""
     run = subprocess.run(['dcm2niix', '-d', '0', '-z', 'n', '-o', new, folder],
                          capture_output=True, text=True, errors='replace')
-    # It may end with an error although it wrote all volumes, so what it wrote decides.
-    reports = sorted(Path(new).glob('*.json'))  # copies with corrected slices have none
-    found = [path.with_suffix('.nii') for path in reports
+    # It may end with an error although it wrote all volumes. Copies of corrected slices lack JSON.
+    found = [path.with_suffix('.nii') for path in sorted(Path(new).glob('*.json'))
              if re.search('"Modality": "(MR|CT|PT)"', path.read_text(errors='replace'))]
-    last = f'dcm2niix: {(run.stdout + run.stderr).strip().splitlines()[-1:]}'
     if not found:
-        raise ValueError('of DICOM only MR, CT and PT are read; save PNG' if reports else last)
+        last = (run.stdout + run.stderr).strip().splitlines()[-1:]
+        raise ValueError(f'of DICOM only MR, CT and PT are read, save PNG; dcm2niix: {last}')
     return found
 
 def read(path, draft=0, grid=None):
@@ -177,8 +171,7 @@ def on_grid(mask, image):
         drift = np.abs(image.affine - one.affine) @ (*shape[:3], 1)  # at most, of any corner, mm
         if (*one.shape, 1, 1)[:4] == shape and drift.max() <= size / 2:
             return one
-    affines = [one.affine.round(3).tolist() for one in (image, mask)]
-    raise ValueError(f'their grids differ: {image.shape} and {mask.shape}, {affines}')
+    raise ValueError(f'their grids differ: {image.shape} and {mask.shape}, or their affines')
 
 def read_pages(path, draft):
     """`read` of a picture. Its pages of more than 8 bits become one array, with one window."""
@@ -211,8 +204,7 @@ def cut(volume, affine):
     return np.moveaxis(volume, (3, axis), (0, 1)).swapaxes(2, 3)[:, :, ::-1, ::-1]
 
 def to_uint8(volume, modality):
-    """Yield the slices of an array (n, H, W[, 3]) as uint8, all by one window (C.1.1). The modality
-    may also be 'SUV'. uint8 stays as it is. NaN and infinity count as the lowest."""
+    """Yield the slices of an array (n, H, W[, 3]) as uint8, by one window (C.1.1) of WINDOWS."""
     if volume.dtype == np.uint8:
         yield from volume
         return
@@ -226,7 +218,7 @@ def to_uint8(volume, modality):
         limits = np.percentile(sample, percentiles) if sample.size else (0, 0)
     low, high = map(np.float32, limits)
     scale = 255 / (high - low or np.inf)
-    for image in volume:
+    for image in volume:  # NaN and infinity count as the lowest
         image = np.where(np.isfinite(image), image, low) if image.dtype.kind == 'f' else image
         yield np.uint8((image.clip(low, high) - low) * scale + 0.5)
 
@@ -439,7 +431,7 @@ def find_sources(raw, o):
               for path in below if path.is_dir()]
     used = {folder for _, home in found for folder in (home, home.parent)}
     if others := {*raw.glob('*'), *below} - used:
-        warn(f'no data sets are {len(others)} files and folders, as {min(others)}')
+        print(f'warning: no data sets: {len(others)} paths, as {min(others)}', file=sys.stderr)
     times, sources = Counter(row.name for row, _ in found), {}
     for row, home in found:
         name = f'{row.name}-{row.modality}' if times[row.name] > 1 else row.name
@@ -453,17 +445,15 @@ def find_sources(raw, o):
 
 def prepare_sources(raw, out, o, pool):
     """Prepare every source below RAW, and print the account of their files."""
-    rows, left_out = [('modality', 'source', 'files', 'read', 'kept', *REASONS)], []
-    for name, (row, home) in find_sources(raw, o).items():
+    rows = [('modality', 'source', 'files', 'read', 'kept', *REASONS)]
+    sources = find_sources(raw, o)
+    for name, (row, home) in sources.items():
         if meta := prepare_source(row, home, out / name, o, pool):
-            dropped = [meta['dropped'].get(reason, 0) for reason in REASONS]
-            rows.append((meta['modality'], meta['source'], meta['files'], meta['read'],
-                         meta['count'], *dropped))
-        else:
-            left_out.append(name)
+            meta = dict.fromkeys(REASONS, 0) | meta | meta['dropped'] | {'kept': meta['count']}
+            rows.append([meta[column] for column in rows[0]])
     for modality, source, *counts in rows:
         print(f'{modality:<11}{source:<30}' + ''.join(f'{count:>10}' for count in counts))
-    if left_out:
+    if left_out := [name for name in sources if not (out / name).exists()]:
         sys.exit(f'left out, as told above: {", ".join(left_out)}')
     print(f'{len(rows) - 1} sources, every file accounted for: read = kept + dropped')
 
@@ -473,8 +463,7 @@ Sample = namedtuple('Sample', 'masks label patient', defaults=((), '', ''))
 # By default masks/ lies beside images/, or nnU-Net's labelsTr/ beside imagesTr/.
 MASKS = r'(.*)(?:masks/|labels(?=T[rs]/))(.*?)(?:_0000)?(?:\.nii)?\.\w+$'
 IMAGES_BESIDE = r'(.*)images(?:/|(?=T[rs]/))(.*?)(?:_0000)?(?:\.nii)?\.\w+$'
-NOT_READ = ('COCO, LabelMe and run lengths are not read, draw PNG masks, a value for each class; of '
-            'YOLO and other polygons in .txt python -m tests.lab.convert yolo RAW draws them')
+NOT_READ = 'not read: COCO, LabelMe, run lengths (draw PNG masks), YOLO (use tests.lab.convert)'
 
 def find_samples(raw, o, account):
     """{path of an image below RAW: its Sample}: by a table, by pairs or by class folders."""
@@ -498,8 +487,7 @@ def find_samples(raw, o, account):
     account.append((f'images {rule}', len(images + unread), unread + alone, bool(unread)))
     if not samples:
         unused = ', '.join(f'{what} {left[:1]}' for what, _, left, _ in account)
-        sys.exit(f'{raw}: no image has a class or mask; of what is unused the first are {unused}; '
-                 f'give --masks or --labels; {NOT_READ}')
+        sys.exit(f'{raw}: no image has a class or mask; first unused: {unused}; {NOT_READ}')
     if o.patient:
         strangers = [name for name in samples if not search(o.patient, name)]
         account.append((f'--patient {o.patient}', len(samples), strangers, True))
@@ -543,10 +531,10 @@ def by_folders(names, level):
     """Samples by folders: level 1 is that of an image, 2 the one above, without those of splits."""
     near, above = {}, {}  # {name: folder}
     for name in names:
-        parents = Path(name).parts[-2::-1]
-        folders = [folder for folder in parents
+        folders = [folder for folder in reversed(Path(name).parent.parts)
                    if not any(search(rule, f'{folder}/') for rule in FOLDERS.values())]
-        near[name], above[name], *_ = *(folders or parents[:1]), '', ''
+        near[name] = folders[0] if folders else Path(name).parent.name
+        above[name] = folders[1] if len(folders) > 1 else ''
     kinds, parted = {*near.values()}, {*zip(near.values(), above.values())}
     deeper = len(parted) > len(kinds) or 3 * len(kinds) >= len(names)
     if not level and deeper and len({*above.values()}) > 1:
@@ -635,8 +623,7 @@ def split_samples(samples, raw, o, account):
         else:
             chosen = [name for name, sample in samples.items() if not rule.isdigit()
                       and any(search(rule, path) for path in (name, *sum(sample.masks, [])))]
-        for name in chosen:
-            parts.setdefault(name, part)
+        parts = dict.fromkeys(chosen, part) | parts
     others = [name for name in samples if name not in parts]
     shares = [int(rule) if rule.isdigit() else 0 for rule in rules.values()]
     if others and not sum(shares):
@@ -644,7 +631,7 @@ def split_samples(samples, raw, o, account):
     parts.update(draw_splits(samples, others, shares, o.seed))
     times = Counter(one for one, _ in {(samples[name].patient, parts[name]) for name in parts})
     if both := sorted(patient for patient in times if times[patient] > 1):
-        warn(f'{len(both)} patients are in more than one split: {", ".join(both[:3])}')
+        print(f'warning: {len(both)} patients in more than one split: {both[:3]}', file=sys.stderr)
     folders = {match[0].strip('/') for rule in rules.values() for name in samples
                if not o.split and not rule.isdigit() and (match := search(rule, name))}
     how = ', '.join(o.split or sorted(folders) or rules.values())
@@ -725,8 +712,7 @@ def classify(mask, values, lossy=False):
     others = sorted({*found.tolist()} - {*table})
     if others and rest is None:
         names = [f'#{int(value):06x}' if colours else f'{value:g}' for value in others]
-        raise ValueError(f'values or colours {", ".join(names[:9])}, which --values '
-                         f'{" ".join(values)} does not name')
+        raise ValueError(f'values or colours {", ".join(names[:3])}, which --values does not name')
     places = np.uint8([table.get(value, rest) for value in found.tolist()])
     return places[place].reshape(mask.shape)
 
@@ -756,8 +742,7 @@ def task_items(path, raw, sample, o):
             yield resize(image, o.size), answer
     except Exception as error:  # decoders fail in every way there is
         partner = sample.label or ', '.join(sum(sample.masks, [])[:3])
-        sys.exit(f'{path}: cannot be used with {partner} ({type(error).__name__}: {error}); mend '
-                 'or remove them')
+        sys.exit(f'{path}: cannot be used with {partner} ({type(error).__name__}: {error})')
 
 def lay_over(shape, layers, o):
     """Mask uint8 (H, W) of [(number of a class, where it is)], a later over an earlier one."""
@@ -837,7 +822,7 @@ def prepare_task(raw, folder, o, pool):
         check_classes(raw, o, shown)
     twins = Counter(' and '.join(parts) for parts in holders.values() if len(parts) > 1)
     for parts, times in twins.items():
-        warn(f'{times} images are the same in {parts}')
+        print(f'warning: {times} images are the same in {parts}', file=sys.stderr)
     print(f'{folder}: {meta["kind"]} into {", ".join(o.classes)}; images: {counts}')
 
 def name_classes(o, labels):
@@ -870,7 +855,6 @@ def check_classes(raw, o, shown):
 FIELDS = 'name modality content count access link'
 Source = namedtuple('Source', f'{FIELDS} images skip', defaults=('.', ''))
 Task = namedtuple('Task', f'{FIELDS} options')
-
 SOURCES = [Source(*line.split(' | ')) for line in r'''
 AutoPET-CT | CT | whole body | 558473 | form | autopet.grand-challenge.org/Dataset | /CT\.nii
 ImageCAS | CT | heart | 257496 | account | kaggle.com/datasets/xiaoweixumedicalai/imagecas | img\.nii
@@ -916,7 +900,6 @@ PitVis2023 | Endoscope | pituitary | 96272 | open | rdr.ucl.ac.uk 26531686 | vid
 Endoscapes-CVS | Endoscope | gall bladder | 55783 | open | github.com/CAMMA-public | (train|val|test)/.*jpg | (12_5|25)/
 PSI-AVA | Endoscope | prostate | 72160 | open | github.com/BCV-Uniandes/TAPIR | keyframes/.*\.jpg
 ISIC-2024 | Photo | skin | 401059 | open | challenge2024.isic-archive.com | \.jpg'''.strip().splitlines()]
-
 TASKS = {row.name: row for row in (Task(*line.split(' | ')) for line in r'''
 whs-ct | CT | heart structures | 5176 0 4096 | form | zmiclab.github.io/zxh/0/mmwhs | --images 'ct_.*/(.*)_image' --masks 'ct_.*/(.*)_label' --values 0 205 420+421 500 550 600 820 850 --classes background myocardium left-atrium left-ventricle right-atrium right-ventricle aorta pulmonary-artery
 kipa22 | CT | kidney cancer structures | 13846 5864 5959 | account | kipa22.grand-challenge.org | --images '(.*)image/(.*)' --masks '(.*)label/(.*)' --classes background renal-vein kidney renal-artery tumour
@@ -975,8 +958,7 @@ def parse(words):
     add('--partial', action='store_true', help='go on without what has no partner or no image')
     add('--sided', action='store_true', help='classes tell left from right: mirror no image')
     add('--patient', help='rule: what it finds in a path is the patient (default: the path)')
-    add('--split', nargs='+', help='train, val, test: shares (50 20 30), rules or .txt of names; '
-        'without it, folders without val give no validation images')
+    add('--split', nargs='+', help='shares (50 20 30), rules or .txt; else folders, perhaps no val')
     return parser.parse_args(words)
 
 def main():
@@ -990,8 +972,7 @@ def main():
     if o.list:
         print('name | below RAW | modality | content | images | access (?: layout unsure) | link')
         for row in (*SOURCES, *TASKS.values()):
-            found = 'found' if home_of(row, raw) else '-'
-            print(f'{row.name:<26}', found, *row[1:6], sep=' | ')
+            print(f'{row.name:<26}', 'found' if home_of(row, raw) else '-', *row[1:6], sep=' | ')
         return
     if o.modality and not modality_of(o.modality):
         sys.exit(f'--modality {o.modality}: is none of {MODALITIES}, SUV')

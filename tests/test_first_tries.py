@@ -78,7 +78,7 @@ def test_class_folders_elsewhere_than_below_each_other_need_no_level(tmp_path, b
 def test_images_without_folders_are_told_to_need_a_class(tmp_path):
     for number in range(3):
         files.save(tmp_path / f'raw/{number}.png', files.noise(number))
-    refused(tmp_path, naming=['no image has a class', '0.png', '--masks', '--labels', 'COCO'])
+    refused(tmp_path, naming=['no image has a class', '0.png', 'COCO'])
 
 # --- rules of pairs ------------------------------------------------------------------------------
 

@@ -46,4 +46,4 @@ def test_masks_of_lines_are_told_how_to_be_drawn(tmp_path):
     task(tmp_path)
     rules = '--images', r'images/(.*)\.', '--masks', r'labels/(.*)\.'
     result = prepare(tmp_path / 'raw', tmp_path / 'two', '--task', 'mini', *rules)
-    runs.ends(result, ['labels/', '.txt', 'python -m tests.lab.convert yolo RAW'])
+    runs.ends(result, ['labels/', '.txt', 'YOLO (use tests.lab.convert)'])

@@ -7,10 +7,9 @@ r"""Prepare images for pretraining (paper, C.1.1) and labelled tasks for fine-tu
     python prepare_medverse.py --task pneumonia --raw pneumoniamnist_64.npz
 
 RAW/<name>/** holds a data set of Table 2 as it was unpacked, RAW/<Modality>/<source>/** any other:
-pictures, NIfTI, DICOM series, .npy, .npz of MedMNIST, and videos (for pretraining only). A folder
+pictures, NIfTI, DICOM series, .npy, .npz of MedMNIST, and videos (for pretraining only). The folder
 OUT/<source>/ appears when complete: 00000.npy ... (uint8 (n, S, S, c), c = 1 for grey or 3),
-meta.json, and dropped.csv (why). A task has images in pairs with masks, in folders named after
-their classes, or in a table.
+meta.json, dropped.csv (why). A task has images in pairs with masks, in class folders or in a table.
 
 Rules on names are regular expressions, searched in the path below RAW; upper and lower case are the
 same. An image and its mask are a pair if the groups ( ) of both rules find the same text: above,
@@ -51,7 +50,6 @@ WINDOWS = {
     # The paper's z-score of PET cancels in the scaling to 0..255 that follows it.
     'PET': Window(None, (1, 99), 0.01, '1st..99th percentile; SUV in [0, 20] if its path has suv'),
     'SUV': Window((0, 20), None, 0.01, 'SUV in [0, 20]')}  # PET in standardized uptake values
-
 PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm')
 VIDEOS = ('.avi', '.mp4')
 VOLUMES = ('.nii.gz', '.nii', '.img')  # of NIfTI and Analyze
@@ -232,14 +230,17 @@ def resize(image, size):
 def decode_video(path, size):
     """Yield every 30th frame (C.1.1) as uint8 (1, S, S, 3), while ffmpeg decodes the file."""
     # A download is not trusted, since it may name other files. -xerror: what is cut off fails.
-    command = ['ffmpeg', '-v', 'fatal', '-xerror', '-protocol_whitelist', 'file',
-               '-format_whitelist', 'avi,mov,mp4,m4a,3gp,3g2,mj2', '-i', f'file:{path}',
-               '-fps_mode', 'passthrough', '-pix_fmt', 'rgb24',
+    trusted = ['-v', 'fatal', '-protocol_whitelist', 'file',
+               '-format_whitelist', 'avi,mov,mp4,m4a,3gp,3g2,mj2', '-i', f'file:{path}']
+    command = ['ffmpeg', '-xerror', *trusted, '-fps_mode', 'passthrough', '-pix_fmt', 'rgb24',
                '-vf', f'framestep=30,scale={size}:{size}:flags=bicubic', '-f', 'rawvideo', '-']
+    probe = ['ffprobe', *trusted, '-count_packets', '-select_streams', 'v:0',
+             '-show_entries', 'stream=nb_frames,nb_read_packets', '-of', 'default=nw=1:nk=1']
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         while len(frame := process.stdout.read(size * size * 3)) == size * size * 3:
             yield np.frombuffer(frame, np.uint8).reshape(1, size, size, 3)
-    if process.returncode:
+    frames = subprocess.run(probe, capture_output=True, text=True).stdout.split() or ['N/A']
+    if process.returncode or frames[0].isdigit() and int(frames[0]) > int(frames[1]):
         raise ValueError('ffmpeg cannot decode it to its end')
 
 # pixels: uint8 (S, S, c), or None with a reason. picture: no slice of a volume, no video's frame.
@@ -937,7 +938,7 @@ def parse(words):
     add = parser.add_argument
     add('--raw', help='folder of the downloads, or of one task')
     add('--out', help='folder to write (default: data/medverse, or data/<task>)')
-    add('--list', action='store_true', help='print the tables of data sets instead')
+    add('--list', action='store_true', help='print the tables of data sets (?: layout unsure)')
     add('--source', help='prepare this one alone; --images and --skip replace its rules')
     add('--size', type=int, default=256, help='side of the stored images, px (default: 256)')
     add('--min_side', type=int, default=32, help='drop images with a smaller side, px (32)')
@@ -970,7 +971,6 @@ def main():
         o = parse([*rules, *shlex.split(row.options), *sys.argv[1:]])
     raw, out = Path(o.raw), Path(o.out or f'data/{o.task or "medverse"}')
     if o.list:
-        print('name | below RAW | modality | content | images | access (?: layout unsure) | link')
         for row in (*SOURCES, *TASKS.values()):
             print(f'{row.name:<26}', 'found' if home_of(row, raw) else '-', *row[1:6], sep=' | ')
         return

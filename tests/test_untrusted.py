@@ -28,6 +28,28 @@ def test_a_video_that_is_cut_in_half_says_so(tmp_path, ending):
     reasons = [item.reason for item in prepared.outcomes(path, 'Endoscope')]
     assert len(reasons) < 8 and reasons[-1] == 'corrupt'
 
+def cut_between_packets(path, count):
+    """Cut a video behind its first packets, where no packet is broken."""
+    words = '-select_streams', 'v', '-show_entries', 'packet=pos,size', '-of', 'csv=p=0'
+    told = subprocess.check_output(['ffprobe', '-v', 'error', *words, path], text=True)
+    packets = sorted(tuple(map(int, line.split(',')))[::-1] for line in told.split())
+    start, size = packets[count - 1]
+    path.write_bytes(path.read_bytes()[:start + size])
+
+@pytest.mark.parametrize('ending', ['avi', 'mp4'])
+def test_a_video_that_ends_between_two_packets_says_so(tmp_path, ending):
+    path = write_video(tmp_path / f'x.{ending}')
+    cut_between_packets(path, 100)
+    reasons = [item.reason for item in prepared.outcomes(path, 'Endoscope')]
+    assert reasons == ['', '', '', '', 'corrupt']
+
+def test_a_video_that_was_trimmed_without_coding_is_whole(tmp_path):
+    """Its list of edits hides frames before the start, back to one that stands alone."""
+    path = write_video(tmp_path / 'x.mp4')
+    command = ['ffmpeg', '-v', 'error', '-ss', '1.3', '-i', path, '-c', 'copy', tmp_path / 'y.mp4']
+    subprocess.run(command, check=True)
+    assert {item.reason for item in prepared.outcomes(tmp_path / 'y.mp4', 'Endoscope')} == {''}
+
 LISTS = {'playlist': '#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfile://{}\n#EXT-X-ENDLIST\n',
          'concatenation': 'ffconcat version 1.0\nfile {}\n'}
 

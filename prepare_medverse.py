@@ -480,7 +480,7 @@ def find_samples(raw, o, account):
     if o.labels:
         samples = read_table(raw, images, account, *o.labels)
     elif pairs:
-        samples = find_pairs(raw, {rule: by_groups(images, rule), **layers}, account, o.objects)
+        samples = find_pairs(raw, rule, by_groups(images, rule), layers, account, o.objects)
     else:
         samples = by_folders(images, o.level)
     unread = [name for name in wanted if has_ending(raw / name, OTHERS)]  # formats unknown here
@@ -507,21 +507,21 @@ def settle(raw, account, partial):
     if harm and not partial:
         sys.exit(f'{raw}: {"; ".join(harm)}; mend this, --skip them, or allow it by --partial')
 
-def find_pairs(raw, rules, account, objects):
-    """Samples of {rule: {what its groups find: paths}}: the rule of images, those of masks."""
-    (_, images), *layers = rules.items()
+def find_pairs(raw, rule, images, layers, account, objects):
+    """Samples of images {what their groups find: paths} and of masks {rule: the same of these}."""
     samples = {}
-    for rule, layer in layers:
+    for other, layer in layers.items():
         left = [name for key in layer if key not in images for name in layer[key]]
-        account.append((f'files {rule}', sum(map(len, layer.values())), left, True))
+        account.append((f'files {other}', sum(map(len, layer.values())), left, True))
     for key, found in images.items():
-        masks = [layer.get(key, []) for _, layer in layers]
+        masks = [layer.get(key, []) for layer in layers.values()]
         if len(found) > 1 or max(map(len, masks)) > 1 and not objects:
             names = ', '.join([*found[:2], *sum(masks, [])][:3])
             sys.exit(f'{raw}: {names} cannot be a pair, as all have the groups {key}; mend the '
                      'rules --images and --masks, or unite masks of single objects by --objects')
         if any(masks):
             samples[found[0]] = Sample(masks)
+    rules = {rule: images, **layers}
     if not samples or not all(rules.values()):
         firsts = [f'{rule} finds {next(iter(rules[rule]), "no file")}' for rule in rules]
         sys.exit(f'{raw}: images have no masks, since each rule needs groups ( ), the same number '
@@ -575,7 +575,7 @@ def look_up(paths, names):
 
 def read_table(raw, names, account, end, *columns):
     """Samples by the columns of file, class and maybe patient of a CSV whose path ends so."""
-    def agreement(mark):  # of how many lines it makes as many cells as of the first
+    def agreement(mark):  # how many lines it cuts into as many cells as the first
         widths = [len(cells) for cells in csv.reader(lines[:99], delimiter=mark) if cells]
         return sum(width == widths[0] > 1 for width in widths)
     lines, samples = read_lines(raw, end), {}

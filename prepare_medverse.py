@@ -936,7 +936,7 @@ def parse(words):
         description=__doc__, usage=argparse.SUPPRESS, argument_default='', allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('--raw', help='folder of the downloads, or of one task')
+    add('--raw', help='folder of the downloads, or of one task, or a file of MedMNIST')
     add('--out', help='folder to write (default: data/medverse, or data/<task>)')
     add('--list', action='store_true', help='print the tables of data sets (?: layout unsure)')
     add('--source', help='prepare this one alone; --images and --skip replace its rules')
@@ -952,14 +952,14 @@ def parse(words):
     add('--objects', action='store_true', help='several masks of an image are objects: unite them')
     add('--skip', help='rule of files, images or masks or both, to leave out')
     add('--labels', nargs='+', help='CSV, and its columns of file, class, patient (first two)')
-    add('--level', type=int, default=0, help='folder of the class: 1 holds the image, 2 holds 1')
-    add('--classes', nargs='+', help='their names, in order (default: numbers, or as found)')
+    add('--level', type=int, default=0, help='1: the folder of an image is its class; 2: the one above')
+    add('--classes', nargs='+', help='names in order (default: background foreground, or as found)')
     add('--values', nargs='+', help='of classes, as 0 420+421 #ff0000 *; unnamed 255: not scored')
     add('--outline', action='store_true', help='masks show a closed convex outline: fill it')
     add('--partial', action='store_true', help='go on without what has no partner or no image')
     add('--sided', action='store_true', help='classes tell left from right: mirror no image')
     add('--patient', help='rule: what it finds in a path is the patient (default: the path)')
-    add('--split', nargs='+', help='shares (50 20 30), rules or .txt; else folders, perhaps no val')
+    add('--split', nargs='+', help='3 shares (50 20 30), rules or .txt; else folders, maybe no val')
     return parser.parse_args(words)
 
 def main():

@@ -952,7 +952,7 @@ def parse(words):
     add('--objects', action='store_true', help='several masks of an image are objects: unite them')
     add('--skip', help='rule of files, images or masks or both, to leave out')
     add('--labels', nargs='+', help='CSV, and its columns of file, class, patient (first two)')
-    add('--level', type=int, default=0, help='1: the folder of an image is its class; 2: the one above')
+    add('--level', type=int, default=0, help='1: the folder of an image is its class; 2: one above')
     add('--classes', nargs='+', help='names in order (default: background foreground, or as found)')
     add('--values', nargs='+', help='of classes, as 0 420+421 #ff0000 *; unnamed 255: not scored')
     add('--outline', action='store_true', help='masks show a closed convex outline: fill it')

@@ -42,7 +42,7 @@ class Shards:
     images. `train` and `val` are the indices of the two parts. Image i shows the modality
     modalities[image_modality[i]]."""
     def __init__(self, folder, val_share=0.05, val_most=200):
-        self.shards, of_images = [], []         # the modality of each image
+        self.shards, modality_of = [], []       # of each image
         train, val, start = [], [], 0
         for source in sorted(path.parent for path in Path(folder).glob('*/meta.json')):
             if source.suffix == '.part':        # its preparation has not finished
@@ -54,11 +54,11 @@ class Shards:
                 raise SystemExit(f'{source}: its images have another size than those before: '
                                  f'{sorted(sides)}; prepare all sources with one --size')
             end = start + count
-            held_out = min(max(int(count * val_share), 1), val_most, max(count - 1, 0))
-            split = end - held_out      # a source's only image is trained on
+            # An only image is trained on.
+            split = end - min(max(int(count * val_share), 1), val_most, max(count - 1, 0))
             train.append(np.arange(start, split))
             val.append(np.arange(split, end))
-            of_images += [modality] * count
+            modality_of += [modality] * count
             start = end
         if not start:
             raise SystemExit(f'{folder}: no prepared images; try python pretrain.py --demo, or '
@@ -66,16 +66,16 @@ class Shards:
         self.side = sides.pop()
         counts = [shape[0] for *_, shape in self.shards]
         self.starts = np.cumsum([0, *counts])           # index of each shard's first image
-        names, self.image_modality = np.unique(of_images, return_inverse=True)
+        names, self.image_modality = np.unique(modality_of, return_inverse=True)
         self.modalities = names.tolist()
         self.train, self.val = np.concatenate(train), np.concatenate(val)
 
     def gather(self, ids):
         """Images by their indices -> uint8 tensor (n, 3, S, S); grey fills the three channels."""
         images = torch.empty(len(ids), self.side, self.side, 3, dtype=torch.uint8)
-        numbers = np.searchsorted(self.starts, ids, side='right') - 1
-        rows = ids - self.starts[numbers]
-        for image, number, row in zip(images.numpy(), numbers, rows):
+        which = np.searchsorted(self.starts, ids, side='right') - 1     # of the shards
+        rows = ids - self.starts[which]
+        for image, number, row in zip(images.numpy(), which, rows):
             path, offset, (_, *shape) = self.shards[number]
             size = math.prod(shape)
             # One read an image: no file stays open, and all its pages come at once.
@@ -89,7 +89,7 @@ class Shards:
         return images.permute(0, 3, 1, 2)
 
     def batch_ids(self, seed, micro, batch, rank, world, epoch_micros):
-        """Sorted indices of a rank's images in the run's micro-batch of number `micro`."""
+        """A rank's images in micro-batch `micro` of the run, sorted; an epoch has epoch_micros."""
         epoch, slot = divmod(micro, epoch_micros)
         start = (slot * world + rank) * batch
         return np.sort(self.permutation(seed, epoch)[start:start + batch])
@@ -145,7 +145,6 @@ def batches(shards, seed, micros, batch, rank, world, epoch_micros, device):
     def load(micro):
         images = shards.gather(shards.batch_ids(seed, micro, batch, rank, world, epoch_micros))
         return images.pin_memory() if device.type == 'cuda' else images
-
     for images in prefetch(load, micros):       # the host need not wait for a pinned copy
         yield images.to(device, non_blocking=True)
 
@@ -157,14 +156,13 @@ def crop_matrices(u, w, h):
     angle = (2 * u[2] - 1) * math.radians(15)
     flip = torch.where(u[3] < 0.5, -1.0, 1.0)
     cos, sin = angle.cos(), angle.sin()
-    top = [flip * cos * w, -flip * sin * h, flip * (cos * x - sin * y)]
-    bottom = [sin * w, cos * h, sin * x + cos * y]
-    return torch.stack(top + bottom, 1).view(-1, 2, 3)
+    a, b = torch.stack([w, 0 * w, x]), torch.stack([0 * h, h, y])       # centre + sides * output
+    return torch.stack([flip * (cos * a - sin * b), sin * a + cos * b]).permute(2, 0, 1)
 
 def draw_crops(count, zoom, device):
     """Matrices (count, 2, 3) of random horizontal flips, rotations up to 15 degrees and crops.
     zoom: side of the output / side of the stored image. A crop's share of the area is drawn from
-    [max(0.2, zoom^2 / 2), 1], so it has at least half as many pixels as the output, or is whole."""
+    [max(0.2, zoom^2 / 2), 1], so it has about half as many pixels as the output, or more."""
     u = torch.rand(6, count, device=device)
     smallest = min(max(0.2, 0.5 * zoom ** 2), 1)
     area = smallest + (1 - smallest) * u[4]

@@ -32,7 +32,6 @@ from model import ViT, load_weights, named_config, read_checkpoint
 from pretrain import computes_bf16, end_if_diverged, set_up_process, learning_rate, make_optimizer
 from pretrain import open_run, parse_options, resume, run_program, save, seed_step, step_if_finite
 from pretrain import catch_signals, write_line
-from tests.encoders.own import own_encoder      # --init FILE.py; the method does not need it
 from unetr import UNETR
 
 @dataclass
@@ -55,7 +54,7 @@ class Options:
     patch: int = 0                  # side of a patch in pixels; 0: as pretrained, or 16
     batch: int = 16                 # images per step
     epochs: int = 100               # passes over the training images
-    steps: int = 0                  # optimizer steps; 0: as the epochs give
+    steps: int = 0                  # optimizer steps; 0: as many as --epochs makes
     warmup_epochs: float = 10.0     # epochs of a rising learning rate, at most half of all
     lr: float = 1e-4                # peak learning rate
     weight_decay: float = 0.01      # on weight matrices only
@@ -101,6 +100,7 @@ def build_encoder(path, o, size):
     if path.endswith('.py'):
         if o.adapt == 'experts' or o.top_k or o.patch or o.tune_blocks >= 0:
             raise SystemExit(f'{path}: takes --adapt director; no --top_k, --patch, --tune_blocks')
+        from tests.encoders.own import own_encoder      # a user's own file: not part of the method
         return own_encoder(path, size)
     state, config = None, named_config(o.model, o.depth)        # from scratch
     if path != 'scratch':
@@ -122,11 +122,11 @@ def method_name(vit, path):
 def segmentation_loss(logits, masks):
     """Cross-entropy plus Dice loss of the foreground classes, over a whole batch (C.2.2).
     logits (B, classes, S, S), masks (B, S, S)."""
-    valid = (masks != 255)[:, None]
+    valid = (masks != 255)[:, None]     # below, 255 becomes class 0, and is then multiplied by 0
     ce = F.cross_entropy(logits, masks, ignore_index=255, reduction='sum')
     ce = ce / valid.sum().clamp(min=1)
     chance = logits.softmax(1) * valid                              # (B, classes, S, S)
-    truth = F.one_hot(masks * valid[:, 0], logits.shape[1]).movedim(3, 1) * valid
+    truth = F.one_hot(masks.where(valid[:, 0], 0), logits.shape[1]).movedim(3, 1) * valid
     both = (chance * truth).sum((0, 2, 3))
     sizes = (chance + truth).sum((0, 2, 3))
     dice = (2 * both + 1) / (sizes + 1)
@@ -184,7 +184,7 @@ def evaluate(net, task, split, batch, device, autocast):
             logits = infer(net, images.to(device), truth.shape[1:])
         tables.append(confusions(logits.argmax(1), truth.to(device), len(task.classes)))
     confusion = torch.cat(tables).cpu().numpy()
-    return dice_scores(confusion) if task.segments else class_scores(confusion), confusion
+    return (dice_scores if task.segments else class_scores)(confusion), confusion
 
 # --- training -------------------------------------------------------------------------------------
 def fingerprint(task, folder):
@@ -193,9 +193,9 @@ def fingerprint(task, folder):
     content += [path.read_bytes() for path in sorted(folder.glob('*.json'))]
     return hashlib.sha256(b''.join(content)).hexdigest()
 
-def plan_steps(o, train):
-    """The images of a run, of `train`, and the lengths of an epoch, the run and its warm-up."""
-    ids = np.random.default_rng(o.seed).permutation(len(train))
+def plan_steps(o, count):
+    """Which of `count` images a run takes, and the steps of an epoch, the run and its warm-up."""
+    ids = np.random.default_rng(o.seed).permutation(count)
     ids = ids[:max(1, round(o.fraction * len(ids)))]
     epoch_steps = math.ceil(len(ids) / o.batch)
     steps = o.steps or o.epochs * epoch_steps
@@ -220,12 +220,12 @@ def build_run(o):
     if o.task.startswith('phantom-') and not folder.exists():
         run_program('phantoms', '--out', folder, '--task', o.task, '--size', 64)
     task, path = data.Task(folder), init_path(o)
-    plan = plan_steps(o, task.answers['train'])
+    plan = plan_steps(o, len(task.answers['train']))
     net, optimizer = build_network(o, path, task.meta, device)
     sha256 = None if path == 'scratch' else hashlib.sha256(Path(path).read_bytes()).hexdigest()
     origin = dict(method=method_name(net.vit, path), init=path, sha256=sha256)
     counts = {split: len(answers) for split, answers in task.answers.items()}
-    identity = dict(        # --resume goes on with the same alone
+    identity = dict(        # --resume refuses to go on if any of this has changed
         task=o.task, classes=task.classes, counts=dict(counts, train=len(plan.ids)),
         split=fingerprint(task, folder), **origin, seed=o.seed, steps=plan.steps, batch=o.batch,
         lr=o.lr, weight_decay=o.weight_decay, warmup=plan.warmup, top_k=net.vit.config.top_k,
@@ -254,7 +254,6 @@ def batches_left(run):
         epoch, slot = divmod(step, run.plan.epoch_steps)
         order = np.random.default_rng((run.o.seed, epoch)).permutation(run.plan.ids)
         return run.task.gather('train', np.array_split(order, run.plan.epoch_steps)[slot])
-
     for images, answers in data.prefetch(load, range(run.start, run.plan.steps)):
         yield images.to(run.device), answers.to(run.device)
 
@@ -262,7 +261,7 @@ def train(run):
     """Make the steps that are left; after each epoch validate, and keep the best network."""
     o, net, task, plan = run.o, run.net, run.task, run.plan
     trained = [p for p in net.parameters() if p.requires_grad]
-    sided = task.meta.get('sided', task.segments and len(task.classes) > 2)     # old tasks: a guess
+    sided = task.meta.get('sided', task.segments and len(task.classes) > 2)     # older tasks: guess
     loss_of = segmentation_loss if task.segments else F.cross_entropy
     in_a_row, saved_at = 0, time.perf_counter()
     bar = tqdm(range(run.start, plan.steps), initial=run.start, total=plan.steps, unit='step')
@@ -326,6 +325,7 @@ def main():
             return predict(o)
         run = build_run(o)
         train(run)
+        catch_signals(False)        # all is saved
         score_test(run)
         if run.task.segments:
             run_program('pictures', run.out)

@@ -99,10 +99,10 @@ class StackedLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         numbers = torch.arange(len(self.weight), device=x.device)
         group_ends = torch.searchsorted(expert, numbers, right=True) * x.shape[1]     # (R,), tokens
-        # One kernel in bfloat16 on an H100 or newer; the host need not wait for the groups' sizes.
+        # This is one kernel in bfloat16 on an H100 or newer, for which the host need not wait.
         y = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=group_ends.int())
-        # On a CPU, index_select sums its gradient in one order every time, which self.bias[expert]
-        # does not. It sums in float32, since the cast comes last.
+        # The bias's gradient is a sum over rows. Casting after the selection keeps it in float32;
+        # index_select, unlike self.bias[expert], adds it up in a fixed order on a CPU.
         bias = self.bias.index_select(0, expert)[:, None]
         return y.unflatten(0, x.shape[:2]) + bias.to(x.dtype)
 
@@ -118,7 +118,7 @@ class Experts(nn.Module):
         return self.fc2(F.gelu(self.fc1(x, expert)), expert)
 
 class Routing(NamedTuple):
-    """A DEX module's choice and alignment loss. A ViT stacks its layers' on a first axis L."""
+    """A DEX module's choice and alignment loss. ViT.forward puts an axis L of layers before."""
     align: torch.Tensor         # () alignment loss
     scores: torch.Tensor        # (M, R) softmax scores s, with gradient
     activated: torch.Tensor     # (M, R) indicator I of Eq. 18: 1 where the expert is activated
@@ -126,7 +126,7 @@ class Routing(NamedTuple):
 
 class DEX(nn.Module):
     """Director-Experts module (Sec. 3.2 and 3.3): K experts an image and a director for all.
-    Averaging weights (Eq. 7) makes sense only if hidden unit i means the same in every expert.
+    Averaging weights (Eq. 7) makes sense only if neuron i means the same in every expert.
     Hence all experts start as copies of the director."""
     def __init__(self, config):
         super().__init__()
@@ -141,7 +141,7 @@ class DEX(nn.Module):
         """x (B, N, C) -> y (B, N, C) and the Routing, or None if sigma, the gate noise, is None.
         Validation passes 0.0: a Routing, no noise. Fine-tuning passes None: no director either."""
         # With a choice for each token, a unit is an image of one token.
-        units = x.flatten(0, 1)[:, None] if self.by_token else x                # (M, N, C)
+        units = x.flatten(0, 1)[:, None] if self.by_token else x        # (M, N, C); N is 1 if so
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 ties would change the top K
             logits = self.gate(units[:, 0].float())     # (M, R), from the class (or only) token
             if sigma is not None:
@@ -153,7 +153,7 @@ class DEX(nn.Module):
             # omega of Eq. 5. It is 1 if K = 1, and then the task teaches the gate nothing.
             mixing = top_scores / top_scores.sum(-1, keepdim=True)
 
-        # The M * K pairs of a unit and an expert, by expert; pair p belongs to unit p // K.
+        # Pair unit * K + k is a unit's k-th expert. Sort the pairs by expert; keep their numbers.
         expert, pair = top_experts.flatten().sort(stable=True)
         unit = pair // self.top_k
         y = self.experts(units.index_select(0, unit), expert)
@@ -239,7 +239,8 @@ class ViT(nn.Module):
             routings.append(routing)
         if routings[0] is None:     # and so are all
             return self.norm(x), None, outputs
-        return self.norm(x), Routing(*map(torch.stack, zip(*routings))), outputs
+        stacked = Routing(*map(torch.stack, zip(*routings)))        # field by field
+        return self.norm(x), stacked, outputs
 
 class MAE(ViT):
     """Masked autoencoder on a ViT: L_self of Eq. 8."""
@@ -303,7 +304,7 @@ def layer_losses(align, scores, load):
 # --- checkpoints ----------------------------------------------------------------------------------
 def read_checkpoint(path, needed='cls_token'):
     """A checkpoint of pretrain.py or finetune.py: (state dict, Config, the whole file).
-    The state dict must hold the parameter `needed`, which tells pretrained from fine-tuned."""
+    It must hold the parameter `needed`: cls_token if pretrained, head.weight if fine-tuned."""
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         state, config = checkpoint['model'], Config(**checkpoint['config'])
@@ -345,19 +346,19 @@ def load_weights(model, state, path):
             copies = value.expand(config.experts, *value.shape)
             fitting[name.replace('.mlp.', '.dex.experts.')] = copies
             name = name.replace('.mlp.', '.dex.director.')
-        elif not config.experts:        # .dex.experts. keep their names, and are not loaded
+        elif not config.experts:        # experts and gate have no place in a plain ViT: left over
             name = name.replace('.dex.director.', '.mlp.')
         fitting[name] = value
     try:
         new, left = model.load_state_dict(fitting, strict=False)
     except RuntimeError as error:       # it names everything that has another shape
         raise SystemExit(f'{path}: does not fit this network: {error}')
-    optional = ['decoder_', 'mask_token', '.dex.gate', '.dex.usage']    # on one side only
+    optional = ['decoder_', 'mask_token', '.dex.gate', '.dex.usage']    # in names; one may lack it
     if not config.experts:
         optional.append('.dex.experts')
-    misfits = [name for name in (*new, *left) if not any(part in name for part in optional)]
-    if misfits:
+    def parts(names):       # the optional part that a name belongs to, else the name itself
+        return sorted({next((part for part in optional if part in name), name) for name in names})
+    if misfits := [part for part in parts(new) + parts(left) if part not in optional]:
         raise SystemExit(f'{path}: does not fit this network: missing or left over: {misfits}')
-    def parts(names):
-        return [part for part in optional if any(part in name for name in names)] or 'nothing'
-    print(f'{path}: loaded; left out: {parts(left)}; not in it, so new: {parts(new)}')
+    print(f'{path}: loaded; left out: {parts(left) or "nothing"}; '
+          f'not in it, so new: {parts(new) or "nothing"}')

@@ -5,7 +5,6 @@
 
 Writes to --out: config.json, log.jsonl (one JSON object a line), ckpt.pt, and pictures at the end.
 Ctrl-C and SIGTERM save first; the same command with --resume goes on as if nothing had happened.
-Letters as in model.py: B images, N tokens, R experts, K activated experts, L layers.
 """
 import argparse
 import ctypes
@@ -32,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from model import MAE, layer_losses, load_weights, named_config, read_checkpoint
+from model import MAE, Config, layer_losses, load_weights, named_config, read_checkpoint
 
 @dataclass
 class Options:
@@ -45,15 +44,15 @@ class Options:
     demo: bool = False              # a small model on phantoms, which are made if there are none
     model: str = 'base'             # tiny, small, base, large or huge
     depth: int = 0                  # blocks of the encoder; 0: as the model has
-    size: int = 256                 # side of the training images in pixels
-    patch: int = 16                 # side of a patch in pixels
-    experts: int = 8                # R experts in every block; 0: the plain masked autoencoder
-    top_k: int = 2                  # K experts activated for an image
-    routing: str = 'image'          # image: one choice for a whole image; token: one for each token
+    size: int = Config.size         # side of the training images in pixels
+    patch: int = Config.patch       # side of a patch in pixels
+    experts: int = Config.experts   # R experts in every block; 0: the plain masked autoencoder
+    top_k: int = Config.top_k       # K experts activated for an image
+    routing: str = Config.routing   # image: one choice for a whole image; token: one for each token
     batch: int = 224                # images per process and micro-batch
     accumulate: int = 1             # micro-batches per optimizer step
     epochs: int = 100               # passes over the training images
-    steps: int = 0                  # optimizer steps; 0: as the epochs give
+    steps: int = 0                  # optimizer steps; 0: as many as --epochs makes
     warmup: float = 0.1             # share of the steps in which the learning rate rises
     lr: float = 1e-4                # peak learning rate for 512 images a step; scales with them
     weight_decay: float = 1e-6      # on weight matrices only
@@ -79,7 +78,7 @@ class Options:
 DEMO = dict(data='data/phantoms-64', out='out/demo', model='tiny', depth=4, size=64, patch=8,
             batch=64, steps=400, lr=8e-3, val_share=0.2, val_every=100)
 MAX_SKIPPED = 10    # steps in a row that are not finite end a training
-# A resumed run may change these (its rounding changes, too), but not accumulate * GPUs.
+# A resumed run may change these, and then rounds differently. accumulate * GPUs has to stay.
 MAY_CHANGE = ('data', 'out', 'init', 'resume', 'overwrite', 'accumulate', 'device', 'bf16',
               'log_every', 'val_every', 'save_minutes')
 
@@ -104,16 +103,16 @@ def parse_options(defaults, words=None):
         # Set afterwards, since BooleanOptionalAction of some versions adds the default, too.
         parser.add_argument('--' + name, default=default, **reading).help = text
     values = vars(parser.parse_args(words))
-    for name, value in values.items():      # none may be below 0 and below its default
+    for name, value in values.items():      # the lowest is 0, or a negative default (tune_blocks)
         if type(value) in (int, float) and not min(0, getattr(defaults, name)) <= value < math.inf:
             raise SystemExit(f'--{name} {value}: must be a number of 0 or more')
     return cls(**values)
 
-def set_up_process(name):
+def set_up_process(device_name):
     """Set up this process, torchrun's or alone: (rank, world size, local rank, device)."""
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     local = int(os.environ.get('LOCAL_RANK', 0))
-    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+    name = device_name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         device = torch.empty(0, device=f'cuda:{local}' if name == 'cuda' else name).device
     except (RuntimeError, AssertionError) as error:
@@ -158,7 +157,7 @@ def make_optimizer(model, lr, weight_decay):
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
 
 def step_if_finite(optimizer, lr, parameters, clip, finite=True):
-    """Set the learning rate, clip, and let AdamW step, or skip it if something is not finite.
+    """Set the rate, clip, let AdamW step unless something is not finite, and clear the gradients.
     Returns the norm, and whether the step was made; the host need not wait for them."""
     for group in optimizer.param_groups:
         group['lr'] = lr
@@ -172,18 +171,19 @@ def step_if_finite(optimizer, lr, parameters, clip, finite=True):
 def end_if_diverged(out, in_a_row):
     """End the program after MAX_SKIPPED steps in a row that were not finite."""
     if in_a_row >= MAX_SKIPPED:
-        raise SystemExit(f'{out}: {MAX_SKIPPED} steps in a row not finite; see images, lower --lr')
+        raise SystemExit(f'{out}: {MAX_SKIPPED} steps in a row not finite; lower --lr')
 
-def catch_signals():
-    """Have SIGTERM and SIGINT (Ctrl-C) do no more than add their numbers to the list returned."""
+def catch_signals(caught=True):
+    """Have SIGTERM and SIGINT (Ctrl-C) only add their numbers to the list returned, or end us."""
     signals = []
+    note = (lambda number, frame: signals.append(number)) if caught else signal.SIG_DFL
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: signals.append(number))
+        signal.signal(number, note)
     return signals
 
 def open_run(out, o, start, facts):
-    """Open a run's log.jsonl, cut to the steps before `start`, and write config.json.
-    The log is locked until this process ends, so that no two trainings write to one folder."""
+    """Open a run's log.jsonl, cut to the steps before `start`, and write config.json. With start 0
+    the files of an older run are deleted. Until this process ends the log is locked for others."""
     out.mkdir(parents=True, exist_ok=True)
     log = open(out / 'log.jsonl', 'a+', newline='\n')
     try:
@@ -200,8 +200,8 @@ def open_run(out, o, start, facts):
     whole = [line for line in lines if line.endswith('}\n')]    # a killed run may cut its last line
     kept = [line for line in whole if json.loads(line)['step'] < start]
     log.truncate(len(''.join(kept)))        # JSON is ASCII, so characters are bytes
-    for name in ('ckpt.pt', 'best.pt', 'results.json'):
-        if not start:       # of a run that is overwritten
+    if not start:
+        for name in ('ckpt.pt', 'best.pt', 'results.json'):
             (out / name).unlink(missing_ok=True)
     save(out / 'config.json', json.dumps(dict(facts, options=asdict(o)), indent=1))
     return log
@@ -289,7 +289,7 @@ def validate(model, shards, o, device, autocast):
         return entry
     tables = belongs @ F.one_hot(weights.argmax(2), weights.shape[2]).float()   # (L, modalities, R)
     bits, most = zip(*map(mutual_information, tables))      # each a tuple over layers
-    second = 1 - weights.max(2).values.median(1).values     # what the first leaves, in the median
+    second = 1 - weights.max(2).values.median(1).values     # median omega of the second (if K = 2)
     dead = (weights.sum(1) == 0).nonzero().tolist()         # named 2.3: layer from 1, expert from 0
     return dict(entry, bits=bits, bits_max=most[0], second=second.tolist(),
                 dead=[f'{layer + 1}.{expert}' for layer, expert in dead])
@@ -416,8 +416,8 @@ def log_step(run, validating, entry):
         found = validate(run.model, run.shards, run.o, run.device, run.autocast)
         text = f'validation: L_self {found["val_l_self"]:.3f}'
         if run.o.experts:
-            bits = ' '.join(f'{bits:.2f}' for bits in (*found['bits'], found['bits_max']))
-            text += f'; bits by layer, and at most: {bits}; dead experts: {len(found["dead"])}'
+            bits = ' '.join(f'{value:.2f}' for value in found['bits'])
+            text += f'; bits: {bits} of {found["bits_max"]:.2f}; dead experts: {len(found["dead"])}'
         tqdm.write(text)
         entry = dict(entry, **found)
     write_line(run.log, entry)
@@ -448,9 +448,9 @@ def train(run):
         done = step + 1
         validating = done in (1, plan.steps) or done % val_every == 0
         logging = validating or done % o.log_every == 0
-        # What follows waits for the device, so on CUDA it is done about every tenth micro-batch.
-        waiting = logging or done % max(1, 10 // o.accumulate) == 0
-        if run.device.type == 'cuda' and not waiting:
+        # What follows reads numbers from the device, and so waits for it: on CUDA now and then.
+        reading = logging or done % max(1, 10 // o.accumulate) == 0     # every tenth micro-batch
+        if run.device.type == 'cuda' and not reading:
             continue
         if logging:
             shown = dict(zip(factors, losses.tolist()))
@@ -497,6 +497,7 @@ def main():
     if done < steps:
         print(f'{o.out}: stopped after {done} of {steps} steps; go on with --resume')
         sys.exit(128 + (run.signals or [signal.SIGTERM])[0])    # or another rank had the signal
+    catch_signals(False)        # all is saved
     print(f'{o.out}: all {steps} steps; ckpt.pt is the network, *.png are its pictures')
     run_program('pictures', o.out)
 

@@ -23,7 +23,7 @@ def upsample(inputs, outputs, factor=2):
     return nn.ConvTranspose2d(inputs, outputs, factor, factor, bias=False)
 
 def skip_path(inputs, outputs, factor, doublings):
-    """From the token grid to a skip's resolution: once `factor` times, then by doublings."""
+    """Enlarge the token grid by `factor` in one step, then double it `doublings` times."""
     steps = [upsample(inputs, outputs, factor)]
     for _ in range(doublings):
         steps += [upsample(outputs, outputs), ResidualBlock(outputs, outputs)]

@@ -150,12 +150,13 @@ def test_the_program_of_the_phantoms_ends_with_the_demo(tmp_path, stage, number)
     assert len(list(tmp_path.glob('data/phantoms-64/phantom-*/meta.json'))) < 10
 
 @pytest.mark.slow
-def test_the_program_of_the_pictures_ends_with_the_training(sources, tmp_path):
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
+def test_the_program_of_the_pictures_ends_with_the_training(sources, tmp_path, number):
     process = runs.start('pretrain', *runs.pretrain_words(sources.folder, tmp_path))
     runs.wait_for(lambda: processes.children(process.pid), process)
     started = processes.descendants(process.pid)
-    process.kill()
-    runs.finish(process)
+    process.send_signal(number)
+    assert runs.finish(process).code == -number
     processes.await_end(started)
     assert (tmp_path / 'ckpt.pt').exists() and not list(tmp_path.glob('*.png'))
 

@@ -149,6 +149,27 @@ def test_the_checksum_of_a_finetuning_is_of_the_checkpoint_it_loaded(
     expected = hashlib.sha256(pretrained.read_bytes()).hexdigest()
     assert runs.results(tmp_path / 'out')['sha256'] == expected
 
+SCORING_FOREVER = """
+import finetune, time
+def score_test(run):
+    (run.out / 'scoring').touch()
+    time.sleep(600)
+finetune.score_test = score_test
+"""
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_test_images_are_scored_ends_it_and_resume_scores_them(
+        labelled, pretrained, tmp_path, number):
+    words = runs.finetune_words(labelled / 'tell', tmp_path, init=pretrained, epochs=1)
+    process = runs.start('finetune', *words, before=SCORING_FOREVER)
+    runs.wait_for(tmp_path / 'scoring', process)
+    process.send_signal(number)
+    assert runs.finish(process).code == -number
+    assert not (tmp_path / 'results.json').exists()
+    assert runs.program('finetune', *words, '--resume').code == 0
+    assert (tmp_path / 'results.json').exists()
+
 # --- Two trainings in one folder ------------------------------------------------------------------
 
 @pytest.mark.parametrize('options', [dict(), dict(overwrite=True), dict(resume=True)], ids=str)

@@ -171,7 +171,7 @@ def step_if_finite(optimizer, lr, parameters, clip, finite=True):
 def end_if_diverged(out, in_a_row):
     """End the program after MAX_SKIPPED steps in a row that were not finite."""
     if in_a_row >= MAX_SKIPPED:
-        raise SystemExit(f'{out}: {MAX_SKIPPED} steps in a row not finite; check images, lower --lr')
+        raise SystemExit(f'{out}: {MAX_SKIPPED} steps in a row not finite; check images and --lr')
 
 def catch_signals(caught=True):
     """Have SIGTERM and SIGINT (Ctrl-C) only add their numbers to the list returned, or end us."""

@@ -70,13 +70,13 @@ def test_a_classification_is_told_by_its_score_and_nothing_counts_as_zero(tmp_pa
 
 @pytest.mark.parametrize('changes, column, values', [
     (dict(lr=9), 'lr', ['0.1', '9']),
-    (dict(depth=12), 'depth', ['12', '4']),
+    (dict(depth=12), 'depth', ['4', '12']),
     (dict(options=dict(tune_blocks=0)), 'tune_blocks', ['-1', '0']),
     (dict(options=dict(fraction=0.5)), 'fraction', ['0.5', '1.0']),
     (dict(options=dict(pool='mean')), 'pool', ['cls', 'mean']),
 ])
 def test_what_else_differs_has_rows_of_its_own_and_is_shown(tmp_path, changes, column, values):
-    """What all runs share, and is not always shown, has no column."""
+    """Numbers rise from row to row. What all runs share, and is not always shown, has no column."""
     write_tuned(tmp_path / '0', 0.8)
     write_tuned(tmp_path / '1', 0.9, **changes)
     rows = tables(runs.program('report', *tmp_path.iterdir()).out)

@@ -57,6 +57,13 @@ def pretrained(folder):
     settings['network'] = network_name(options['experts'], options['align'])
     return settings, last['val_l_self']
 
+def by_number(cell):
+    """What the cells of a column are sorted by: numbers by their value, before words."""
+    try:
+        return 0, float(cell), ''
+    except ValueError:
+        return 1, 0.0, cell
+
 def print_table(runs):
     """Print a table of runs, pairs of settings and a score."""
     first, _ = runs[0]
@@ -70,7 +77,8 @@ def print_table(runs):
         rows.setdefault(row, []).append(score)
     print(f'| {" | ".join(names)} | mean ± deviation | seeds |')
     print('|' + '---|' * (len(names) + 2))
-    for row, scores in sorted(rows.items()):
+    for row in sorted(rows, key=lambda row: [by_number(cell) for cell in row]):
+        scores = rows[row]
         mean = f'{np.mean(scores):.3f}'
         if len(scores) > 1:
             mean += f' ± {np.std(scores, ddof=1):.3f}'

@@ -9,11 +9,11 @@ r"""Prepare images for pretraining (paper, C.1.1) and labelled tasks for fine-tu
 RAW/<name>/** holds a data set of Table 2 as it was unpacked, RAW/<Modality>/<source>/** any other:
 pictures, NIfTI, DICOM series, .npy, .npz of MedMNIST, and videos (for pretraining only). The folder
 OUT/<source>/ appears when complete: 00000.npy ... (uint8 (n, S, S, c), c = 1 for grey or 3),
-meta.json, dropped.csv (why). A task has images in pairs with masks, in class folders or in a table.
+meta.json, dropped.csv (what is left out, and why). A task has masks, class folders or a table.
 
-Rules on names are regular expressions, searched in the path below RAW; upper and lower case are the
-same. An image and its mask are a pair if the groups ( ) of both rules find the same text: above,
-a/12 of a/12_truth.png. Rules without ( ) never pair. A later mask lies over an earlier one.
+Rules are regular expressions, searched in paths below the folder of a source or task; upper and
+lower case are the same. An image and its mask are a pair if the groups ( ) of both rules find the
+same text: above, a/12 of a/12_truth.png. Without ( ) none pair. Later masks lie over earlier ones.
 """
 import argparse
 import contextlib
@@ -45,7 +45,7 @@ MODALITIES = tuple('CT PET MR X-ray Ultrasound Fundus OCT Pathology Endoscope Ph
 Window = namedtuple('Window', 'limits percentiles foreground words')
 WINDOWS = {
     **dict.fromkeys((*MODALITIES, ''), Window(None, (0, 100), 0, 'minimum..maximum')),
-    'CT': Window((-200, 400), None, 0.05, 'HU (+ 32768) in [-200, 400]; other unsigned, min..max'),
+    'CT': Window((-200, 400), None, 0.05, 'HU [-200, 400], also + 32768; other unsigned min..max'),
     'MR': Window(None, (1, 99), 0.05, '1st..99th percentile'),
     # The paper's z-score of PET cancels in the scaling to 0..255 that follows it.
     'PET': Window(None, (1, 99), 0.01, '1st..99th percentile; SUV in [0, 20] if its path has suv'),
@@ -54,15 +54,15 @@ PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.
 VIDEOS = ('.avi', '.mp4')
 VOLUMES = ('.nii.gz', '.nii', '.img')  # of NIfTI and Analyze
 IMAGES = (*PICTURES, *VIDEOS, *VOLUMES, '.npy', '.npz')
-OTHERS = ('.webp', '.jp2', '.jfif', '.heic', '.avif', '.tga', '.svs', '.mha', '.mhd', '.nrrd')
+UNREAD = ('.webp', '.jp2', '.jfif', '.heic', '.avif', '.tga', '.svs', '.mha', '.mhd', '.nrrd')
 ENDING = re.compile(f'({"|".join(map(re.escape, IMAGES))})$', re.IGNORECASE)
-ZEROS = re.compile(r'(?<![^/])0+(?=\d+$)')  # those before a whole number
+ZEROS = re.compile(r'(?<![^/])0+(?=\d+$)')  # leading zeros of 007 and a/007, but not of a/x007
 REASONS = ('corrupt', 'small', 'blank', 'duplicate', 'held out', 'other')  # why it is dropped
-SHARD = 256 << 20  # bytes of a full shard
+SHARD, HEADER = 256 << 20, 128  # bytes of a full shard, and of the header of .npy
 Image.MAX_IMAGE_PIXELS = 100_000_000  # a small file can claim any number; Pillow allows the double
 
 def search(rule, name):
-    """The match of a rule in a path, or None; upper and lower case are the same to it."""
+    """The match of a rule in a path, or None, as of an empty rule; case does not count."""
     return re.search(rule, name, re.IGNORECASE | re.DOTALL) if rule else None
 
 def by_groups(names, rule):
@@ -77,17 +77,17 @@ def has_ending(path, endings):
     return path.name.lower().endswith(endings)
 
 def is_image(home, name):
-    """Whether a path below `home` names images: by its ending, if not hidden, or as a series."""
+    """Whether a path below `home` is an image: a DICOM folder, or a known ending, not hidden."""
     path, hidden = home / name, '/.' in f'/{name}'
     return path.is_dir() or path.is_file() and has_ending(path, IMAGES) and not hidden
 
 def is_dicom(path):
     """Whether a file belongs to a DICOM series, by its name or by its mark."""
-    if has_ending(path, ('.dcm', 'dicomdir', *IMAGES)) or not path.is_file():  # pipes never end
-        return has_ending(path, '.dcm') and path.is_file()  # a DICOMDIR has the mark and no image
+    if not path.is_file() or has_ending(path, ('dicomdir', *IMAGES)):  # to read a pipe never ends
+        return False  # a DICOMDIR has the mark and no image
     with contextlib.suppress(OSError), open(path, 'rb') as file:
-        return file.read(132)[128:] == b'DICM'
-    return False
+        return has_ending(path, '.dcm') or file.read(132)[128:] == b'DICM'
+    return has_ending(path, '.dcm')
 
 def list_names(home):
     """Sorted paths of all files below a folder, relative to it; a DICOM series is its folder."""
@@ -109,7 +109,7 @@ def series(folder, new):
     """NIfTI files of the MR, CT and PET images of a DICOM folder, written to the folder `new`."""
     run = subprocess.run(['dcm2niix', '-d', '0', '-z', 'n', '-o', new, folder],
                          capture_output=True, text=True, errors='replace')
-    # It may end with an error although it wrote all volumes. Copies of corrected slices lack JSON.
+    # By JSON, which its tilt-corrected second copies lack. It may fail although it wrote all.
     found = [path.with_suffix('.nii') for path in sorted(Path(new).glob('*.json'))
              if re.search('"Modality": "(MR|CT|PT)"', path.read_text(errors='replace'))]
     if not found:
@@ -132,16 +132,16 @@ def read(path, draft=0, grid=None):
 def read_array(path):
     """The array of an .npy file, (n, H, W) or (n, H, W, 3)."""
     array = np.load(path, mmap_mode='r')
-    first_three = array.ndim == 3 and array.shape[0] == 3 and array.shape[2] > 3
-    if first_three or array.shape[2:] == (4,):
-        raise ValueError(f'{array.shape} may be colours, (H, W, 3), or slices, (n, H, W, 1)')
-    if array.shape[3:] == (1,):
-        array = array[..., 0]
-    if array.shape[2:] in ((), (3,)):  # one image
-        array = array[None]
-    if array.ndim != 3 and array.shape[3:] != (3,):
-        raise ValueError(f'{array.shape} is none of (H, W), (H, W, 3), (n, H, W), (n, H, W, 3)')
-    return array
+    shape, ndim = array.shape, array.ndim
+    if ndim == 3 and (shape[2] == 4 or shape[0] == 3 and shape[2] > 3):
+        raise ValueError(f'{shape} may be colours, (H, W, 3), or slices, (n, H, W, 1)')
+    if ndim == 4 and shape[3] == 1:
+        return array[..., 0]
+    if ndim == 2 or ndim == 3 and shape[2] == 3:  # one image
+        return array[None]
+    if ndim == 3 or ndim == 4 and shape[3] == 3:
+        return array
+    raise ValueError(f'{shape} is none of (H, W), (H, W, 3), (n, H, W), (n, H, W, 3)')
 
 def read_volume(path, grid):
     """`read` of NIfTI and Analyze: a volume for each time point."""
@@ -152,7 +152,7 @@ def read_volume(path, grid):
     if not np.isfinite(image.affine).all():  # no comparison with NaN would fail
         raise ValueError('its affine is not finite')
     kind, scaled = image.get_data_dtype(), (image.dataobj.slope, image.dataobj.inter) != (1, 0)
-    # get_fdata() would scale in float64. 8 bits would be taken for those of a picture.
+    # get_fdata() would scale in float64; uint8 would pass to_uint8 untouched, as a picture's.
     dtype = np.float32 if scaled else np.uint16 if kind == np.uint8 else None
     image, affine = (image, image.affine) if grid is None else (on_grid(image, grid), grid.affine)
     voxels = np.asarray(image.dataobj, dtype)
@@ -162,13 +162,14 @@ def read_volume(path, grid):
 
 def on_grid(mask, image):
     """A NIfTI mask on its image's grid, within half a voxel; its axes may be in another order."""
-    shape, size = (*image.shape, 1, 1)[:4], nib.affines.voxel_sizes(image.affine).min()
-    turns = [nib.io_orientation(one.affine) for one in (mask, image)]
+    shape = (*image.shape, 1, 1)[:4]  # padded to (x, y, z, time)
+    size = nib.affines.voxel_sizes(image.affine).min()
+    turns = [nib.io_orientation(either.affine) for either in (mask, image)]
     turned = mask.as_reoriented(nib.orientations.ornt_transform(*turns)) if mask.ndim > 2 else mask
-    for one in (mask, turned):
-        drift = np.abs(image.affine - one.affine) @ (*shape[:3], 1)  # at most, of any corner, mm
-        if (*one.shape, 1, 1)[:4] == shape and drift.max() <= size / 2:
-            return one
+    for candidate in (mask, turned):
+        drift = np.abs(image.affine - candidate.affine) @ (*shape[:3], 1)  # of any corner, <= mm
+        if (*candidate.shape, 1, 1)[:4] == shape and drift.max() <= size / 2:
+            return candidate
     raise ValueError(f'their grids differ: {image.shape} and {mask.shape}, or their affines')
 
 def read_pages(path, draft):
@@ -178,10 +179,10 @@ def read_pages(path, draft):
     with open(path, 'rb') as file, Image.open(file) as image:
         for page in [image] if image.format == 'MPO' else ImageSequence.Iterator(image):
             deep = page.mode[0] in 'IF'  # I;16, I and F; all other modes of Pillow have 8 bits
-            tags = getattr(page, 'tag_v2', {})  # of TIFF, whose numbers Pillow may misread
-            kind, bits = tags.get(339, (1,))[0], tags.get(258, (1,))[0]  # 1 unsigned, 2 signed
-            white_is_zero, cut_off = tags.get(262) == 0, ';16' in str(page.tile)
-            if (kind, bits) in ((2, 8), (1, 32)) or (white_is_zero if deep else cut_off):
+            tags = getattr(page, 'tag_v2', {})  # TIFF: 339 kind of number, 258 bits, 262 colours
+            int8_uint32 = (tags.get(339, (1,))[0], tags.get(258, (1,))[0]) in ((2, 8), (1, 32))
+            white_is_zero, cut_off = tags.get(262) == 0, ';16' in str(page.tile)  # to 8 bits
+            if int8_uint32 or deep and white_is_zero or not deep and cut_off:  # Pillow misreads
                 raise ValueError('its type of numbers is not read; save 8 bits, or grey 16')
             page.draft(None, (draft, draft) if draft else None)  # fast at 1/2, 1/4 or 1/8 of JPEG
             page = ImageOps.exif_transpose(page)
@@ -189,39 +190,42 @@ def read_pages(path, draft):
                 page = page.convert('L' if page.mode in ('1', 'L', 'LA') else 'RGB')
             dtype = np.uint16 if deep and image.format == 'PPM' else None  # Pillow has 32 bits
             pages.append(np.asarray(page, dtype)[None])
-    return [np.concatenate(pages)] if deep and len({page.shape for page in pages}) == 1 else pages
+    alike = len({(page.shape, page.dtype) for page in pages}) == 1
+    return [np.concatenate(pages)] if alike and pages[0].dtype != np.uint8 else pages
 
 def cut(volume, affine):
-    """Array (x, y, z[, time ...]) as a view (time, n, H, W) of upright slices. They lie across the
-    coarsest spacing (axial, if that is within 1% of it), anterior or superior up."""
+    """View (time, n, H, W) of an array (x, y, z[, time ...]): upright slices, cut across the axis
+    of the coarsest spacing (z, if within 1% of it); anterior or superior is up."""
     turn = nib.io_orientation(affine)  # to x right, y anterior, z superior
-    volume = nib.apply_orientation(volume.reshape(*(*volume.shape, 1)[:3], -1), turn)
+    volume = volume.reshape(*(*volume.shape, 1)[:3], -1)  # (x, y, z, time), 1 where one lacks
+    volume = nib.apply_orientation(volume, turn)
     spacing = nib.affines.voxel_sizes(affine)[turn[:, 0].argsort()]
-    spacing[np.array(volume.shape[:3]) == 1] = np.inf
+    spacing[np.array(volume.shape[:3]) == 1] = np.inf  # a single slice is not cut
     axis = 2 if spacing[2] >= 0.99 * spacing.max() else spacing.argmax()
-    return np.moveaxis(volume, (3, axis), (0, 1)).swapaxes(2, 3)[:, :, ::-1, ::-1]
+    slices = np.moveaxis(volume, (3, axis), (0, 1))  # (time, n, W, H)
+    return slices.swapaxes(2, 3)[:, :, ::-1, ::-1]  # the patient's right, or front, on the left
 
 def to_uint8(volume, modality):
     """Yield the slices of an array (n, H, W[, 3]) as uint8, by one window (C.1.1) of WINDOWS."""
     if volume.dtype == np.uint8:
         yield from volume
         return
-    limits, percentiles, _, _ = WINDOWS.get(modality, WINDOWS[''])
+    limits, percentiles, _, _ = WINDOWS[modality]
     if modality == 'CT' and volume.dtype.kind == 'u':  # no HU
         shifted = 31000 < np.median(volume[volume > 0]) < 36000  # HU + 32768, as in DeepLesion
         limits, percentiles = (32568, 33168) if shifted else None, (0, 100)
     if not limits:
-        sample = volume.flat[::volume.size // 1_000_000 | 1]  # odd: 2^k would see a few columns
+        sample = volume.flat[::(volume.size // 1_000_000 | 1)]  # an even step sees few columns
         sample = sample[np.isfinite(sample)] + 0  # + 0 makes a number of bool
         limits = np.percentile(sample, percentiles) if sample.size else (0, 0)
     low, high = map(np.float32, limits)
-    scale = 255 / (high - low or np.inf)
+    scale = 255 / (high - low or np.inf)  # a constant becomes 0
     for image in volume:  # NaN and infinity count as the lowest
         image = np.where(np.isfinite(image), image, low) if image.dtype.kind == 'f' else image
         yield np.uint8((image.clip(low, high) - low) * scale + 0.5)
 
 def resize(image, size):
-    """All of uint8 (H, W) or (H, W, 3), low-passed, as (S, S, c); three equal channels are one."""
+    """The whole image, uint8 (H, W[, 3]), low-passed, as (S, S, c); equal channels become one."""
     if image.shape[:2] != (size, size):
         image = Image.fromarray(image).resize((size, size), Image.BICUBIC, reducing_gap=3.0)
     pixels = np.ascontiguousarray(image).reshape(size, size, -1)
@@ -239,15 +243,15 @@ def decode_video(path, size):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         while len(frame := process.stdout.read(size * size * 3)) == size * size * 3:
             yield np.frombuffer(frame, np.uint8).reshape(1, size, size, 3)
-    frames = subprocess.run(probe, capture_output=True, text=True).stdout.split() or ['N/A']
-    if process.returncode or frames[0].isdigit() and int(frames[0]) > int(frames[1]):
+    stated, found = subprocess.run(probe, capture_output=True, text=True).stdout.split() or ('', 0)
+    if process.returncode or stated.isdigit() and int(stated) > int(found):  # it is cut off
         raise ValueError('ffmpeg cannot decode it to its end')
 
 # pixels: uint8 (S, S, c), or None with a reason. picture: no slice of a volume, no video's frame.
 Item = namedtuple('Item', 'pixels picture reason detail', defaults=(False, '', ''))
 
 def source_items(path, modality, size, min_side):
-    """In a worker: yield an Item of side `size` px for each image of a file, or one for all."""
+    """In a worker: yield an Item, of `size` px, for each image of a file; one more if corrupt."""
     foreground = WINDOWS[modality].foreground
     film, count = has_ending(path, VIDEOS), 0
     try:
@@ -259,7 +263,7 @@ def source_items(path, modality, size, min_side):
                 count += 1
                 small = min(image.shape[:2]) < min_side and not film
                 bright = np.count_nonzero(image > 5)  # above 0.02 of 255
-                if small or np.ptp(image) < 8 or bright < least * image.size:
+                if small or np.ptp(image) < 8 or bright < least * image.size:  # flat or dark
                     sides = f'{image.shape[1]} x {image.shape[0]} px'
                     yield Item(None, False, 'small' if small else 'blank', sides)
                 else:
@@ -278,7 +282,7 @@ def find_twin(pixels, name, seen):
     grey = Image.fromarray(pixels.squeeze()).convert('L')
     grid = np.int16(grey.resize((9, 8), Image.BOX))  # means of areas, (8, 9)
     bits = int.from_bytes(np.packbits(grid[:, :-1] < grid[:, 1:]).tobytes())
-    for key in [bits, *(bits ^ 1 << bit for bit in range(64))]:
+    for key in [bits, *(bits ^ (1 << bit) for bit in range(64))]:
         for twin, other in seen.get(key, ()):
             if np.abs(grid - other).mean() < 3:
                 return twin
@@ -308,18 +312,18 @@ def spilled_items(path):
 
 def in_order(pool, workers, folder, work, calls, title):
     """Yield for each call (path, ...) the file of work(path, ...); two a worker are under way."""
-    jobs = deque()
+    jobs, waiting = deque(), deque(calls)
     for done in tqdm(range(len(calls)), title, unit='file'):
         try:
-            for call in calls[done + len(jobs):done + 2 * workers]:
-                jobs.append(pool.submit(spill, folder, work, *call))
+            while waiting and len(jobs) < 2 * workers:
+                jobs.append(pool.submit(spill, folder, work, *waiting.popleft()))
             yield jobs.popleft().result()
         except BrokenProcessPool:
             sys.exit(f'a worker was killed at {calls[done][0]} or soon after: fewer --workers?')
 
 @contextlib.contextmanager
-def whole(folder, pool):
-    """Yield FOLDER.part to write in. It becomes FOLDER, or goes away if the program is stopped."""
+def appearing(folder, pool):
+    """Yield FOLDER.part, locked, to write in. It becomes FOLDER, or goes away on any error."""
     part = Path(f'{folder}.part')
     part.mkdir(parents=True, exist_ok=True)
     with open(part / 'lock', 'w') as lock:
@@ -359,12 +363,12 @@ def prepare_source(row, home, folder, o, pool):
         print(f'{home}: no image that can be read matches {images}; it is left out')
         return None
     _, _, least, words = WINDOWS[row.modality]
-    with whole(folder, pool) as part:
+    with appearing(folder, pool) as part:
         kept, dropped = write_source(row, home, names, wanted, part, o, pool)
         meta = {'source': folder.name, 'modality': row.modality, 'count': kept, 'size': o.size,
                 'normalization': f'8 bits as they are; others by one window a file: {words}',
                 'foreground': f'slices: {least} of the pixels above 0.02' if least else 'any',
-                'files': len(names), 'read': kept + sum(dropped.values()), 'dropped': dropped}
+                'files': len(names), 'dropped': dropped}
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
     return meta
 
@@ -374,12 +378,13 @@ def write_source(row, home, names, wanted, part, o, pool):
     for name in wanted:
         suv = row.modality == 'PET' and search('suv', f'{home.name}/{name}')
         calls.append((home / name, 'SUV' if suv else row.modality, o.size, o.min_side))
-    kept, dropped = 0, dict.fromkeys(REASONS, 0) | {'other': len(names) - len(wanted)}
-    shards, filling, seen = 0, {}, {}
+    others = sorted({*names} - {*wanted})
+    kept, dropped = 0, dict.fromkeys(REASONS, 0) | {'other': len(others)}
+    shards, filling, seen = 0, {}, {}  # how many; {shape: the open one}; pictures for find_twin
     with open(part / 'dropped.csv', 'w', encoding='utf-8', errors='surrogateescape') as file:
         log = csv.writer(file, lineterminator='\n')
         log.writerow(('path', 'slice', 'reason', 'detail'))
-        for name in sorted({*names} - {*wanted}):
+        for name in others:
             log.writerow((name, 0, 'other', 'no image by its name, or no regular file'))
         results = in_order(pool, o.workers, part, source_items, calls, part.stem)
         for name, result in zip(wanted, results):
@@ -394,7 +399,7 @@ def write_source(row, home, names, wanted, part, o, pool):
                 shape = item.pixels.shape
                 if shape not in filling:
                     filling[shape] = open(part / f'{shards:05d}.npy', 'wb')
-                    filling[shape].seek(128)  # after the header, which `finish_shard` writes
+                    filling[shape].seek(HEADER)  # which `finish_shard` writes
                     shards += 1
                 filling[shape].write(item.pixels)
                 kept += 1
@@ -407,28 +412,29 @@ def write_source(row, home, names, wanted, part, o, pool):
 
 def finish_shard(file, shape):
     """Write the header of .npy before the images of this shape in a file, and close it."""
-    count = (file.tell() - 128) // np.prod(shape).item()
+    count = (file.tell() - HEADER) // np.prod(shape).item()
     file.seek(0)
     header = dict(descr='|u1', fortran_order=False, shape=(count, *shape))
     np.lib.format.write_array_header_1_0(file, header)
     file.close()
 
 def home_of(row, raw):
-    """The folder of a row below RAW, or None; several may come in one download, as RAW/AutoPET."""
-    return max((path for path in raw.glob('*/') if f'{row.name}-'.startswith(f'{path.name}-')),
-               default=None)
+    """The folder of a row below RAW, or None: RAW/AutoPET-CT, else RAW/AutoPET of several rows."""
+    parts = row.name.split('-')
+    homes = [raw / '-'.join(parts[:count]) for count in range(len(parts), 0, -1)]
+    return next((home for home in homes if home.is_dir()), None)
 
 def modality_of(name):
     """The modality that a folder or option names, as Xray and x_ray name X-ray, or None."""
     letters = re.sub('[^a-z]', '', name.lower())
-    return {name.lower().replace('-', ''): name for name in (*MODALITIES, 'SUV')}.get(letters)
+    return {known.lower().replace('-', ''): known for known in (*MODALITIES, 'SUV')}.get(letters)
 
 def find_sources(raw, o):
     """{name: (row, folder below RAW)} of the sources: rows of Table 2, then RAW/<Modality>/*."""
     found = [(row, home_of(row, raw)) for row in SOURCES if home_of(row, raw)]
     below = [path for path in sorted(raw.glob('*/*'))
              if modality_of(path.parent.name) in MODALITIES]
-    found += [(Source(path.name, modality_of(path.parent.name), *4 * ['']), path)
+    found += [(Source(path.name, modality_of(path.parent.name)), path)
               for path in below if path.is_dir()]
     used = {folder for _, home in found for folder in (home, home.parent)}
     if others := {*raw.glob('*'), *below} - used:
@@ -446,44 +452,50 @@ def find_sources(raw, o):
 
 def prepare_sources(raw, out, o, pool):
     """Prepare every source below RAW, and print the account of their files."""
-    rows = [('modality', 'source', 'files', 'read', 'kept', *REASONS)]
+    rows = [('modality', 'source', 'files', 'found', 'kept', *REASONS)]
     sources = find_sources(raw, o)
     for name, (row, home) in sources.items():
         if meta := prepare_source(row, home, out / name, o, pool):
-            meta = dict.fromkeys(REASONS, 0) | meta | meta['dropped'] | {'kept': meta['count']}
-            rows.append([meta[column] for column in rows[0]])
+            kept, dropped = meta['count'], [meta['dropped'].get(reason, 0) for reason in REASONS]
+            counts = meta['files'], kept + sum(dropped), kept, *dropped
+            rows.append((meta['modality'], meta['source'], *counts))
     for modality, source, *counts in rows:
         print(f'{modality:<11}{source:<30}' + ''.join(f'{count:>10}' for count in counts))
     if left_out := [name for name in sources if not (out / name).exists()]:
         sys.exit(f'left out, as told above: {", ".join(left_out)}')
-    print(f'{len(rows) - 1} sources, every file accounted for: read = kept + dropped')
+    print(f'{len(rows) - 1} sources; what each left out, and why, is in its dropped.csv')
 
 # --- labelled tasks: which images, with which answers ---
-# masks: for each rule of masks, the paths of an image's below RAW. label: its class, or ''.
+# masks: a list for each rule of --masks, of the paths of this image's masks. label: its class.
 Sample = namedtuple('Sample', 'masks label patient', defaults=((), '', ''))
-# By default masks/ lies beside images/, or nnU-Net's labelsTr/ beside imagesTr/.
+# By default masks/ beside images/, or nnU-Net's labelsTr/ beside imagesTr/; both rules find what
+# lies before it, and the rest (as Tr/a) without _0000 and ending.
 MASKS = r'(.*)(?:masks/|labels(?=T[rs]/))(.*?)(?:_0000)?(?:\.nii)?\.\w+$'
 IMAGES_BESIDE = r'(.*)images(?:/|(?=T[rs]/))(.*?)(?:_0000)?(?:\.nii)?\.\w+$'
+SPLITS = {  # each split, and the rule of its official folders: Training Set, 01_train, imagesTr
+    part: rf'(^|/)(\d+[ _-]?)?({words})([ _-]?(set|data|dataset|images?|imgs))?[ _-]?\d*/'
+    for part, words in dict(train='train(ing)?|(images|labels)Tr', val='val(id(ation)?)?',
+                            test='test(ing)?|(images|labels)Ts').items()}
 NOT_READ = 'not read: COCO, LabelMe, run lengths (draw PNG masks), YOLO (use tests.lab.convert)'
 
 def find_samples(raw, o, account):
-    """{path of an image below RAW: its Sample}: by a table, by pairs or by class folders."""
+    """{path of an image below RAW: its Sample, with its patient}: by a table, pairs or folders.
+    Adds to `account`: (what, how many, those left over, whether these stop the preparation)."""
     names = [name for name in list_names(raw)
              if '/.' not in f'/{name}' and not search(o.skip, name)]
-    rules = [] if o.labels else o.masks or [MASKS]
-    layers = {rule: by_groups(names, rule) for rule in rules}
-    partners = {name for layer in layers.values() for found in layer.values() for name in found}
-    pairs = partners or o.masks or o.outline or o.objects or o.values and not o.labels
+    masks = {rule: by_groups(names, rule) for rule in (() if o.labels else o.masks or [MASKS])}
+    partners = {name for found in masks.values() for same in found.values() for name in same}
+    pairs = not o.labels and (partners or o.masks or o.outline or o.objects or o.values)
     rule = o.images or (IMAGES_BESIDE if pairs else '.')
     wanted = [name for name in names if name not in partners and search(rule, name)]
     images = [name for name in wanted if is_image(raw, name)]
     if o.labels:
         samples = read_table(raw, images, account, *o.labels)
     elif pairs:
-        samples = find_pairs(raw, rule, by_groups(images, rule), layers, account, o.objects)
+        samples = find_pairs(raw, rule, by_groups(images, rule), masks, account, o.objects)
     else:
         samples = by_folders(images, o.level)
-    unread = [name for name in wanted if has_ending(raw / name, OTHERS)]  # formats unknown here
+    unread = [name for name in wanted if has_ending(raw / name, UNREAD)]
     alone = [name for name in images if name not in samples]
     account.append((f'images {rule}', len(images + unread), unread + alone, bool(unread)))
     if not samples:
@@ -493,35 +505,35 @@ def find_samples(raw, o, account):
         strangers = [name for name in samples if not search(o.patient, name)]
         account.append((f'--patient {o.patient}', len(samples), strangers, True))
     for name, sample in samples.items():
-        match = search(o.patient, name)
-        patient = match and match[min(match.re.groups, 1)] or sample.patient or name
+        match = search(o.patient, name)  # its first group, or without groups all of it
+        patient = match and (match.groups() or match)[0] or sample.patient or name
         samples[name] = sample._replace(patient=patient)
     return samples
 
-def settle(raw, account, partial):
-    """Print the account [(what, how many, those left over, if that harms)]; stop if some harm."""
+def print_account(raw, account, partial):
+    """Print what each rule, table and list of `account` used and left over; some leftovers stop."""
     for what, n, left, _ in account:
         print(f'{what}: {n} = {n - len(left)} used + {len(left)} left out  {", ".join(left[:3])}')
-    harm = [f'{what}: {len(left)} of {had} find no partner, as {", ".join(left[:3])}'
-            for what, had, left, harmful in account if left and harmful]
+    harm = [f'{what}: {len(left)} of {n} are left over, as {", ".join(left[:3])}'
+            for what, n, left, harmful in account if left and harmful]
     if harm and not partial:
         sys.exit(f'{raw}: {"; ".join(harm)}; mend this, --skip them, or allow it by --partial')
 
-def find_pairs(raw, rule, images, layers, account, objects):
-    """Samples of images {what their groups find: paths} and of masks {rule: the same of these}."""
+def find_pairs(raw, rule, images, masks, account, objects):
+    """Samples of `images` {groups: paths} and `masks` {rule of masks: {groups: paths}}."""
     samples = {}
-    for other, layer in layers.items():
-        left = [name for key in layer if key not in images for name in layer[key]]
-        account.append((f'files {other}', sum(map(len, layer.values())), left, True))
-    for key, found in images.items():
-        masks = [layer.get(key, []) for layer in layers.values()]
-        if len(found) > 1 or max(map(len, masks)) > 1 and not objects:
-            names = ', '.join([*found[:2], *sum(masks, [])][:3])
-            sys.exit(f'{raw}: {names} cannot be a pair, as all have the groups {key}; mend the '
+    for mask_rule, found in masks.items():
+        left = [name for groups in found if groups not in images for name in found[groups]]
+        account.append((f'files {mask_rule}', sum(map(len, found.values())), left, True))
+    for groups, same in images.items():
+        partners = [found.get(groups, []) for found in masks.values()]
+        if len(same) > 1 or max(map(len, partners)) > 1 and not objects:
+            names = ', '.join([*same[:2], *sum(partners, [])][:3])
+            sys.exit(f'{raw}: {names} cannot be a pair, as all have the groups {groups}; mend the '
                      'rules --images and --masks, or unite masks of single objects by --objects')
-        if any(masks):
-            samples[found[0]] = Sample(masks)
-    rules = {rule: images, **layers}
+        if any(partners):
+            samples[same[0]] = Sample(partners)
+    rules = {rule: images, **masks}
     if not samples or not all(rules.values()):
         firsts = [f'{rule} finds {next(iter(rules[rule]), "no file")}' for rule in rules]
         sys.exit(f'{raw}: images have no masks, since each rule needs groups ( ), the same number '
@@ -529,16 +541,17 @@ def find_pairs(raw, rule, images, layers, account, objects):
     return samples
 
 def by_folders(names, level):
-    """Samples by folders: level 1 is that of an image, 2 the one above, without those of splits."""
+    """Samples whose class is their folder (level 1) or the one above (2), of no split's name."""
     near, above = {}, {}  # {name: folder}
     for name in names:
         folders = [folder for folder in reversed(Path(name).parent.parts)
-                   if not any(search(rule, f'{folder}/') for rule in FOLDERS.values())]
+                   if not any(search(rule, f'{folder}/') for rule in SPLITS.values())]
         near[name] = folders[0] if folders else Path(name).parent.name
         above[name] = folders[1] if len(folders) > 1 else ''
     kinds, parted = {*near.values()}, {*zip(near.values(), above.values())}
-    deeper = len(parted) > len(kinds) or 3 * len(kinds) >= len(names)
-    if not level and deeper and len({*above.values()}) > 1:
+    # Unsure: a name lies below several (cat/a, dog/a), or has at most 3 images on average.
+    unsure = len(parted) > len(kinds) or len(names) <= 3 * len(kinds)
+    if not level and unsure and len({*above.values()}) > 1:
         one, two = (dict(Counter(found.values()).most_common(9)) for found in (near, above))
         sys.exit(f'which folders are the classes? --level 1: {one}; --level 2: {two}')
     labels = above if level == 2 else near
@@ -553,8 +566,8 @@ def read_lines(raw, end):
         with contextlib.suppress(UnicodeDecodeError):
             return re.split('\r\n|\r|\n', content.decode(code))  # splitlines() knows other ends
 
-def look_up(paths, names):
-    """{path of a table or list: the names that end so}, by whole folders and without ending. A
+def look_up(what, paths, names, account):
+    """{path of a table or list: the name that ends so, or ''}, by whole folders, without ending. A
     number that lost its leading zeros is found if they make it a single name."""
     tails, found, guessed = {}, {}, []
     for name in names:
@@ -565,19 +578,22 @@ def look_up(paths, names):
     for path in paths:
         tail = ENDING.sub('', path.replace('\\', '/'))
         near = tails.get(ZEROS.sub('', tail), [])
-        found[path] = [name for other, name in near if other == tail]
-        if not found[path] and len(near) == 1:
-            found[path] = [near[0][1]]
+        exact = [name for other, name in near if other == tail]
+        if len(exact) > 1:
+            sys.exit(f'{what}: {path} may be any of {exact[:3]}; give more of its path')
+        if not exact and len(near) == 1:
             guessed.append(f'{path} is {near[0][1]}')
+        found[path] = exact[0] if exact else near[0][1] if len(near) == 1 else ''
     if guessed:
         print(f'{len(guessed)} names are found as whole numbers: {", ".join(guessed[:3])}')
+    account.append((what, len(paths), [path for path in paths if not found[path]], True))
     return found
 
 def read_table(raw, names, account, end, *columns):
     """Samples by the columns of file, class and maybe patient of a CSV whose path ends so."""
     def agreement(mark):  # how many lines it cuts into as many cells as the first
         widths = [len(cells) for cells in csv.reader(lines[:99], delimiter=mark) if cells]
-        return sum(width == widths[0] > 1 for width in widths)
+        return widths.count(widths[0]) if widths and widths[0] > 1 else 0
     lines, samples = read_lines(raw, end), {}
     table = csv.DictReader(lines, delimiter=max(',;\t', key=agreement))
     head = table.fieldnames or []
@@ -587,40 +603,29 @@ def read_table(raw, names, account, end, *columns):
                  f'{", ".join({*columns} - {*head})}; {NOT_READ}')
     print(f'{end}: file, class, patient are its columns {", ".join(columns)}; others are not read')
     rows = [(table.line_num, *((row[column] or '').strip() for column in columns)) for row in table]
-    rows = [row for row in rows if row[1] and row[2]]
-    found = look_up([path for _, path, *_ in rows], names)
+    rows = [(line, path, label, *more) for line, path, label, *more in rows if path and label]
+    found = look_up(f'rows of {end}', [path for _, path, *_ in rows], names, account)
     for line, path, label, *patient in rows:
         if re.fullmatch(r'\d+( \d+){3,}', label):
             sys.exit(f'{end}, line {line}: looks like run lengths; {NOT_READ}')
         sample = Sample((), label, *patient)
-        answers = {samples.setdefault(name, sample) for name in found[path]} | {sample}
-        if len(found[path]) > 1 or len(answers) > 1:
-            several = found[path][:3]
-            sys.exit(f'{end}, line {line}: {path} has another answer above, or is all of {several}')
-    lost = [path for _, path, *_ in rows if not found[path]]
-    account.append((f'rows of {end}', len(rows), lost, True))
+        if found[path] and samples.setdefault(found[path], sample) != sample:
+            sys.exit(f'{end}, line {line}: {path} has another answer above')
     return samples
-
-FOLDERS = {  # of official splits: train, Training Set, test_images, 01_train, TRAIN1, imagesTr
-    part: rf'(^|/)(\d+[ _-]?)?({words})([ _-]?(set|data|dataset|images?|imgs))?[ _-]?\d*/'
-    for part, words in dict(train='train(ing)?|(images|labels)Tr', val='val(id(ation)?)?',
-                            test='test(ing)?|(images|labels)Ts').items()}
 
 def split_samples(samples, raw, o, account):
     """{'train', 'val', 'test': names}. A rule takes what it is found in (also in a mask's path), a
     list (.txt below RAW) what it names; the first decides. Shares divide the other patients."""
-    rules = dict(zip(FOLDERS, o.split or ('50', '20', '30')))
-    given = [part for part in FOLDERS if any(search(FOLDERS[part], name) for name in samples)]
-    if not o.split and 'train' in given and len(given) > 1:  # there must be a test split
-        rules = FOLDERS if 'test' in given else {**FOLDERS, 'train': '70', 'test': '30'}
+    rules = dict(zip(SPLITS, o.split or ('50', '20', '30')))
+    given = [part for part in SPLITS if any(search(SPLITS[part], name) for name in samples)]
+    official = not o.split and 'train' in given and len(given) > 1
+    if official:  # without tests among them, these are drawn
+        rules = SPLITS if 'test' in given else {**SPLITS, 'train': '70', 'test': '30'}
     parts = {}
     for part, rule in rules.items():
         if rule.endswith('.txt'):
             lines = [line.strip() for line in read_lines(raw, rule) if line.strip()]
-            found = look_up(lines, samples)
-            chosen = [name for line in lines for name in found[line]]
-            lost = [line for line in lines if not found[line]]
-            account.append((f'lines of {rule}', len(lines), lost, True))
+            chosen = filter(None, look_up(f'lines of {rule}', lines, samples, account).values())
         else:
             chosen = [name for name, sample in samples.items() if not rule.isdigit()
                       and any(search(rule, path) for path in (name, *sum(sample.masks, [])))]
@@ -630,12 +635,10 @@ def split_samples(samples, raw, o, account):
     if others and not sum(shares):
         sys.exit(f'{raw}/{others[0]}: no rule of --split takes it; give shares, or --skip it')
     parts.update(draw_splits(samples, others, shares, o.seed))
-    times = Counter(one for one, _ in {(samples[name].patient, parts[name]) for name in parts})
+    times = Counter(patient for patient, _ in {(samples[one].patient, parts[one]) for one in parts})
     if both := sorted(patient for patient in times if times[patient] > 1):
         print(f'warning: {len(both)} patients in more than one split: {both[:3]}', file=sys.stderr)
-    folders = {match[0].strip('/') for rule in rules.values() for name in samples
-               if not o.split and not rule.isdigit() and (match := search(rule, name))}
-    how = ', '.join(o.split or sorted(folders) or rules.values())
+    how = 'its folders' if official else ', '.join(rules.values())
     splits = {part: sorted(name for name in parts if parts[name] == part) for part in rules}
     counts = ', '.join(f'{part} {len(names)}' for part, names in splits.items())
     print(f'{raw}: {counts} files, split by {how}; {len(others)} of them drawn')
@@ -648,35 +651,34 @@ def draw_splits(samples, names, shares, seed):
         labels.setdefault(samples[name].patient, samples[name].label)
     for label in sorted({*labels.values()}):
         group = [patient for patient in labels if labels[patient] == label]
-        most = len(group) - (shares[0] > 0)
-        test = min(-(-len(group) * shares[2] // sum(shares)), most)
-        val = min(len(group) * shares[1] // sum(shares), most - test)
+        spare = len(group) - (shares[0] > 0)  # training keeps one; test is rounded up, val down
+        test = min((len(group) * shares[2] + sum(shares) - 1) // sum(shares), spare)
+        val = min(len(group) * shares[1] // sum(shares), spare - test)
         drawn = np.split(rng.permutation(group), (test, test + val))
         for part, patients in zip(('test', 'val', 'train'), drawn):
             sides.update(dict.fromkeys(patients.tolist(), part))
     return {name: sides[samples[name].patient] for name in names}
 
-def read_masks(path, file, values):
-    """What `classify` makes of each mask of a file, for the images of another."""
+def read_masks(path, image, values):
+    """Masks uint8 (H, W) of the file `path`, by `classify`, for each image or slice of `image`."""
     if not has_ending(path, IMAGES):
         raise ValueError(NOT_READ)
-    if has_ending(file, VOLUMES) != has_ending(path, VOLUMES):
+    if has_ending(image, VOLUMES) != has_ending(path, VOLUMES):
         raise ValueError('one of them is NIfTI, the other is not')
-    grid = nib.load(file) if has_ending(file, VOLUMES) else None
+    grid = nib.load(image) if has_ending(image, VOLUMES) else None
     masks, lossy = [mask for volume in read(path, grid=grid) for mask in volume], False
-    for picture in [file, path] if has_ending(path, PICTURES) else []:
-        with Image.open(picture) as image:
-            if image.getexif().get(0x0112, 1) not in (0, 1):
-                raise ValueError(f'EXIF turns {picture}; save both without this tag')
-            if picture == file:
-                continue
-            lossy = image.format in ('JPEG', 'MPO') or image.info.get('compression') == 'jpeg'
-            palette = np.reshape(image.getpalette() or [], (-1, 3))  # colours; none: (0, 3)
+    if has_ending(path, PICTURES):
+        with Image.open(path) as picture, Image.open(image) as other:
+            for each in (other, picture):
+                if each.getexif().get(0x0112, 1) not in (0, 1):
+                    raise ValueError(f'EXIF turns {each.filename}; save both without this tag')
+            lossy = picture.format in ('JPEG', 'MPO') or picture.info.get('compression') == 'jpeg'
+            palette = np.reshape(picture.getpalette() or [], (-1, 3))  # colours; none: (0, 3)
             if np.ptp(palette, 1).any() and '#' not in ''.join(values):
-                masks = [np.asarray(image)]  # the numbers of the colours
-            if image.mode in ('LA', 'RGBA'):  # what is transparent shows nothing
+                masks = [np.asarray(picture)]  # the numbers of the colours
+            if picture.mode in ('LA', 'RGBA'):  # what is transparent shows nothing
                 masks[0] = masks[0].copy()
-                masks[0][np.asarray(image)[..., -1] < 128] = 0
+                masks[0][np.asarray(picture)[..., -1] < 128] = 0
     masks = [classify(mask, values, lossy) for mask in masks]
     if {value for mask in masks for value in np.unique(mask).tolist()} - {0} == {255}:
         raise ValueError('255 is its only foreground: give --values 0 1+255 if it is a class, or '
@@ -684,10 +686,10 @@ def read_masks(path, file, values):
     return masks
 
 def classify(mask, values, lossy=False):
-    """Mask (H, W[, 3]) -> uint8 (H, W), the places of its pixels in `values`, with + and *. 255 is
-    not scored and stays, unless named. In a lossy file the nearest value counts; * is white."""
+    """Mask (H, W[, 3]) -> uint8 (H, W): places in `values`, where 1+2 is either and * all others.
+    An unnamed 255 stays and is not scored. In a lossy file the nearest counts, and * is white."""
     colours = '#' in ''.join(values)
-    grey = 0x010101 if colours else 1
+    grey = 0x010101 if colours else 1  # then 7 is #070707
     table, rest = {}, None  # {value: its place in `values`}; the place of *
     for place, entry in enumerate(values):
         rest = place if '*' in entry else rest
@@ -708,18 +710,17 @@ def classify(mask, values, lossy=False):
         if colours or np.diff(known).min() < 32:
             raise ValueError('it is lossy, which blurs near values and colours; save it as PNG')
         found = known[abs(found[:, None] - known).argmin(1)]
-    if rest is None:
-        table.setdefault(255 * grey, 255)
-    others = sorted({*found.tolist()} - {*table})
+    others = sorted({*found.tolist()} - {*table, 255 * grey})
     if others and rest is None:
         names = [f'#{int(value):06x}' if colours else f'{value:g}' for value in others]
         raise ValueError(f'values or colours {", ".join(names[:3])}, which --values does not name')
+    rest = 255 if rest is None else rest  # the others are 255 alone, which is not scored
     places = np.uint8([table.get(value, rest) for value in found.tolist()])
     return places[place].reshape(mask.shape)
 
 def fill_outline(outline):
-    """bool (H, W), closed and convex, with its inside: between outline in a row or column."""
-    run = np.logical_or.accumulate
+    """A closed convex outline, bool (H, W), filled: it lies on both sides in a row or a column."""
+    run = np.logical_or.accumulate  # from one side; flipped: from the other
     rows, columns = (run(outline, axis) & np.flip(run(np.flip(outline, axis), axis), axis)
                      for axis in (0, 1))
     return rows | columns
@@ -733,20 +734,19 @@ def task_items(path, raw, sample, o):
                       for image in to_uint8(array, o.modality)]
             layers = [(number, read_masks(raw / mask, files[0], o.values))
                       for number, masks in enumerate(sample.masks, 1) for mask in masks]
-        numbers, masks = zip(*layers) if layers else ((), ())
-        if {len(images), *map(len, masks)} != {len(images)}:
-            raise ValueError(f'it has {len(images)} images or slices, its mask {len(masks[0])}')
-        for image, *found in zip(images, *masks):
-            mask = Image.fromarray(lay_over(image.shape[:2], zip(numbers, found), o))
-            square = mask.resize((o.size, o.size), Image.Resampling.NEAREST)
-            answer = np.asarray(square) if masks else o.classes.index(sample.label)
+        for _, masks in layers:
+            if len(masks) != len(images):
+                raise ValueError(f'it has {len(images)} images or slices, its mask {len(masks)}')
+        for place, image in enumerate(images):
+            here = [(number, masks[place]) for number, masks in layers]
+            answer = lay_over(image.shape[:2], here, o) if here else o.classes.index(sample.label)
             yield resize(image, o.size), answer
     except Exception as error:  # decoders fail in every way there is
         partner = sample.label or ', '.join(sum(sample.masks, [])[:3])
         sys.exit(f'{path}: cannot be used with {partner} ({type(error).__name__}: {error})')
 
 def lay_over(shape, layers, o):
-    """Mask uint8 (H, W) of [(number of a class, where it is)], a later over an earlier one."""
+    """Mask uint8 (S, S) of [(number of a class, where it is)], a later over an earlier one."""
     mask = np.zeros(shape, np.uint8)
     for number, layer in layers:
         if layer.shape != shape:
@@ -755,17 +755,17 @@ def lay_over(shape, layers, o):
             layer = np.uint8(fill_outline(layer > 0))
         mask[layer > 0] = np.where(layer == 1, number, layer)[layer > 0]
     mask[mask >= len(o.classes)] = 255  # values after those of the classes are not scored
-    return mask
+    return np.asarray(Image.fromarray(mask).resize((o.size, o.size), Image.Resampling.NEAREST))
 
-def write_split(folder, spilled, kind, size):
+def write_split(folder, spilled, array, size):
     """Write a split. Returns how many images it has, how many show each class, and hashes."""
     channels = [pixels.shape[2] for path in spilled for pixels, _ in spilled_items(path)]
     shape = len(channels), size, size, max(channels, default=1)  # grey gets three beside colours
-    if shutil.disk_usage(folder).free < 2 * np.prod(shape):  # a full disk kills memory maps
+    if shutil.disk_usage(folder).free < 2 * np.prod(shape):  # with masks; a full disk kills maps
         raise OSError(28, 'No space left on device')
     images = np.lib.format.open_memmap(folder / 'images.npy', 'w+', np.uint8, shape)
-    dtype, sides = (np.int64, ()) if kind == 'labels' else (np.uint8, (size, size))
-    answers = np.lib.format.open_memmap(folder / f'{kind}.npy', 'w+', dtype, (len(images), *sides))
+    dtype, sides = (np.int64, ()) if array == 'labels' else (np.uint8, (size, size))
+    answers = np.lib.format.open_memmap(folder / f'{array}.npy', 'w+', dtype, (shape[0], *sides))
     shown, hashes = Counter(), set()
     items = (item for path in spilled for item in spilled_items(path))
     for n, (pixels, answer) in enumerate(items):
@@ -781,7 +781,7 @@ def prepare_medmnist(path, folder, o, pool):
         try:
             file = np.load(path)
             o.classes = o.classes or [str(n) for n in range(file['train_labels'].max() + 1)]
-            for part in FOLDERS:
+            for part in SPLITS:
                 labels = file[f'{part}_labels'].squeeze(1)  # ends if an image has several labels
                 for place, image in enumerate(file[f'{part}_images']):
                     kind = Path(new, part, o.classes[labels[place]])
@@ -801,30 +801,30 @@ def prepare_task(raw, folder, o, pool):
     labels = sorted({sample.label for sample in samples.values() if not sample.masks})
     name_classes(o, labels)
     splits = split_samples(samples, raw, o, account)
-    settle(raw, account, o.partial)
+    print_account(raw, account, o.partial)
     words = {*re.findall('[a-z]+', ' '.join(o.classes).lower())}
     sides = 'left', 'right', 'sinister', 'dexter', 'l r', 'od os'  # then nothing is mirrored
     sided = bool(o.sided) or any({*side.split()} <= words for side in sides)
-    with whole(folder, pool) as part:
+    array, kind = ('labels', 'classification') if labels else ('masks', 'segmentation')
+    with appearing(folder, pool) as part:
         for name, chosen in splits.items():
             (part / name).mkdir()
             calls = [(raw / path, raw, samples[path], o) for path in chosen]
             spilled = [*in_order(pool, o.workers, part, task_items, calls, name)]
-            written = write_split(part / name, spilled, 'labels' if labels else 'masks', o.size)
-            counts[name], shown[name], hashes = written
+            counts[name], shown[name], hashes = write_split(part / name, spilled, array, o.size)
             for key in hashes:
                 holders.setdefault(key, []).append(name)
             for path in spilled:
                 path.unlink()
-        meta = {'kind': 'classification' if labels else 'segmentation', 'classes': o.classes,
-                'modality': o.modality, 'size': o.size, 'counts': counts, 'sided': sided}
+        meta = {'kind': kind, 'classes': o.classes, 'modality': o.modality,
+                'size': o.size, 'counts': counts, 'sided': sided}
         (part / 'split.json').write_text(json.dumps(splits, indent=1))
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
         check_classes(raw, o, shown)
     twins = Counter(' and '.join(parts) for parts in holders.values() if len(parts) > 1)
     for parts, times in twins.items():
         print(f'warning: {times} images are the same in {parts}', file=sys.stderr)
-    print(f'{folder}: {meta["kind"]} into {", ".join(o.classes)}; images: {counts}')
+    print(f'{folder}: {kind} into {", ".join(o.classes)}; images: {counts}')
 
 def name_classes(o, labels):
     """Set --classes and --values if they are not given."""
@@ -844,9 +844,9 @@ def check_classes(raw, o, shown):
     for number, name in enumerate(o.classes):
         print(f'{name:<26}' + ''.join(f'{times[number]:>8}' for times in shown.values()))
     unseen = [name for number, name in enumerate(o.classes) if not shown['train'][number]]
-    new = {*shown['test']} - {*shown['train'], 255}
+    new = {*shown['test']} - {*shown['train'], 255}  # classes of test images alone
     allowed = o.partial or o.task in TASKS  # whose classes are known
-    if new or not shown['test'] or len(o.classes) - len(unseen) < 2 or unseen and not allowed:
+    if new or not shown['test'] or len(o.classes) - len(unseen) < 2 or (unseen and not allowed):
         sys.exit(f'{raw}: training must show two classes, all of the test images and all of '
                  f'--classes; no training image shows {", ".join(unseen[:3]) or "more"}; mend '
                  '--classes, --values, --split or the order of --masks, or allow it by --partial')
@@ -854,7 +854,7 @@ def check_classes(raw, o, shown):
 # --- the data sets of Table 2 and the tasks of Table 3 ---
 # count: images in the paper. access: open, account or form; ?: its layout is not confirmed.
 FIELDS = 'name modality content count access link'
-Source = namedtuple('Source', f'{FIELDS} images skip', defaults=('.', ''))
+Source = namedtuple('Source', f'{FIELDS} images skip', defaults=('', '', '', '', '.', ''))
 Task = namedtuple('Task', f'{FIELDS} options')
 SOURCES = [Source(*line.split(' | ')) for line in r'''
 AutoPET-CT | CT | whole body | 558473 | form | autopet.grand-challenge.org/Dataset | /CT\.nii
@@ -944,22 +944,22 @@ def parse(words):
     add('--min_side', type=int, default=32, help='drop images with a smaller side, px (32)')
     add('--workers', type=int, default=os.cpu_count(), help='processes (default: one a core)')
     add('--seed', type=int, default=0, help="of a task's split (default: 0)")
-    add = parser.add_argument_group('a labelled task, also over the rules of Table 3').add_argument
-    add('--task', help='its name')
-    add('--modality', help='sets the intensity window of its volumes')
-    add('--images', help='rule of the images (default, beside masks: (.*)images/(.*))')
-    add('--masks', nargs='+', help='rule ((.*)masks/(.*)), or one for each class after the first')
-    add('--objects', action='store_true', help='several masks of an image are objects: unite them')
-    add('--skip', help='rule of files, images or masks or both, to leave out')
-    add('--labels', nargs='+', help='CSV, and its columns of file, class, patient (first two)')
-    add('--level', type=int, default=0, help='1: the folder of an image is its class; 2: one above')
-    add('--classes', nargs='+', help='names in order (default: background foreground, or as found)')
-    add('--values', nargs='+', help='of classes, as 0 420+421 #ff0000 *; unnamed 255: not scored')
-    add('--outline', action='store_true', help='masks show a closed convex outline: fill it')
-    add('--partial', action='store_true', help='go on without what has no partner or no image')
-    add('--sided', action='store_true', help='classes tell left from right: mirror no image')
-    add('--patient', help='rule: what it finds in a path is the patient (default: the path)')
-    add('--split', nargs='+', help='3 shares (50 20 30), rules or .txt; else folders, maybe no val')
+    task = parser.add_argument_group('a labelled task, also over the rules of Table 3').add_argument
+    task('--task', help='its name')
+    task('--modality', help='sets the intensity window of its volumes')
+    task('--images', help='rule of the images (default, beside masks: (.*)images/(.*))')
+    task('--masks', nargs='+', help='rule ((.*)masks/(.*)), or one for each class after the first')
+    task('--objects', action='store_true', help='several masks of an image are objects: unite them')
+    task('--skip', help='rule of files, images or masks or both, to leave out')
+    task('--labels', nargs='+', help='CSV, and its columns of file, class, patient (first two)')
+    task('--level', type=int, default=0, help="1: the class is an image's folder; 2: the one above")
+    task('--classes', nargs='+', help='names in order (default: background foreground or as found)')
+    task('--values', nargs='+', help='of classes, as 0 420+421 #ff0000 *; unnamed 255: not scored')
+    task('--outline', action='store_true', help='masks show a closed convex outline: fill it')
+    task('--partial', action='store_true', help='go on without what has no partner or no image')
+    task('--sided', action='store_true', help='classes tell left from right: mirror no image')
+    task('--patient', help='rule: what it finds in a path is the patient (default: the path)')
+    task('--split', nargs='+', help='3 shares (50 20 30), rules, .txt; else folders, maybe no val')
     return parser.parse_args(words)
 
 def main():
@@ -967,8 +967,8 @@ def main():
     o = parse(sys.argv[1:])
     if o.task in TASKS:  # its options, then those of the command line over them
         row = TASKS[o.task]
-        rules = ['--modality', row.modality, '--split', '50', '20', '30']
-        o = parse([*rules, *shlex.split(row.options), *sys.argv[1:]])
+        defaults = ['--modality', row.modality, '--split', '50', '20', '30']
+        o = parse([*defaults, *shlex.split(row.options), *sys.argv[1:]])
     raw, out = Path(o.raw), Path(o.out or f'data/{o.task or "medverse"}')
     if o.list:
         for row in (*SOURCES, *TASKS.values()):

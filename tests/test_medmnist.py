@@ -86,7 +86,7 @@ def test_a_source_takes_the_training_images_and_counts_the_others(tmp_path):
     found = Prepared(tmp_path / 'out')
     assert np.array_equal(found.images('lungs')[..., 0], images['train'])
     meta = found.meta('lungs')
-    assert (meta['read'], meta['count'], meta['dropped']['held out']) == (22, 12, 10)
+    assert (meta['count'], meta['dropped']['held out']) == (12, 10)
     details = [row['detail'] for row in found.dropped('lungs')]
     assert details == 4 * ['val, for a task'] + 6 * ['test, for a task']
 
@@ -113,7 +113,7 @@ def test_a_source_that_was_prepared_before_there_was_this_reason_is_counted(tmp_
     path.write_text(json.dumps(meta))
     result = prepare(tmp_path / 'raw', tmp_path / 'out')
     row, = (line.split() for line in result.out.splitlines() if line.startswith('X-ray'))
-    assert row == ['X-ray', 'lungs', '1', '22', '12', '0', '0', '0', '0', '0', '0']
+    assert row == ['X-ray', 'lungs', '1', '12', '12', '0', '0', '0', '0', '0', '0']
 
 # --- a real file ---------------------------------------------------------------------------------
 
@@ -132,4 +132,4 @@ def test_a_real_file_gives_its_images_and_holds_back_what_is_a_task(tmp_path):
     shutil.copy(REAL, files.parent(tmp_path / 'raw/X-ray/lungs/lungs.npz'))
     assert prepare(tmp_path / 'raw', tmp_path / 'out', '--min_side', 28).code == 0
     meta = Prepared(tmp_path / 'out').meta('lungs')
-    assert meta['read'] == 3882 + 524 + 624 and meta['dropped']['held out'] == 524 + 624
+    assert (meta['count'], meta['dropped']['held out']) == (3882, 524 + 624)

@@ -187,7 +187,7 @@ def test_a_source_in_a_format_that_is_not_read_is_left_out_by_name(tmp_path):
     check_source(tmp_path / 'out', SOURCES['BUSI'], right)
     assert Prepared(tmp_path / 'out').names == ['BUSI']
     assert result.code == 1 and 'left out' in result.sentence and 'Eyepacs' in result.sentence
-    assert 'accounted' not in said(result)
+    assert 'sources; what each left out' not in said(result)
 
 @pytest.mark.parametrize('name, program', [('EchoNet-Dynamic', 'ffmpeg'),
                                            ('Prostate-MRI-US-Biopsy', 'dcm2niix')])

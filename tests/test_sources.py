@@ -1,6 +1,7 @@
 """Sources for pretraining: what lies below RAW becomes shards, and every file is accounted for."""
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,9 +65,9 @@ def everything(tmp_path_factory):
     return SimpleNamespace(raw=raw, out=out, result=result, found=Prepared(out))
 
 ACCOUNT = {     # of each source: its folder, and how many files, images, kept images and channels
-    'skin': dict(folder='photo/skin', files=31, read=31, count=21, channels={1, 3}),
-    'scans-CT': dict(folder='CT/scans', files=6, read=13, count=7, channels={1}),
-    'scans-MR': dict(folder='MR/scans', files=1, read=6, count=6, channels={1})}
+    'skin': dict(folder='photo/skin', files=31, found=31, count=21, channels={1, 3}),
+    'scans-CT': dict(folder='CT/scans', files=6, found=13, count=7, channels={1}),
+    'scans-MR': dict(folder='MR/scans', files=1, found=6, count=6, channels={1})}
 
 def test_sources_of_one_name_get_their_modality_in_it(everything):
     assert sorted(path.name for path in everything.out.iterdir()) == sorted(ACCOUNT)
@@ -86,17 +87,21 @@ def test_every_dropped_volume_is_named_with_its_reason(everything):
 
 @pytest.mark.parametrize('source', ACCOUNT)
 def test_every_file_is_accounted_for(everything, source):
-    """Files as on the disk, read = kept + dropped, and the same numbers in the table printed."""
+    """Files as on the disk, images as in the shards, a row for each other, and the same numbers in
+    the table that is printed."""
     right = ACCOUNT[source]
     meta = everything.found.meta(source)
-    counts = right['files'], right['read'], right['count']
-    assert (meta['files'], meta['read'], meta['count']) == counts
+    counts = right['files'], right['found'], right['count']
+    assert (meta['files'], meta['count']) == (right['files'], right['count'])
     below = (everything.raw / right['folder']).rglob('*')
     assert meta['files'] == sum(path.is_file() for path in below)
-    assert meta['read'] == meta['count'] + sum(meta['dropped'].values())
+    dropped = Counter(row['reason'] for row in everything.found.dropped(source))
+    assert {reason: count for reason, count in meta['dropped'].items() if count} == dropped
+    assert right['found'] == len(everything.found.dropped(source)) + sum(
+        map(len, everything.found.shards(source)))
     lines = [line.split()[1:5] for line in everything.result.out.splitlines()]
     assert [source, *map(str, counts)] in lines
-    assert 'every file accounted for' in everything.result.out
+    assert '3 sources; what each left out, and why' in everything.result.out
 
 @pytest.mark.parametrize('source', ACCOUNT)
 def test_shards_hold_what_is_kept_in_grey_or_colour(everything, source):
@@ -256,12 +261,12 @@ def test_an_out_that_lies_in_a_file_is_named(photos):
         sentence = runs.ends(prepare(photos.raw, out), [out])
         assert 'full' not in sentence and 'space' not in sentence
 
-def test_a_source_without_an_image_is_not_called_accounted_for(photos):
+def test_a_source_without_an_image_is_left_out_by_name(photos):
     files.write(photos.raw / 'CT/empty-one/readme.xyz', 'text')
     result = prepare(photos.raw, photos.out)
     runs.ends(result, ['empty-one'])
     assert 'CT/empty-one: no image' in result.out
-    assert 'accounted' not in result.out
+    assert 'sources; what each left out' not in result.out
     assert Prepared(photos.out).names == ['skin']
 
 def test_a_finished_source_without_its_meta_json_is_named(photos):

@@ -39,7 +39,7 @@ def test_folders_of_splits_are_taken_as_they_are(tmp_path, names, below):
     assert {(path.split('/')[-3], part) for path, part in found.where.items()} == {
         *zip(names, parts)}
     assert len(found.where) == 6 * len(names)
-    assert 'split by' in found.said
+    assert 'split by its folders' in found.said
 
 @pytest.mark.parametrize('second', ['val', 'Valid', 'validation'])
 def test_where_no_folder_is_for_testing_that_part_is_drawn_from_training(tmp_path, second):
@@ -98,6 +98,12 @@ def test_a_list_names_the_images_of_a_split(tmp_path, line):
     found = task(tmp_path, *rules, '--split', 'train.txt', 'val.txt', 'test.txt')
     assert found.where == {f'cat/{name}.png': part for part, name in names.items()}
 
+def test_a_line_of_a_list_that_names_two_images_is_refused(tmp_path):
+    write_animals(tmp_path)
+    files.write(tmp_path / 'raw/test.txt', 'cat/1\n2\n')
+    refused(tmp_path, '--split', '1', '0', 'test.txt',
+            naming=['test.txt', '2 ', 'cat/2.png', 'dog/2.png'])
+
 @pytest.mark.parametrize('rules, named', [
     (['none.txt', 'train.txt', 'train.txt'], ['none.txt']),
     (['train.txt'] * 3, ['no rule of --split']),
@@ -141,7 +147,7 @@ def test_a_patient_is_what_the_group_of_the_rule_finds(tmp_path):
 
 def test_a_rule_of_patients_that_finds_nobody_is_refused(tmp_path):
     write_eyes(tmp_path, 3)
-    refused(tmp_path, '--patient', 'chld[0-9]', naming=['--patient', '6 of 6 find no', 'p00L'])
+    refused(tmp_path, '--patient', 'chld[0-9]', naming=['--patient', '6 of 6 are left over', 'p00L'])
 
 @pytest.mark.parametrize('few, counts', [
     (1, dict(train=1, val=0, test=0)), (2, dict(train=1, val=0, test=1)),

@@ -131,7 +131,7 @@ def test_a_row_that_names_two_files_is_refused(tmp_path):
     rows = [f'{path},{kind}' for path, kind in IN_FOLDER.items()]
     write_table(tmp_path, ['000,cat', *rows], pictures)
     refused(tmp_path, '--labels', 'labels.csv',
-            naming=['labels.csv, line 2', '000 ', 'siteA/000.png', 'siteB/000.png'])
+            naming=['labels.csv', '000 ', 'siteA/000.png', 'siteB/000.png'])
 
 def test_two_classes_of_one_picture_are_refused(tmp_path):
     rows = [f'{path},{kind}' for path, kind in IN_FOLDER.items()]

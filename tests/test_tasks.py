@@ -76,7 +76,7 @@ def test_a_mask_without_its_image_stops_unless_allowed(tmp_path):
     write_pairs(tmp_path, count=6)
     (tmp_path / 'raw/masks/2.png').unlink()
     (tmp_path / 'raw/images/5.png').unlink()
-    refused(tmp_path, naming=['1 of 5 find no partner', 'masks/5.png', '--partial'])
+    refused(tmp_path, naming=['1 of 5 are left over', 'masks/5.png', '--partial'])
     found = task(tmp_path, '--partial')
     assert sorted(found.where) == [f'images/{number}.png' for number in (0, 1, 3, 4)]
     assert re.search('5 = 4 used . 1 left out  images/2.png', found.said)

@@ -51,8 +51,8 @@ WINDOWS = {
     'PET': Window(None, (1, 99), 0.01, '1st..99th percentile; SUV in [0, 20] if its path has suv'),
     'SUV': Window((0, 20), None, 0.01, 'SUV in [0, 20]')}  # PET in standardized uptake values
 PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm')
-VIDEOS = ('.avi', '.mp4')
-VOLUMES = ('.nii.gz', '.nii', '.img')  # of NIfTI and Analyze
+TOOLS = ('ffmpeg', 'ffprobe', 'dcm2niix')  # programs of others, for videos and DICOM
+VIDEOS, VOLUMES = ('.avi', '.mp4'), ('.nii.gz', '.nii', '.img')  # of NIfTI and Analyze
 IMAGES = (*PICTURES, *VIDEOS, *VOLUMES, '.npy', '.npz')
 UNREAD = ('.webp', '.jp2', '.jfif', '.heic', '.avif', '.tga', '.svs', '.mha', '.mhd', '.nrrd')
 ENDING = re.compile(f'({"|".join(map(re.escape, IMAGES))})$', re.IGNORECASE)
@@ -91,10 +91,8 @@ def is_dicom(path):
 
 def list_names(home):
     """Sorted paths of all files below a folder, relative to it; a DICOM series is its folder."""
-    def stop(error):  # os.walk alone would leave out an unreadable folder without a word
-        raise error
     names, visited = set(), {str(parent) for parent in home.resolve().parents}
-    for folder, folders, files in os.walk(home, onerror=stop, followlinks=True):
+    for folder, folders, files in os.walk(home, onerror=sys.exit, followlinks=True):
         folders.sort()  # so that of two ways to a folder the same one is taken each time
         if os.path.realpath(folder) in visited:  # through a link
             folders.clear()
@@ -105,24 +103,29 @@ def list_names(home):
     return sorted(names, key=lambda name: name.split('/'))
 
 # --- from files to images ---
-def series(folder, new):
-    """NIfTI files of the MR, CT and PET images of a DICOM folder, written to the folder `new`."""
+def series(folder, new, modality=''):
+    """Yield NIfTI files of the images of this modality in a DICOM folder, written to the folder
+    `new`. Other images in it, or an error of dcm2niix, are a ValueError after them."""
     run = subprocess.run(['dcm2niix', '-d', '0', '-z', 'n', '-o', new, folder],
                          capture_output=True, text=True, errors='replace')
-    # By JSON, which its tilt-corrected second copies lack. It may fail although it wrote all.
-    found = [path.with_suffix('.nii') for path in sorted(Path(new).glob('*.json'))
-             if re.search('"Modality": "(MR|CT|PT)"', path.read_text(errors='replace'))]
-    if not found:
-        last = (run.stdout + run.stderr).strip().splitlines()[-1:]
-        raise ValueError(f'of DICOM only MR, CT and PT are read, save PNG; dcm2niix: {last}')
-    return found
+    if shutil.disk_usage(new).free < 1 << 20:  # then dcm2niix says that all went well
+        raise OSError(28, 'No space left on device', new)
+    # By JSON, which its tilt-corrected second copies lack.
+    kinds = {path.with_suffix('.nii'): kind for path in sorted(Path(new).glob('*.json'))
+             for kind in re.findall('"Modality": "(MR|CT|PT)"', path.read_text(errors='replace'))}
+    wanted = {'': ('CT', 'MR', 'PT'), 'PET': ('PT',), 'SUV': ('PT',)}.get(modality, (modality,))
+    yield from (path for path, kind in kinds.items() if kind in wanted)
+    last = (run.stdout + run.stderr).strip().splitlines()[-1:]
+    if not kinds:
+        raise ValueError(f'of DICOM only MR, CT and PET are read, save PNG; dcm2niix: {last}')
+    if others := sorted({*kinds.values()} - {*wanted}):
+        raise ValueError(f'it has series of {", ".join(others)}, which are not of {modality}')
+    if run.returncode:
+        raise ValueError(f'dcm2niix ended with error {run.returncode}; images may lack: {last}')
 
 def read(path, draft=0, grid=None):
-    """All arrays of a file or DICOM folder, (n, H, W) or (n, H, W, 3), upright, in its own units.
+    """All arrays of a file, (n, H, W) or (n, H, W, 3), upright, in its own units.
     draft: the side (px) that is enough of a JPEG; grid: the NIfTI image whose mask this is."""
-    if path.is_dir():
-        with tempfile.TemporaryDirectory() as new:  # copies, since the files will be gone
-            return [array.copy() for volume in series(path, new) for array in read(volume)]
     if has_ending(path, PICTURES):
         return read_pages(path, draft)
     if has_ending(path, '.npz'):  # of MedMNIST; its other images are for testing
@@ -135,13 +138,11 @@ def read_array(path):
     shape, ndim = array.shape, array.ndim
     if ndim == 3 and (shape[2] == 4 or shape[0] == 3 and shape[2] > 3):
         raise ValueError(f'{shape} may be colours, (H, W, 3), or slices, (n, H, W, 1)')
-    if ndim == 4 and shape[3] == 1:
-        return array[..., 0]
     if ndim == 2 or ndim == 3 and shape[2] == 3:  # one image
         return array[None]
-    if ndim == 3 or ndim == 4 and shape[3] == 3:
-        return array
-    raise ValueError(f'{shape} is none of (H, W), (H, W, 3), (n, H, W), (n, H, W, 3)')
+    if ndim != 3 and (ndim != 4 or shape[3] not in (1, 3)):
+        raise ValueError(f'{shape} is none of (H, W), (H, W, 3), (n, H, W), (n, H, W, 3)')
+    return array[..., 0] if ndim == 4 and shape[3] == 1 else array
 
 def read_volume(path, grid):
     """`read` of NIfTI and Analyze: a volume for each time point."""
@@ -161,9 +162,8 @@ def read_volume(path, grid):
     return list(cut(voxels, affine))
 
 def on_grid(mask, image):
-    """A NIfTI mask on its image's grid, within half a voxel; its axes may be in another order."""
-    shape = (*image.shape, 1, 1)[:4]  # padded to (x, y, z, time)
-    size = nib.affines.voxel_sizes(image.affine).min()
+    """A NIfTI mask (x, y, z[, t]) on its image's grid, within half a voxel; axes in any order."""
+    shape, size = (*image.shape, 1, 1)[:4], nib.affines.voxel_sizes(image.affine).min()
     turns = [nib.io_orientation(either.affine) for either in (mask, image)]
     turned = mask.as_reoriented(nib.orientations.ornt_transform(*turns)) if mask.ndim > 2 else mask
     for candidate in (mask, turned):
@@ -173,7 +173,7 @@ def on_grid(mask, image):
     raise ValueError(f'their grids differ: {image.shape} and {mask.shape}, or their affines')
 
 def read_pages(path, draft):
-    """`read` of a picture. Its pages of more than 8 bits become one array, with one window."""
+    """`read` of a picture. Pages of one shape are slices: one array, with one window."""
     pages = []
     # Given a path, Pillow 13 maps an uncompressed TIFF with its sides exchanged if EXIF turns it.
     with open(path, 'rb') as file, Image.open(file) as image:
@@ -187,11 +187,11 @@ def read_pages(path, draft):
             page.draft(None, (draft, draft) if draft else None)  # fast at 1/2, 1/4 or 1/8 of JPEG
             page = ImageOps.exif_transpose(page)
             if not deep:
-                page = page.convert('L' if page.mode in ('1', 'L', 'LA') else 'RGB')
+                mixed = image.format == 'GIF' and image.is_animated  # grey first, then in colour
+                page = page.convert('L' if page.mode in ('1', 'L', 'LA') and not mixed else 'RGB')
             dtype = np.uint16 if deep and image.format == 'PPM' else None  # Pillow has 32 bits
             pages.append(np.asarray(page, dtype)[None])
-    alike = len({(page.shape, page.dtype) for page in pages}) == 1
-    return [np.concatenate(pages)] if alike and pages[0].dtype != np.uint8 else pages
+    return [np.concatenate(pages)] if len({page.shape for page in pages}) == 1 else pages
 
 def cut(volume, affine):
     """View (time, n, H, W) of an array (x, y, z[, time ...]): upright slices, cut across the axis
@@ -252,28 +252,31 @@ Item = namedtuple('Item', 'pixels picture reason detail', defaults=(False, '', '
 
 def source_items(path, modality, size, min_side):
     """In a worker: yield an Item, of `size` px, for each image of a file; one more if corrupt."""
-    foreground = WINDOWS[modality].foreground
     film, count = has_ending(path, VIDEOS), 0
     try:
-        arrays = decode_video(path, size) if film else read(path, draft=max(2 * size, min_side))
-        for array in arrays:
-            picture = len(array) == 1 and has_ending(path, (*PICTURES, '.npy', '.npz'))
-            least = 0 if picture and array.dtype == np.uint8 else foreground
-            for image in to_uint8(array, modality):
-                count += 1
-                small = min(image.shape[:2]) < min_side and not film
-                bright = np.count_nonzero(image > 5)  # above 0.02 of 255
-                if small or np.ptp(image) < 8 or bright < least * image.size:  # flat or dark
-                    sides = f'{image.shape[1]} x {image.shape[0]} px'
-                    yield Item(None, False, 'small' if small else 'blank', sides)
-                else:
-                    yield Item(resize(image, size), picture)
+        with tempfile.TemporaryDirectory() as new:
+            files = series(path, new, modality) if path.is_dir() else [path]
+            arrays = (array for file in files for array in read(file, max(2 * size, min_side)))
+            for array in decode_video(path, size) if film else arrays:
+                picture = len(array) == 1 and has_ending(path, (*PICTURES, '.npy', '.npz'))
+                least = 0 if picture and array.dtype == np.uint8 else WINDOWS[modality].foreground
+                for image in to_uint8(array, modality):
+                    count += 1
+                    small = min(image.shape[:2]) < min_side and not film
+                    bright = np.count_nonzero(image > 5)  # above 0.02 of 255
+                    if small or np.ptp(image) < 8 or bright < least * image.size:  # flat or dark
+                        sides = f'{image.shape[1]} x {image.shape[0]} px'
+                        yield Item(None, False, 'small' if small else 'blank', sides)
+                    else:
+                        yield Item(resize(image, size), picture)
         for part in ('val', 'test') if has_ending(path, '.npz') else ():
             for _ in np.load(path)[f'{part}_labels']:
                 yield Item(None, False, 'held out', f'{part}, for a task')
         if not count:
             raise ValueError('it holds no image')
     except Exception as error:  # decoders fail on broken files in every way there is
+        if isinstance(error, OSError) and (error.errno == 28 or error.filename in TOOLS):
+            raise  # a full disk or a missing program, which harm every file
         yield Item(None, False, 'corrupt', f'{type(error).__name__}: {error}')
 
 def find_twin(pixels, name, seen):
@@ -359,18 +362,19 @@ def prepare_source(row, home, folder, o, pool):
     images, skip = o.images or row.images, o.skip or row.skip
     wanted = [name for name in names
               if search(images, name) and not search(skip, name) and is_image(home, name)]
-    if not wanted:
-        print(f'{home}: no image that can be read matches {images}; it is left out')
-        return None
     _, _, least, words = WINDOWS[row.modality]
     with appearing(folder, pool) as part:
         kept, dropped = write_source(row, home, names, wanted, part, o, pool)
         meta = {'source': folder.name, 'modality': row.modality, 'count': kept, 'size': o.size,
-                'normalization': f'8 bits as they are; others by one window a file: {words}',
+                'normalization': f'8 bits as they are; others by one window a volume: {words}',
                 'foreground': f'slices: {least} of the pixels above 0.02' if least else 'any',
                 'files': len(names), 'dropped': dropped}
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
-    return meta
+    if not kept:
+        *_, last = (folder / 'dropped.csv').read_text(errors='replace').splitlines()
+        print(f'{home}: no image is kept of {len(wanted)} files, as {last}; it is left out')
+        shutil.rmtree(folder)
+    return meta if kept else None
 
 def write_source(row, home, names, wanted, part, o, pool):
     """Write shards and dropped.csv. Returns how many images were kept, and dropped by reason."""
@@ -384,8 +388,7 @@ def write_source(row, home, names, wanted, part, o, pool):
     with open(part / 'dropped.csv', 'w', encoding='utf-8', errors='surrogateescape') as file:
         log = csv.writer(file, lineterminator='\n')
         log.writerow(('path', 'slice', 'reason', 'detail'))
-        for name in others:
-            log.writerow((name, 0, 'other', 'no image by its name, or no regular file'))
+        log.writerows((name, 0, 'other', 'no image by name, or no regular file') for name in others)
         results = in_order(pool, o.workers, part, source_items, calls, part.stem)
         for name, result in zip(wanted, results):
             for index, item in enumerate(spilled_items(result)):
@@ -425,23 +428,26 @@ def home_of(row, raw):
     return next((home for home in homes if home.is_dir()), None)
 
 def modality_of(name):
-    """The modality that a folder or option names, as Xray and x_ray name X-ray, or None."""
-    letters = re.sub('[^a-z]', '', name.lower())
-    return {known.lower().replace('-', ''): known for known in (*MODALITIES, 'SUV')}.get(letters)
+    """The modality that a folder or option names, as Xray and x_ray name X-ray, or itself."""
+    word = re.sub('[^a-z]', '', name.lower())
+    return {known.lower().replace('-', ''): known for known in (*MODALITIES, 'SUV')}.get(word, name)
 
-def find_sources(raw, o):
+def find_sources(raw, out, o):
     """{name: (row, folder below RAW)} of the sources: rows of Table 2, then RAW/<Modality>/*."""
     found = [(row, home_of(row, raw)) for row in SOURCES if home_of(row, raw)]
-    below = [path for path in sorted(raw.glob('*/*'))
-             if modality_of(path.parent.name) in MODALITIES]
+    deep = [path for path in sorted(raw.glob('*/*')) if modality_of(path.parent.name) in MODALITIES]
     found += [(Source(path.name, modality_of(path.parent.name)), path)
-              for path in below if path.is_dir()]
+              for path in deep if path.is_dir()]
     used = {folder for _, home in found for folder in (home, home.parent)}
-    if others := {*raw.glob('*'), *below} - used:
+    if others := {*raw.glob('*'), *deep} - used:
         print(f'warning: no data sets: {len(others)} paths, as {min(others)}', file=sys.stderr)
     times, sources = Counter(row.name for row, _ in found), {}
     for row, home in found:
-        name = f'{row.name}-{row.modality}' if times[row.name] > 1 else row.name
+        names = row.name, f'{row.name}-{row.modality}'  # the second if the first is another's
+        metas = [out / name / 'meta.json' for name in names[::-1]]
+        finished = {json.loads(meta.read_text())['modality']: meta.parent.name
+                    for meta in metas if meta.exists()}
+        name = finished.get(row.modality, names[bool(finished) or times[row.name] > 1])
         if name in sources:
             sys.exit(f'{sources[name][1]}, {home}: have the same name; rename or move one of them')
         if o.source in ('', row.name):
@@ -453,7 +459,7 @@ def find_sources(raw, o):
 def prepare_sources(raw, out, o, pool):
     """Prepare every source below RAW, and print the account of their files."""
     rows = [('modality', 'source', 'files', 'found', 'kept', *REASONS)]
-    sources = find_sources(raw, o)
+    sources = find_sources(raw, out, o)
     for name, (row, home) in sources.items():
         if meta := prepare_source(row, home, out / name, o, pool):
             kept, dropped = meta['count'], [meta['dropped'].get(reason, 0) for reason in REASONS]
@@ -468,8 +474,7 @@ def prepare_sources(raw, out, o, pool):
 # --- labelled tasks: which images, with which answers ---
 # masks: a list for each rule of --masks, of the paths of this image's masks. label: its class.
 Sample = namedtuple('Sample', 'masks label patient', defaults=((), '', ''))
-# By default masks/ beside images/, or nnU-Net's labelsTr/ beside imagesTr/; both rules find what
-# lies before it, and the rest (as Tr/a) without _0000 and ending.
+# By default masks/ beside images/, or nnU-Net's labelsTr/ beside imagesTr/, of groups as x/, Tr/1.
 MASKS = r'(.*)(?:masks/|labels(?=T[rs]/))(.*?)(?:_0000)?(?:\.nii)?\.\w+$'
 IMAGES_BESIDE = r'(.*)images(?:/|(?=T[rs]/))(.*?)(?:_0000)?(?:\.nii)?\.\w+$'
 SPLITS = {  # each split, and the rule of its official folders: Training Set, 01_train, imagesTr
@@ -546,20 +551,21 @@ def by_folders(names, level):
     for name in names:
         folders = [folder for folder in reversed(Path(name).parent.parts)
                    if not any(search(rule, f'{folder}/') for rule in SPLITS.values())]
-        near[name] = folders[0] if folders else Path(name).parent.name
-        above[name] = folders[1] if len(folders) > 1 else ''
+        near[name], above[name] = [*(folders or [Path(name).parent.name]), ''][:2]
     kinds, parted = {*near.values()}, {*zip(near.values(), above.values())}
     # Unsure: a name lies below several (cat/a, dog/a), or has at most 3 images on average.
     unsure = len(parted) > len(kinds) or len(names) <= 3 * len(kinds)
     if not level and unsure and len({*above.values()}) > 1:
         one, two = (dict(Counter(found.values()).most_common(9)) for found in (near, above))
         sys.exit(f'which folders are the classes? --level 1: {one}; --level 2: {two}')
-    labels = above if level == 2 else near
-    return {name: Sample(label=label) for name, label in labels.items() if label}
+    found = above if level == 2 else near
+    return {name: Sample(label=found[name]) for name in names if found[name]}
 
 def read_lines(raw, end):
     """Lines of the table or list whose path below RAW ends so, in UTF or Windows' code page."""
     paths = [raw / name for name in list_names(raw) if f'/{name}'.endswith(f'/{end}')]
+    if len(paths) > 1:
+        sys.exit(f'{end}: may be {paths[0]} or {paths[1]}; give more of its path, as ./{end}')
     content = (paths or [raw / end])[0].read_bytes()
     wide = content[:2] in (b'\xff\xfe', b'\xfe\xff')
     for code in ['utf-16'] if wide else ['utf-8-sig', 'cp1252', 'latin-1']:
@@ -618,8 +624,7 @@ def split_samples(samples, raw, o, account):
     list (.txt below RAW) what it names; the first decides. Shares divide the other patients."""
     rules = dict(zip(SPLITS, o.split or ('50', '20', '30')))
     given = [part for part in SPLITS if any(search(SPLITS[part], name) for name in samples)]
-    official = not o.split and 'train' in given and len(given) > 1
-    if official:  # without tests among them, these are drawn
+    if official := not o.split and 'train' in given and len(given) > 1:  # without tests, draw them
         rules = SPLITS if 'test' in given else {**SPLITS, 'train': '70', 'test': '30'}
     parts = {}
     for part, rule in rules.items():
@@ -714,8 +719,7 @@ def classify(mask, values, lossy=False):
     if others and rest is None:
         names = [f'#{int(value):06x}' if colours else f'{value:g}' for value in others]
         raise ValueError(f'values or colours {", ".join(names[:3])}, which --values does not name')
-    rest = 255 if rest is None else rest  # the others are 255 alone, which is not scored
-    places = np.uint8([table.get(value, rest) for value in found.tolist()])
+    places = np.uint8([table.get(value, 255 if rest is None else rest) for value in found.tolist()])
     return places[place].reshape(mask.shape)
 
 def fill_outline(outline):
@@ -729,7 +733,7 @@ def task_items(path, raw, sample, o):
     """In a worker: yield (pixels uint8 (S, S, c), mask uint8 (S, S) or number of the class)."""
     try:
         with tempfile.TemporaryDirectory() as new:
-            files = series(path, new) if path.is_dir() else [path]
+            files = [*series(path, new, o.modality)] if path.is_dir() else [path]
             images = [image for file in files for array in read(file)
                       for image in to_uint8(array, o.modality)]
             layers = [(number, read_masks(raw / mask, files[0], o.values))
@@ -767,8 +771,7 @@ def write_split(folder, spilled, array, size):
     dtype, sides = (np.int64, ()) if array == 'labels' else (np.uint8, (size, size))
     answers = np.lib.format.open_memmap(folder / f'{array}.npy', 'w+', dtype, (shape[0], *sides))
     shown, hashes = Counter(), set()
-    items = (item for path in spilled for item in spilled_items(path))
-    for n, (pixels, answer) in enumerate(items):
+    for n, (pixels, answer) in enumerate(item for path in spilled for item in spilled_items(path)):
         images[n], answers[n] = pixels, answer
         shown.update(np.unique(answer).tolist())
         if np.ptp(pixels):  # black slices are alike
@@ -946,13 +949,13 @@ def parse(words):
     add('--seed', type=int, default=0, help="of a task's split (default: 0)")
     task = parser.add_argument_group('a labelled task, also over the rules of Table 3').add_argument
     task('--task', help='its name')
-    task('--modality', help='sets the intensity window of its volumes')
+    task('--modality', type=modality_of, choices=(*MODALITIES, 'SUV'), help='window of volumes')
     task('--images', help='rule of the images (default, beside masks: (.*)images/(.*))')
     task('--masks', nargs='+', help='rule ((.*)masks/(.*)), or one for each class after the first')
     task('--objects', action='store_true', help='several masks of an image are objects: unite them')
     task('--skip', help='rule of files, images or masks or both, to leave out')
     task('--labels', nargs='+', help='CSV, and its columns of file, class, patient (first two)')
-    task('--level', type=int, default=0, help="1: the class is an image's folder; 2: the one above")
+    task('--level', type=int, default=0, choices=(0, 1, 2), help='class: 1 the folder, 2 one above')
     task('--classes', nargs='+', help='names in order (default: background foreground or as found)')
     task('--values', nargs='+', help='of classes, as 0 420+421 #ff0000 *; unnamed 255: not scored')
     task('--outline', action='store_true', help='masks show a closed convex outline: fill it')
@@ -966,19 +969,15 @@ def main():
     """Prepare a task, or every source below RAW."""
     o = parse(sys.argv[1:])
     if o.task in TASKS:  # its options, then those of the command line over them
-        row = TASKS[o.task]
-        defaults = ['--modality', row.modality, '--split', '50', '20', '30']
-        o = parse([*defaults, *shlex.split(row.options), *sys.argv[1:]])
+        defaults = ['--modality', TASKS[o.task].modality, '--split', '50', '20', '30']
+        o = parse([*defaults, *shlex.split(TASKS[o.task].options), *sys.argv[1:]])
     raw, out = Path(o.raw), Path(o.out or f'data/{o.task or "medverse"}')
     if o.list:
         for row in (*SOURCES, *TASKS.values()):
             print(f'{row.name:<26}', 'found' if home_of(row, raw) else '-', *row[1:6], sep=' | ')
         return
-    if o.modality and not modality_of(o.modality):
-        sys.exit(f'--modality {o.modality}: is none of {MODALITIES}, SUV')
-    o.modality = modality_of(o.modality) or ''
-    if o.size < 1 or min(o.min_side, o.workers, o.seed, o.level) < 0:
-        sys.exit('--size takes 1 or more; --min_side, --workers, --seed, --level take 0 or more')
+    if min(o.size, o.workers) < 1 or min(o.min_side, o.seed) < 0:
+        sys.exit('--size and --workers take 1 or more; --min_side and --seed take 0 or more')
     if len(o.split) not in (0, 3) or any(re.fullmatch(r'\d*\.\d+', rule) for rule in o.split):
         sys.exit('--split takes three whole shares, rules or lists: for train, val and test')
     medmnist = o.task and has_ending(raw, '.npz') and raw.is_file()
@@ -989,7 +988,8 @@ def main():
         with ProcessPoolExecutor(o.workers, initializer=follow_parent) as pool:
             prepare(raw, out, o, pool)
     except OSError as error:
-        sys.exit(f'{out}: {error}; start again, finished sources stay')
+        hint = f'; apt, brew or conda install {error.filename}' if error.filename in TOOLS else ''
+        sys.exit(f'{out}: {error}{hint}; start again, finished sources stay')
     except re.error as error:
         sys.exit(f'{error.pattern}: is no regular expression ({error}); any text is .* in one')
     except KeyboardInterrupt:

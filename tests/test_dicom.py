@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.support import files, prepared
+from tests.support import files, prepared, runs
 
 pytestmark = [pytest.mark.programs,
               pytest.mark.skipif(not shutil.which('dcm2niix'), reason='dcm2niix is not installed')]
@@ -83,3 +83,25 @@ def test_other_dicom_is_dropped_by_its_name_and_says_how_to_save_it(tmp_path, so
     assert len(images) == 1
     assert (row['path'], row['reason']) == ('film', 'corrupt')
     assert 'DICOM' in row['detail'] and 'PNG' in row['detail']
+
+@pytest.mark.parametrize('below', ['p1', 'p2'], ids=['one folder', 'two folders'])
+@pytest.mark.parametrize('home, modality, other', [('PET', 'PT', 'CT'), ('CT', 'CT', 'MR')])
+def test_a_series_of_another_modality_is_dropped(tmp_path, source, home, modality, other, below):
+    """As of PET/CT studies, whose archives hold both."""
+    write_series(tmp_path / f'raw/{home}/a/p1', modality=modality)
+    slices = [units(number) for number in range(6)]
+    files.dicom_series(tmp_path / f'raw/{home}/a/{below}', slices, EVEN, end='.ima',
+                       modality=other, series=2)
+    images, (row,) = source()
+    assert len(images) == 6
+    assert row['path'] == below and f'series of {other}' in row['detail']
+
+def test_a_series_of_another_modality_than_a_tasks_is_refused(tmp_path):
+    for number in range(4):
+        folder = tmp_path / f'raw/{"ab"[number % 2]}/p{number}'
+        write_series(folder, modality='CT' if number else 'PT', series=number)
+    words = '--task', 'mini', '--level', 1, '--size', SIDE
+    result = prepared.prepare(tmp_path / 'raw', tmp_path / 'out', *words, '--modality', 'CT')
+    runs.ends(result, ['a/p0', 'series of PT'])
+    assert not (tmp_path / 'out').exists()
+    assert prepared.prepare(tmp_path / 'raw', tmp_path / 'all', *words).code == 0

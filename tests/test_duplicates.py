@@ -1,6 +1,7 @@
 """Near-duplicates: a picture that repeats an earlier one of its source is dropped
 (paper, C.1.1)."""
 import numpy as np
+import pytest
 from PIL import Image
 
 from tests.support import files, prepared, runs
@@ -53,3 +54,12 @@ def test_slices_of_a_volume_may_repeat_each_other_and_pictures_may_not(tmp_path)
     assert len(found.images('a')) == 5
     assert found.dropped('a') == [
         dict(path='y.png', slice='0', reason='duplicate', detail='of x.png')]
+
+@pytest.mark.parametrize('name', ['stack.tif', 'stack.gif'])
+def test_pages_of_a_stack_of_8_bits_are_slices_which_may_repeat_each_other(tmp_path, name):
+    pages = [Image.fromarray(files.texture(0) // 2 + number) for number in range(4)]
+    pages[0].save(files.parent(tmp_path / 'raw/OCT/a' / name), save_all=True,
+                  append_images=pages[1:])
+    assert prepared.prepare(tmp_path / 'raw', tmp_path / 'out').code == 0
+    found = prepared.Prepared(tmp_path / 'out')
+    assert len(found.images('a')) == 4 and found.dropped('a') == []

@@ -93,16 +93,16 @@ def test_a_source_takes_the_training_images_and_counts_the_others(tmp_path):
 def test_a_source_drops_images_that_are_too_small_or_seen_before(tmp_path):
     images = np.stack([files.texture(number, 28, 28) for number in (0, 1, 1, 2)])
     write(tmp_path / 'raw/X-ray/lungs/lungs.npz', side=28, train_images=images)
-    assert prepare(tmp_path / 'raw', tmp_path / 'out').code == 0
-    assert Prepared(tmp_path / 'out').meta('lungs')['dropped']['small'] == 4
+    result = prepare(tmp_path / 'raw', tmp_path / 'out')
+    assert result.code == 1 and 'is kept of 1 files, as lungs.npz' in result.out
     assert prepare(tmp_path / 'raw', tmp_path / 'all', '--min_side', 28).code == 0
     meta = Prepared(tmp_path / 'all').meta('lungs')
     assert (meta['count'], meta['dropped']['duplicate']) == (3, 1)
 
 def test_a_source_of_another_archive_is_corrupt(tmp_path):
     np.savez(files.parent(tmp_path / 'raw/CT/a/a.npz'), x=np.zeros((9, 64, 64), np.uint8))
-    assert prepare(tmp_path / 'raw', tmp_path / 'out').code == 0
-    assert Prepared(tmp_path / 'out').reasons('a') == {'a.npz': 'corrupt'}
+    result = prepare(tmp_path / 'raw', tmp_path / 'out')
+    assert result.code == 1 and 'a.npz,0,corrupt' in result.out
 
 def test_a_source_that_was_prepared_before_there_was_this_reason_is_counted(tmp_path):
     write(tmp_path / 'raw/X-ray/lungs/lungs.npz')

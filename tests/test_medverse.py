@@ -191,15 +191,13 @@ def test_a_source_in_a_format_that_is_not_read_is_left_out_by_name(tmp_path):
 
 @pytest.mark.parametrize('name, program', [('EchoNet-Dynamic', 'ffmpeg'),
                                            ('Prostate-MRI-US-Biopsy', 'dcm2niix')])
-def test_without_its_program_a_file_is_dropped_by_name(tmp_path, monkeypatch, name, program):
+def test_without_its_program_a_source_stops_and_names_it(tmp_path, monkeypatch, name, program):
     for path in miniatures.paths(SOURCES[name].keep):
         files.write(tmp_path / 'raw' / name / path.replace('#', '1'), 'binary')
     monkeypatch.setenv('PATH', str(tmp_path))
-    must_prepare(tmp_path / 'raw', tmp_path / 'out')
-    rows = Prepared(tmp_path / 'out').dropped(name)
-    assert len(rows) == 2
-    for row in rows:
-        assert row['reason'] == 'corrupt' and program in row['detail']
+    result = prepare(tmp_path / 'raw', tmp_path / 'out')
+    runs.ends(result, [f"'{program}'", f'conda install {program}'])
+    assert Prepared(tmp_path / 'out').names == []
 
 # --- tasks --------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 A program that stands in for ffmpeg waits until the test lets it go on, so that a preparation is
 stopped in the midst of its second source, however fast the machine is."""
 import os
+import shutil
 import signal
 import tracemalloc
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.support import files, prepared, processes, runs
-from tests.support.prepared import Prepared, prepare, said
+from tests.support.prepared import Prepared, prepare
 
 SIZE = prepared.SIZE
 
@@ -162,19 +163,40 @@ def test_a_mask_of_billions_of_pixels_is_refused_by_its_name(tmp_path):
     runs.ends(result, ['masks/0.png', '3600000000 pixels'])
     assert not list(tmp_path.glob('out*'))
 
-@pytest.mark.parametrize('program', ['ffmpeg', 'dcm2niix'])
-def test_where_a_program_is_missing_its_files_are_dropped_and_tell_its_name(
-        tmp_path, monkeypatch, program):
-    monkeypatch.setenv('PATH', '')
+@pytest.mark.parametrize('program', ['ffmpeg', 'ffprobe', 'dcm2niix'])
+def test_a_missing_program_stops_in_a_sentence_that_says_how_to_install_it(
+        tmp_path, monkeypatch, fake_program, program):
+    """Its source is not finished, and those before it stay."""
+    monkeypatch.setenv('PATH', '/bin-without-anything')
     for source in 'ab':
         files.save(tmp_path / f'raw/CT/{source}/0.png', files.texture(0))
-    if program == 'ffmpeg':
-        files.write(tmp_path / 'raw/CT/b/x.mp4', 'video')
-    else:
+    if program == 'dcm2niix':
         files.dicom(tmp_path / 'raw/CT/b/x/0.dcm', files.ramp(-200, 400, 'i2'), 'CT')
+    else:
+        files.write(tmp_path / 'raw/CT/b/x.mp4', 'video')
+    if program == 'ffprobe':
+        fake_program('ffmpeg', 'exit 0')
     result = prepare(tmp_path / 'raw', tmp_path / 'out')
-    assert result.code == 0, said(result)
-    found = Prepared(tmp_path / 'out')
-    assert found.names == ['a', 'b'] and len(found.images('b')) == 1
-    row, = found.dropped('b')
-    assert row['path'].startswith('x') and row['reason'] == 'corrupt' and program in row['detail']
+    runs.ends(result, [f"'{program}'", f'conda install {program}'])
+    assert Prepared(tmp_path / 'out').names == ['a']
+
+def test_a_full_temporary_disk_stops_although_dcm2niix_says_that_all_went_well(
+        tmp_path, monkeypatch, fake_program):
+    """Version 1.0.2022 does so, and writes an empty JSON."""
+    fake_program('dcm2niix', 'exit 0')
+    for source in 'ab':
+        files.save(tmp_path / f'raw/CT/{source}/0.png', files.texture(0))
+    files.dicom(tmp_path / 'raw/CT/b/x/0.dcm', files.ramp(-200, 400, 'i2'), 'CT')
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=0))
+    result = prepare(tmp_path / 'raw', tmp_path / 'out')
+    runs.ends(result, ['No space left on device', 'start again'])
+    assert Prepared(tmp_path / 'out').names == ['a']
+
+def test_a_source_of_which_nothing_is_kept_is_not_finished(tmp_path):
+    """It is left out by name with a reason; the others are prepared."""
+    files.write(tmp_path / 'raw/Photo/a/x.png', 'no picture')
+    files.save(tmp_path / 'raw/Photo/b/0.png', files.texture(0))
+    result = prepare(tmp_path / 'raw', tmp_path / 'out')
+    runs.ends(result, ['left out', 'a'])
+    assert 'Photo/a: no image is kept of 1 files, as x.png,0,corrupt' in result.out
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['b']

@@ -1,4 +1,5 @@
 """Sources for pretraining: what lies below RAW becomes shards, and every file is accounted for."""
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -140,6 +141,29 @@ def test_shards_are_closed_when_they_are_full(tmp_path, monkeypatch):
     assert [(len(shard), shard.shape[3]) for shard in shards] == [(3, 1), (2, 3), (1, 3)]
     assert {shard.shape[1:3] for shard in shards} == {(512, 512)}
 
+def test_a_finished_source_keeps_its_folder_when_a_namesake_comes(tmp_path):
+    """Nothing is prepared twice, which would count double in training."""
+    for first, second in ('CT', 'MR'), ('MR', 'CT'):
+        raw, out = tmp_path / first / 'raw', tmp_path / first / 'out'
+        files.save(raw / first / 'hospital/0.png', files.texture(0))
+        assert prepare(raw, out).code == 0
+        files.save(raw / second / 'hospital/0.png', files.texture(1))
+        for _ in range(2):
+            assert prepare(raw, out).code == 0
+            found = Prepared(out)
+            assert {name: found.meta(name)['modality'] for name in found.names} == {
+                'hospital': first, f'hospital-{second}': second}
+            assert found.meta('hospital')['source'] == 'hospital'
+
+def test_of_two_finished_namesakes_the_one_that_remains_keeps_its_folder(tmp_path):
+    raw, out = tmp_path / 'raw', tmp_path / 'out'
+    for number, modality in enumerate(('CT', 'MR')):
+        files.save(raw / modality / 'hospital/0.png', files.texture(number))
+    assert prepare(raw, out).code == 0
+    shutil.rmtree(raw / 'CT')
+    assert prepare(raw, out).code == 0
+    assert Prepared(out).names == ['hospital-CT', 'hospital-MR']
+
 # --- which files are taken -----------------------------------------------------------------------
 
 @pytest.fixture
@@ -223,6 +247,8 @@ def test_the_current_folder_may_be_out(photos):
 
 @pytest.mark.parametrize('options, named', [
     (['--size', '0'], ['--size']),
+    (['--workers', '0'], ['--workers', '1']),
+    (['--task', 'mine', '--level', '3'], ['--level', '2']),
     (['--images', '*.png'], ['*.png', 'regular expression']),
     (['--source', 'hair'], ['hair', 'raw']),
     (['--task', 'mine', '--modality', 'cat'], ['--modality', 'cat', 'CT']),

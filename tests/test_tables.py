@@ -154,6 +154,15 @@ def test_a_table_without_a_class_for_any_picture_is_refused(tmp_path, table, tol
     sentence = refused(tmp_path, '--labels', 'labels.csv', '--patient', r'(\d)', naming=[])
     assert re.search(told, sentence)
 
+def test_several_tables_of_one_name_are_named(tmp_path):
+    rows = [f'{path},{kind}' for path, kind in IN_FOLDER.items()]
+    write_table(tmp_path, rows, IN_FOLDER)
+    files.write(tmp_path / 'raw/test/labels.csv', (tmp_path / 'raw/labels.csv').read_bytes())
+    refused(tmp_path, '--labels', 'labels.csv', naming=['raw/labels.csv', 'raw/test/labels.csv'])
+    assert classes_of(task(tmp_path, '--labels', 'test/labels.csv')) == IN_FOLDER
+    found = task(tmp_path, '--labels', './labels.csv', out='top')
+    assert classes_of(found) == IN_FOLDER
+
 def test_a_table_that_is_not_there_is_named(tmp_path):
     write_animals(tmp_path)
     refused(tmp_path, '--labels', 'none.csv', naming=['none.csv'])

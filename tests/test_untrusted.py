@@ -117,11 +117,15 @@ def test_what_dcm2niix_wrote_counts_though_it_ends_with_an_error(tmp_path, fake_
         echo '{{"Modality": "MR"}}' > "$2/x.json"
         exit 1''')
     assert prepare(tmp_path / 'raw', tmp_path / 'out').code == 0
-    assert Prepared(tmp_path / 'out').meta('a')['count'] == 3
+    found = Prepared(tmp_path / 'out')
+    row, = found.dropped('a')
+    assert found.meta('a')['count'] == 3 and (row['slice'], row['reason']) == ('3', 'corrupt')
+    assert 'dcm2niix ended with error 1' in row['detail']
 
 def test_the_last_words_of_dcm2niix_are_the_reason_if_it_wrote_nothing(tmp_path, fake_program):
-    files.dicom(tmp_path / 'raw/MR/a/0.dcm', files.ramp(0, 999, 'i2'))
+    files.dicom(tmp_path / 'raw/MR/a/scan/0.dcm', files.ramp(0, 999, 'i2'))
     fake_program('dcm2niix', 'echo JPEG-LS is not supported; exit 2')
+    files.save(tmp_path / 'raw/MR/a/0.png', files.texture(0))
     prepare(tmp_path / 'raw', tmp_path / 'out')
     row, = Prepared(tmp_path / 'out').dropped('a')
     assert row['reason'] == 'corrupt' and 'JPEG-LS is not supported' in row['detail']

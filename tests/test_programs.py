@@ -288,7 +288,8 @@ def test_bench_prepare_compares_with_the_bare_readers(monkeypatch):
     def write_few(raw):
         for kind in ('png', 'jpg'):
             files.save(raw / kind / 'Photo' / 'source' / f'0.{kind}', files.texture(0))
-        files.nifti(raw / 'nii.gz' / 'CT' / 'source' / '0.nii.gz', np.zeros((48, 48, 6), np.int16))
+        volume = np.stack([files.ramp(-200, 400, 'i2')] * 6, 2)
+        files.nifti(raw / 'nii.gz' / 'CT' / 'source' / '0.nii.gz', volume)
 
     bench_prepare = runs.module('bench_prepare')
     monkeypatch.setattr(bench_prepare, 'write_files', write_few)

@@ -564,8 +564,8 @@ def by_folders(names, level):
 def read_lines(raw, end):
     """Lines of the table or list whose path below RAW ends so, in UTF or Windows' code page."""
     paths = [raw / name for name in list_names(raw) if f'/{name}'.endswith(f'/{end}')]
-    if len(paths) > 1:
-        sys.exit(f'{end}: may be {paths[0]} or {paths[1]}; give more of its path, as ./{end}')
+    if len(paths) > 1 or not (paths or [raw / end])[0].exists():
+        sys.exit(f'{end}: {raw} has {[*map(str, paths[:2])]}; give a path below it, as ./{end}')
     content = (paths or [raw / end])[0].read_bytes()
     wide = content[:2] in (b'\xff\xfe', b'\xfe\xff')
     for code in ['utf-16'] if wide else ['utf-8-sig', 'cp1252', 'latin-1']:
@@ -827,7 +827,7 @@ def prepare_task(raw, folder, o, pool):
     twins = Counter(' and '.join(parts) for parts in holders.values() if len(parts) > 1)
     for parts, times in twins.items():
         print(f'warning: {times} images are the same in {parts}', file=sys.stderr)
-    print(f'{folder}: {kind} into {", ".join(o.classes)}; images: {counts}')
+    print(f'{folder}: {kind}, {", ".join(o.classes)}; {counts}; window {o.modality or "min..max"}')
 
 def name_classes(o, labels):
     """Set --classes and --values if they are not given."""

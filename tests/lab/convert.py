@@ -121,7 +121,8 @@ def write_darkest(raw, rule):
 def main():
     """Convert the data set that the first word names, in the folder of the second."""
     if len(sys.argv) < 3 or not Path(sys.argv[2]).is_dir():
-        sys.exit('convert takes the name of a task and its folder, as in scr RAW/scr')
+        sys.exit('give a task and its folder: python -m tests.lab.convert yolo RAW (or scr, tn5000, '
+                 'slsc-c, slsc-s, dias, dsca)')
     name, raw = sys.argv[1], Path(sys.argv[2])
     if name == 'scr':
         written = write_films(raw)
@@ -137,7 +138,8 @@ def main():
         sys.exit(f'{name}: is none of scr, tn5000, slsc-c, slsc-s, yolo, dias and dsca')
     if not written:
         sys.exit(f'{raw}: holds nothing that is converted for {name}')
-    print(f'{raw}: {len(written)} images of {name} converted')
+    print(f'{raw}: {len(written)} images of {name} converted; new files lie beside them, for '
+          f'python prepare_medverse.py --task {name} --raw {raw}')
 
 if __name__ == '__main__':
     main()

@@ -1,10 +1,11 @@
 #!/bin/bash
 # The experiments, on a laptop's CPU: what experts and director bring, and when.
 #
-#     bash tests/lab/experiments.sh REAL              everything: some hours on two cores
-#     bash tests/lab/experiments.sh REAL ablation     one part alone
-#     SEEDS=0 bash tests/lab/experiments.sh REAL      one seed; run others in other shells meanwhile
-#     REHEARSAL=10 bash tests/lab/experiments.sh REAL a tenth of all steps, to out/rehearsal-10
+#     bash tests/lab/experiments.sh REAL                      everything: some hours on two cores
+#     bash tests/lab/experiments.sh REAL pretrain ablation    some parts alone, in this order
+#     SEEDS=0 bash tests/lab/experiments.sh REAL              one seed; others in other shells
+#     REHEARSAL=10 bash tests/lab/experiments.sh REAL         a tenth of all steps and epochs, in
+#                                                             out/rehearsal-10
 #
 # REAL holds pretrain/<Modality>/<source> and tasks/{HC18,COVID-CXR-3class,EyeDisease-4class,
 # PneumoniaMNIST}, as they are downloaded. What is finished is left as it is, so the script may be
@@ -170,9 +171,11 @@ adapt() {
     done
 }
 
-# Fig. 5
+# Fig. 5; the first two are also of the parts above
 scaling() {
     for seed in $seeds; do
+        tune eye-disease dex $seed
+        tune eye-disease scratch $seed --adapt experts
         for top_k in 1 4 8; do
             tune eye-disease dex $seed --top_k $top_k
         done

@@ -38,8 +38,8 @@ def read_source(folder):
 
 class Shards:
     """The images of all prepared sources below a folder, under one running index.
-    The tail of each source is held out for validation: a share `val_share`, 1 to `val_most` of its
-    images. `train` and `val` are the indices of the two parts. Image i shows the modality
+    The tail of each source is held out for validation: `val_share` of its images, but at least 1
+    and at most `val_most`. `train` and `val` are the indices of both parts. Image i shows modality
     modalities[image_modality[i]]."""
     def __init__(self, folder, val_share=0.05, val_most=200):
         self.shards, modality_of = [], []       # of each image
@@ -54,8 +54,8 @@ class Shards:
                 raise SystemExit(f'{source}: its images have another size than those before: '
                                  f'{sorted(sides)}; prepare all sources with one --size')
             end = start + count
-            # An only image is trained on.
-            split = end - min(max(int(count * val_share), 1), val_most, max(count - 1, 0))
+            held_out = min(max(int(count * val_share), 1), val_most)
+            split = end - min(held_out, max(count - 1, 0))      # an only image is trained on
             train.append(np.arange(start, split))
             val.append(np.arange(split, end))
             modality_of += [modality] * count
@@ -154,17 +154,17 @@ def crop_matrices(u, w, h):
     u (4, n): draws in [0, 1] for the centre (two), angle and flip. w, h (n,): sides, as shares."""
     x, y = (2 * u[0] - 1) * (1 - w), (2 * u[1] - 1) * (1 - h)       # the crop's centre
     angle = (2 * u[2] - 1) * math.radians(15)
-    flip = torch.where(u[3] < 0.5, -1.0, 1.0)
-    cos, sin = angle.cos(), angle.sin()
+    flip, cos, sin = torch.where(u[3] < 0.5, -1.0, 1.0), angle.cos(), angle.sin()
+    # A row (3, n) of a matrix holds the factors of output x and output y, and a constant.
     a, b = torch.stack([w, 0 * w, x]), torch.stack([0 * h, h, y])       # centre + sides * output
     return torch.stack([flip * (cos * a - sin * b), sin * a + cos * b]).permute(2, 0, 1)
 
-def draw_crops(count, zoom, device):
+def draw_crops(count, ratio, device):
     """Matrices (count, 2, 3) of random horizontal flips, rotations up to 15 degrees and crops.
-    zoom: side of the output / side of the stored image. A crop's share of the area is drawn from
-    [max(0.2, zoom^2 / 2), 1], so it has about half as many pixels as the output, or more."""
+    ratio: side of the output / side of the stored image. A crop's share of the area is at least 0.2
+    and ratio^2 / 2, so that it has about half as many pixels as the output, or more."""
     u = torch.rand(6, count, device=device)
-    smallest = min(max(0.2, 0.5 * zoom ** 2), 1)
+    smallest = min(max(0.2, 0.5 * ratio ** 2), 1)
     area = smallest + (1 - smallest) * u[4]
     aspect = torch.exp((2 * u[5] - 1) * math.log(4 / 3))
     w, h = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
@@ -196,12 +196,12 @@ def whole_view(images, size):
 def augment(images, size):
     """uint8 (B, 3, S, S) -> normalized random crops (B, 3, size, size).
     Nearly black crops are drawn again, up to three times."""
-    zoom, stride = size / images.shape[-1], max(images.shape[-1] // 32, 1)
-    theta = draw_crops(len(images), zoom, images.device)
+    ratio, stride = size / images.shape[-1], max(images.shape[-1] // 32, 1)
+    theta = draw_crops(len(images), ratio, images.device)
     for _ in range(3):      # 16 x 16 samples decide, and the host need not wait for them
         glimpse = sample(images[..., ::stride, ::stride], 16, theta)
         black = glimpse.mean((1, 2, 3)) < 0.02
-        again = draw_crops(len(images), zoom, images.device)
+        again = draw_crops(len(images), ratio, images.device)
         theta = torch.where(black[:, None, None], again, theta)
     return normalize(sample(images, size, theta))
 

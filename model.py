@@ -98,9 +98,9 @@ class StackedLinear(nn.Module):
             # Autocast does not cover grouped_mm, so cast by hand.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         numbers = torch.arange(len(self.weight), device=x.device)
-        group_ends = torch.searchsorted(expert, numbers, right=True) * x.shape[1]     # (R,), tokens
-        # This is one kernel in bfloat16 on an H100 or newer, for which the host need not wait.
-        y = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=group_ends.int())
+        ends = torch.searchsorted(expert, numbers, right=True)      # (R,): rows of experts 0 to r
+        # One kernel in bfloat16 on an H100 or newer; the host need not wait. A row is N tokens.
+        y = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=ends.int() * x.shape[1])
         # The bias's gradient is a sum over rows. Casting after the selection keeps it in float32;
         # index_select, unlike self.bias[expert], adds it up in a fixed order on a CPU.
         bias = self.bias.index_select(0, expert)[:, None]
@@ -153,11 +153,11 @@ class DEX(nn.Module):
             # omega of Eq. 5. It is 1 if K = 1, and then the task teaches the gate nothing.
             mixing = top_scores / top_scores.sum(-1, keepdim=True)
 
-        # Pair unit * K + k is a unit's k-th expert. Sort the pairs by expert; keep their numbers.
-        expert, pair = top_experts.flatten().sort(stable=True)
-        unit = pair // self.top_k
+        # Flattened, place unit * K + k holds a unit's k-th expert. Sort by expert; keep the places.
+        expert, place = top_experts.flatten().sort(stable=True)
+        unit = place // self.top_k
         y = self.experts(units.index_select(0, unit), expert)
-        y = y * mixing.flatten().index_select(0, pair)[:, None, None]
+        y = y * mixing.flatten().index_select(0, place)[:, None, None]
         y = torch.zeros_like(units, dtype=y.dtype).index_add(0, unit, y).view_as(x)  # f^E, Eq. 2, 5
         if sigma is None:
             return y, None
@@ -304,7 +304,7 @@ def layer_losses(align, scores, load):
 # --- checkpoints ----------------------------------------------------------------------------------
 def read_checkpoint(path, needed='cls_token'):
     """A checkpoint of pretrain.py or finetune.py: (state dict, Config, the whole file).
-    It must hold the parameter `needed`: cls_token if pretrained, head.weight if fine-tuned."""
+    It must hold `needed`: cls_token if pretrained (fine-tuned: vit.cls_token), else head.weight."""
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         state, config = checkpoint['model'], Config(**checkpoint['config'])
@@ -353,12 +353,12 @@ def load_weights(model, state, path):
         new, left = model.load_state_dict(fitting, strict=False)
     except RuntimeError as error:       # it names everything that has another shape
         raise SystemExit(f'{path}: does not fit this network: {error}')
-    optional = ['decoder_', 'mask_token', '.dex.gate', '.dex.usage']    # in names; one may lack it
+    optional = ['decoder_', 'mask_token', '.dex.gate', '.dex.usage']    # one side may lack these
     if not config.experts:
         optional.append('.dex.experts')
-    def parts(names):       # the optional part that a name belongs to, else the name itself
+    def short(names):       # decoder_norm.weight -> decoder_; what is not optional stays whole
         return sorted({next((part for part in optional if part in name), name) for name in names})
-    if misfits := [part for part in parts(new) + parts(left) if part not in optional]:
+    if misfits := sorted({*short(new), *short(left)} - {*optional}):
         raise SystemExit(f'{path}: does not fit this network: missing or left over: {misfits}')
-    print(f'{path}: loaded; left out: {parts(left) or "nothing"}; '
-          f'not in it, so new: {parts(new) or "nothing"}')
+    print(f'{path}: loaded; left out: {short(left) or "nothing"}; '
+          f'not in it, so new: {short(new) or "nothing"}')

@@ -78,7 +78,7 @@ class Options:
 DEMO = dict(data='data/phantoms-64', out='out/demo', model='tiny', depth=4, size=64, patch=8,
             batch=64, steps=400, lr=8e-3, val_share=0.2, val_every=100)
 MAX_SKIPPED = 10    # steps in a row that are not finite end a training
-# A resumed run may change these, and then rounds differently. accumulate * GPUs has to stay.
+# --resume may change these. GPUs * accumulate stays; another split moves rounding and balance.
 MAY_CHANGE = ('data', 'out', 'init', 'resume', 'overwrite', 'accumulate', 'device', 'bf16',
               'log_every', 'val_every', 'save_minutes')
 
@@ -149,7 +149,7 @@ def seed_step(seed, step, place):
     torch.manual_seed(int(np.random.SeedSequence((seed, step, place)).generate_state(1)[0]))
 
 def make_optimizer(model, lr, weight_decay):
-    """AdamW that decays matrices and kernels, told by their names: stacked biases have two axes."""
+    """AdamW that decays matrices and kernels. Names tell them: stacked biases are 2-D as well."""
     pairs = [(name.endswith('.weight') and 'norm' not in name, p)
              for name, p in model.named_parameters() if p.requires_grad]
     groups = [dict(params=[p for decays, p in pairs if decays], weight_decay=weight_decay),
@@ -174,7 +174,7 @@ def end_if_diverged(out, in_a_row):
         raise SystemExit(f'{out}: {MAX_SKIPPED} steps in a row not finite; check images and --lr')
 
 def catch_signals(caught=True):
-    """Have SIGTERM and SIGINT (Ctrl-C) only add their numbers to the list returned, or end us."""
+    """Have SIGTERM and SIGINT (Ctrl-C) only join the list returned; caught=False: end us again."""
     signals = []
     note = (lambda number, frame: signals.append(number)) if caught else signal.SIG_DFL
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -244,7 +244,7 @@ def run_program(name, *words):
     path = os.pathsep.join([str(Path(__file__).resolve().parent), os.environ.get('PYTHONPATH', '')])
     # Without -P, a folder `tests` where the user works would be found before ours.
     command = [sys.executable, '-P', '-m', 'tests.lab', name, *map(str, words)]
-    # When this process ends, so does its end of the pipe, for which tests/lab/__main__.py waits.
+    # Our end of this pipe closes when we die; tests/lab/__main__.py waits for that and ends, too.
     with subprocess.Popen(command, env=dict(os.environ, PYTHONPATH=path),
                           stdin=subprocess.PIPE) as program:
         program.wait()
@@ -448,7 +448,7 @@ def train(run):
         done = step + 1
         validating = done in (1, plan.steps) or done % val_every == 0
         logging = validating or done % o.log_every == 0
-        # What follows reads numbers from the device, and so waits for it: on CUDA now and then.
+        # Reading a number waits for a GPU, so there only some steps go on below; on a CPU all do.
         reading = logging or done % max(1, 10 // o.accumulate) == 0     # every tenth micro-batch
         if run.device.type == 'cuda' and not reading:
             continue

@@ -136,7 +136,7 @@ def read_array(path):
     """The array of an .npy file, (n, H, W) or (n, H, W, 3)."""
     array = np.load(path, mmap_mode='r')
     shape, ndim = array.shape, array.ndim
-    if ndim == 3 and (shape[2] == 4 or shape[0] == 3 and shape[2] > 3):
+    if ndim == 3 and (shape[2] == 4 or shape[0] == 3 and shape[2] > 3):  # RGBA, or (3, H, W)
         raise ValueError(f'{shape} may be colours, (H, W, 3), or slices, (n, H, W, 1)')
     if ndim == 2 or ndim == 3 and shape[2] == 3:  # one image
         return array[None]
@@ -167,7 +167,7 @@ def on_grid(mask, image):
     turns = [nib.io_orientation(either.affine) for either in (mask, image)]
     turned = mask.as_reoriented(nib.orientations.ornt_transform(*turns)) if mask.ndim > 2 else mask
     for candidate in (mask, turned):
-        drift = np.abs(image.affine - candidate.affine) @ (*shape[:3], 1)  # of any corner, <= mm
+        drift = np.abs(image.affine - candidate.affine) @ (*shape[:3], 1)  # mm; no corner has more
         if (*candidate.shape, 1, 1)[:4] == shape and drift.max() <= size / 2:
             return candidate
     raise ValueError(f'their grids differ: {image.shape} and {mask.shape}, or their affines')
@@ -200,7 +200,7 @@ def cut(volume, affine):
     volume = volume.reshape(*(*volume.shape, 1)[:3], -1)  # (x, y, z, time), 1 where one lacks
     volume = nib.apply_orientation(volume, turn)
     spacing = nib.affines.voxel_sizes(affine)[turn[:, 0].argsort()]
-    spacing[np.array(volume.shape[:3]) == 1] = np.inf  # a single slice is not cut
+    spacing[np.array(volume.shape[:3]) == 1] = np.inf  # an axis of length 1 is the one cut across
     axis = 2 if spacing[2] >= 0.99 * spacing.max() else spacing.argmax()
     slices = np.moveaxis(volume, (3, axis), (0, 1))  # (time, n, W, H)
     return slices.swapaxes(2, 3)[:, :, ::-1, ::-1]  # the patient's right, or front, on the left
@@ -213,7 +213,7 @@ def to_uint8(volume, modality):
     limits, percentiles, _, _ = WINDOWS[modality]
     if modality == 'CT' and volume.dtype.kind == 'u':  # no HU
         shifted = 31000 < np.median(volume[volume > 0]) < 36000  # HU + 32768, as in DeepLesion
-        limits, percentiles = (32568, 33168) if shifted else None, (0, 100)
+        limits, percentiles = ((32568, 33168) if shifted else None), (0, 100)
     if not limits:
         sample = volume.flat[::(volume.size // 1_000_000 | 1)]  # an even step sees few columns
         sample = sample[np.isfinite(sample)] + 0  # + 0 makes a number of bool
@@ -443,11 +443,11 @@ def find_sources(raw, out, o):
         print(f'warning: no data sets: {len(others)} paths, as {min(others)}', file=sys.stderr)
     times, sources = Counter(row.name for row, _ in found), {}
     for row, home in found:
-        names = row.name, f'{row.name}-{row.modality}'  # the second if the first is another's
-        metas = [out / name / 'meta.json' for name in names[::-1]]
+        short, long = row.name, f'{row.name}-{row.modality}'  # long, if another has the short
+        metas = [out / known / 'meta.json' for known in (long, short)]  # of both, the short wins
         finished = {json.loads(meta.read_text())['modality']: meta.parent.name
                     for meta in metas if meta.exists()}
-        name = finished.get(row.modality, names[bool(finished) or times[row.name] > 1])
+        name = finished.get(row.modality, long if finished or times[row.name] > 1 else short)
         if name in sources:
             sys.exit(f'{sources[name][1]}, {home}: have the same name; rename or move one of them')
         if o.source in ('', row.name):
@@ -487,7 +487,7 @@ def find_samples(raw, o, account):
     """{path of an image below RAW: its Sample, with its patient}: by a table, pairs or folders.
     Adds to `account`: (what, how many, those left over, whether these stop the preparation)."""
     names = [name for name in list_names(raw)
-             if '/.' not in f'/{name}' and not search(o.skip, name)]
+             if (name == '.' or '/.' not in f'/{name}') and not search(o.skip, name)]
     masks = {rule: by_groups(names, rule) for rule in (() if o.labels else o.masks or [MASKS])}
     partners = {name for found in masks.values() for same in found.values() for name in same}
     pairs = not o.labels and (partners or o.masks or o.outline or o.objects or o.values)
@@ -500,8 +500,8 @@ def find_samples(raw, o, account):
         samples = find_pairs(raw, rule, by_groups(images, rule), masks, account, o.objects)
     else:
         samples = by_folders(images, o.level)
-    unread = [name for name in wanted if has_ending(raw / name, UNREAD)]
-    alone = [name for name in images if name not in samples]
+    unread = [name for name in wanted if has_ending(raw / name, UNREAD)]  # these stop it
+    alone = [name for name in images if name not in samples]  # these do not (imagesTs)
     account.append((f'images {rule}', len(images + unread), unread + alone, bool(unread)))
     if not samples:
         unused = ', '.join(f'{what} {left[:1]}' for what, _, left, _ in account)
@@ -510,9 +510,9 @@ def find_samples(raw, o, account):
         strangers = [name for name in samples if not search(o.patient, name)]
         account.append((f'--patient {o.patient}', len(samples), strangers, True))
     for name, sample in samples.items():
-        match = search(o.patient, name)  # its first group, or without groups all of it
-        patient = match and (match.groups() or match)[0] or sample.patient or name
-        samples[name] = sample._replace(patient=patient)
+        match = search(o.patient, name)
+        shown = (match.groups() or match)[0] if match else ''  # its first group, or all it found
+        samples[name] = sample._replace(patient=shown or sample.patient or name)
     return samples
 
 def print_account(raw, account, partial):
@@ -672,11 +672,11 @@ def read_masks(path, image, values):
         raise ValueError('one of them is NIfTI, the other is not')
     grid = nib.load(image) if has_ending(image, VOLUMES) else None
     masks, lossy = [mask for volume in read(path, grid=grid) for mask in volume], False
+    for one in (image, path):
+        if has_ending(one, PICTURES) and Image.open(one).getexif().get(0x0112, 1) not in (0, 1):
+            raise ValueError(f'EXIF turns {one}; save both without this tag')
     if has_ending(path, PICTURES):
-        with Image.open(path) as picture, Image.open(image) as other:
-            for each in (other, picture):
-                if each.getexif().get(0x0112, 1) not in (0, 1):
-                    raise ValueError(f'EXIF turns {each.filename}; save both without this tag')
+        with Image.open(path) as picture:
             lossy = picture.format in ('JPEG', 'MPO') or picture.info.get('compression') == 'jpeg'
             palette = np.reshape(picture.getpalette() or [], (-1, 3))  # colours; none: (0, 3)
             if np.ptp(palette, 1).any() and '#' not in ''.join(values):
@@ -687,14 +687,14 @@ def read_masks(path, image, values):
     masks = [classify(mask, values, lossy) for mask in masks]
     if {value for mask in masks for value in np.unique(mask).tolist()} - {0} == {255}:
         raise ValueError('255 is its only foreground: give --values 0 1+255 if it is a class, or '
-                         '0 1 255 if it is not to be scored')
+                         '0 1 255 and two --classes if it is not to be scored')
     return masks
 
 def classify(mask, values, lossy=False):
     """Mask (H, W[, 3]) -> uint8 (H, W): places in `values`, where 1+2 is either and * all others.
     An unnamed 255 stays and is not scored. In a lossy file the nearest counts, and * is white."""
     colours = '#' in ''.join(values)
-    grey = 0x010101 if colours else 1  # then 7 is #070707
+    grey = 0x010101 if colours else 1  # beside colours, grey 7 is #070707
     table, rest = {}, None  # {value: its place in `values`}; the place of *
     for place, entry in enumerate(values):
         rest = place if '*' in entry else rest
@@ -745,12 +745,12 @@ def task_items(path, raw, sample, o):
             here = [(number, masks[place]) for number, masks in layers]
             answer = lay_over(image.shape[:2], here, o) if here else o.classes.index(sample.label)
             yield resize(image, o.size), answer
-    except Exception as error:  # decoders fail in every way there is
+    except Exception as error:  # of any decoder; the pool hands this exit on
         partner = sample.label or ', '.join(sum(sample.masks, [])[:3])
         sys.exit(f'{path}: cannot be used with {partner} ({type(error).__name__}: {error})')
 
 def lay_over(shape, layers, o):
-    """Mask uint8 (S, S) of [(number of a class, where it is)], a later over an earlier one."""
+    """Mask uint8 (S, S) of [(number of a rule, mask)]: 1 becomes the number; later ones on top."""
     mask = np.zeros(shape, np.uint8)
     for number, layer in layers:
         if layer.shape != shape:

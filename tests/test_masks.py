@@ -38,10 +38,26 @@ def test_255_is_not_scored_unless_it_is_named(tmp_path):
     assert show(task(tmp_path, out='not named'), mask)
     assert show(task(tmp_path, '--values', '0', '1+255', out='named'), REGIONS > 0)
 
+def test_the_advice_for_255_alone_leaves_it_out_of_the_scores(tmp_path):
+    mask = np.uint8(255 * BLOB)
+    write_pairs(tmp_path, mask)
+    refused(tmp_path, naming=['0 1 255 and two --classes'])
+    mask[:2, :2] = 1        # training must show two classes
+    write_pairs(tmp_path, mask)
+    found = task(tmp_path, '--values', '0', '1', '255', '--classes', 'a', 'b', out='advised')
+    assert (mask == 255).any() and show(found, mask)
+
 def test_values_after_those_of_the_classes_are_not_scored(tmp_path):
     write_pairs(tmp_path, REGIONS)
     found = task(tmp_path, '--values', '0', '1', '2', '--classes', 'a', 'b')
     assert show(found, np.uint8([0, 1, 255])[REGIONS])
+
+def test_an_image_may_be_an_array_and_its_mask_a_picture(tmp_path):
+    write_pairs(tmp_path, REGIONS)
+    for path in tmp_path.glob('**/images/*.*'):
+        np.save(path.with_suffix('.npy'), np.asarray(Image.open(path)))
+        path.unlink()
+    assert show(task(tmp_path, '--classes', *'abc'), REGIONS)
 
 def test_a_mask_of_16_bits_keeps_its_numbers(tmp_path):
     write_pairs(tmp_path, np.uint16(BLOB) * 300)

@@ -573,8 +573,8 @@ def read_lines(raw, end):
             return re.split('\r\n|\r|\n', content.decode(code))  # splitlines() knows other ends
 
 def look_up(what, paths, names, account):
-    """{path of a table or list: the name that ends so, or ''}, by whole folders, without ending. A
-    number that lost its leading zeros is found if they make it a single name."""
+    """{path in a table or list: the image whose path, without ending, ends so by whole folders, or
+    ''}. If none does, leading zeros of a number are ignored, where that leaves a single image."""
     tails, found, guessed = {}, {}, []
     for name in names:
         tail = ENDING.sub('', name)
@@ -620,8 +620,8 @@ def read_table(raw, names, account, end, *columns):
     return samples
 
 def split_samples(samples, raw, o, account):
-    """{'train', 'val', 'test': names}. A rule takes what it is found in (also in a mask's path), a
-    list (.txt below RAW) what it names; the first decides. Shares divide the other patients."""
+    """{split: names}. A rule takes the images in whose path, or a mask's, it is found; a .txt below
+    RAW those it lists; the first split to take one keeps it. Shares draw the rest, by patient."""
     rules = dict(zip(SPLITS, o.split or ('50', '20', '30')))
     given = [part for part in SPLITS if any(search(SPLITS[part], name) for name in samples)]
     if official := not o.split and 'train' in given and len(given) > 1:  # without tests, draw them

@@ -239,8 +239,7 @@ class ViT(nn.Module):
             routings.append(routing)
         if routings[0] is None:     # and so are all
             return self.norm(x), None, outputs
-        stacked = Routing(*map(torch.stack, zip(*routings)))        # field by field
-        return self.norm(x), stacked, outputs
+        return self.norm(x), Routing(*map(torch.stack, zip(*routings))), outputs
 
 class MAE(ViT):
     """Masked autoencoder on a ViT: L_self of Eq. 8."""
@@ -356,7 +355,8 @@ def load_weights(model, state, path):
     optional = ['decoder_', 'mask_token', '.dex.gate', '.dex.usage']    # one side may lack these
     if not config.experts:
         optional.append('.dex.experts')
-    def short(names):       # decoder_norm.weight -> decoder_; what is not optional stays whole
+    def short(names):
+        """decoder_norm.weight -> decoder_; a name that is not optional stays whole."""
         return sorted({next((part for part in optional if part in name), name) for name in names})
     if misfits := sorted({*short(new), *short(left)} - {*optional}):
         raise SystemExit(f'{path}: does not fit this network: missing or left over: {misfits}')

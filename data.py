@@ -27,11 +27,12 @@ def read_source(folder):
         modality, shards, count = meta['modality'], [], 0
         for path in sorted(folder.glob('*.npy')):
             array = np.load(path, mmap_mode='r')
-            if array.dtype == np.uint8 and array.ndim == 4 and array.flags.c_contiguous:
-                shards.append((path, array.offset, array.shape))
-                count += len(array)
+            if array.dtype != np.uint8 or array.ndim != 4 or not array.flags.c_contiguous:
+                raise ValueError(f'{path.name} is not uint8 (n, S, S, c)')
+            shards.append((path, array.offset, array.shape))
+            count += len(array)
         if count != meta['count']:
-            raise ValueError(f'{count} images uint8 (n, S, S, c) of {meta["count"]}')
+            raise ValueError(f'it has {count} images of {meta["count"]}')
     except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
         raise SystemExit(f'{folder}: damaged or cut short ({error!r}); delete it, prepare it anew')
     return modality, count, shards
@@ -42,7 +43,8 @@ class Shards:
     and at most `val_most`. `train` and `val` are the indices of both parts. Image i shows modality
     modalities[image_modality[i]]."""
     def __init__(self, folder, val_share=0.05, val_most=200):
-        self.shards, modality_of = [], []       # of each image
+        self.shards = []
+        modality_of = []        # of each image
         train, val, start = [], [], 0
         for source in sorted(path.parent for path in Path(folder).glob('*/meta.json')):
             if source.suffix == '.part':        # its preparation has not finished
@@ -51,11 +53,10 @@ class Shards:
             self.shards += shards
             sides = {side for *_, shape in self.shards for side in shape[1:3]}
             if len(sides) > 1:
-                raise SystemExit(f'{source}: its images have another size than those before: '
-                                 f'{sorted(sides)}; prepare all sources with one --size')
+                raise SystemExit(f'{source}: sides {sorted(sides)}; prepare all with one --size')
             end = start + count
             held_out = min(max(int(count * val_share), 1), val_most)
-            split = end - min(held_out, max(count - 1, 0))      # an only image is trained on
+            split = end - min(held_out, max(count - 1, 0))      # at least one image trains
             train.append(np.arange(start, split))
             val.append(np.arange(split, end))
             modality_of += [modality] * count
@@ -73,19 +74,16 @@ class Shards:
     def gather(self, ids):
         """Images by their indices -> uint8 tensor (n, 3, S, S); grey fills the three channels."""
         images = torch.empty(len(ids), self.side, self.side, 3, dtype=torch.uint8)
-        which = np.searchsorted(self.starts, ids, side='right') - 1     # of the shards
-        rows = ids - self.starts[which]
-        for image, number, row in zip(images.numpy(), which, rows):
-            path, offset, (_, *shape) = self.shards[number]
+        shards = np.searchsorted(self.starts, ids, side='right') - 1    # each image's shard
+        rows = ids - self.starts[shards]
+        for image, shard, row in zip(images.numpy(), shards, rows):
+            path, offset, (_, *shape) = self.shards[shard]
             size = math.prod(shape)
             # One read an image: no file stays open, and all its pages come at once.
             pixels = np.fromfile(path, np.uint8, size, offset=offset + row * size)
             pixels = pixels.reshape(shape)
-            if shape[2] == 3:
-                image[:] = pixels
-                continue
-            for channel in range(3):            # much faster than a broadcast
-                image[..., channel:channel + 1] = pixels
+            for channel in range(3):        # of grey, much faster than a broadcast
+                image[..., channel] = pixels[..., channel % shape[2]]
         return images.permute(0, 3, 1, 2)
 
     def batch_ids(self, seed, micro, batch, rank, world, epoch_micros):
@@ -109,14 +107,17 @@ class Task:
             self.meta = json.loads((folder / 'meta.json').read_text())
             self.classes = self.meta['classes']
             self.segments = self.meta['kind'] == 'segmentation'
+            self.sided = self.meta['sided']     # left and right are told apart: mirror no image
             file = 'masks.npy' if self.segments else 'labels.npy'
             self.images, self.answers = {}, {}
             for split in ('train', 'val', 'test'):
                 images = np.load(folder / split / 'images.npy', mmap_mode='r')
                 answers = np.load(folder / split / file, mmap_mode='r')
-                highest = max((np.max(a, initial=0, where=a != 255) for a in answers), default=0)
-                if len(images) != len(answers) or highest >= len(self.classes):
-                    raise ValueError(f'{split}: images, answers and classes do not agree')
+                if len(images) != len(answers):
+                    raise ValueError(f'{split}: {len(images)} images, {len(answers)} answers')
+                for answer in answers:      # one at a time, as masks may exceed the memory
+                    if np.any((answer >= len(self.classes)) & (answer != 255)):
+                        raise ValueError(f'{split}: answers that are none of its classes')
                 self.images[split], self.answers[split] = images, answers
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise SystemExit(f'{folder}: no labelled task, or damaged ({error!r}); prepare it anew')
@@ -149,26 +150,29 @@ def batches(shards, seed, micros, batch, rank, world, epoch_micros, device):
         yield images.to(device, non_blocking=True)
 
 # --- augmentation ---------------------------------------------------------------------------------
-def crop_matrices(u, w, h):
-    """Matrices (n, 2, 3): input = flip(rotate(centre + sides * output)), coordinates in [-1, 1].
-    u (4, n): draws in [0, 1] for the centre (two), angle and flip. w, h (n,): sides, as shares."""
-    x, y = (2 * u[0] - 1) * (1 - w), (2 * u[1] - 1) * (1 - h)       # the crop's centre
-    angle = (2 * u[2] - 1) * math.radians(15)
-    flip, cos, sin = torch.where(u[3] < 0.5, -1.0, 1.0), angle.cos(), angle.sin()
-    # A row (3, n) of a matrix holds the factors of output x and output y, and a constant.
-    a, b = torch.stack([w, 0 * w, x]), torch.stack([0 * h, h, y])       # centre + sides * output
-    return torch.stack([flip * (cos * a - sin * b), sin * a + cos * b]).permute(2, 0, 1)
+def crop_matrices(draws, w, h):
+    """Matrices (n, 2, 3) of input = flip(rotate(centre + sides * output)), coordinates in [-1, 1].
+    draws: four (n,) in [0, 1], for the centre's x and y, the angle and the flip.
+    w, h: sides (n,) of the crop, as shares of the image's."""
+    u, v, angle, flip = draws
+    x, y = (2 * u - 1) * (1 - w), (2 * v - 1) * (1 - h)     # centre; unrotated, it lies inside
+    angle = (2 * angle - 1) * math.radians(15)
+    flip = torch.where(flip < 0.5, -1.0, 1.0)
+    cos, sin = angle.cos(), angle.sin()     # rotate(x, y) is (cos x - sin y, sin x + cos y)
+    top = [flip * cos * w, -flip * sin * h, flip * (cos * x - sin * y)]
+    bottom = [sin * w, cos * h, sin * x + cos * y]
+    return torch.stack([torch.stack(top, 1), torch.stack(bottom, 1)], 1)
 
 def draw_crops(count, ratio, device):
     """Matrices (count, 2, 3) of random horizontal flips, rotations up to 15 degrees and crops.
     ratio: side of the output / side of the stored image. A crop's share of the area is at least 0.2
     and ratio^2 / 2, so that it has about half as many pixels as the output, or more."""
-    u = torch.rand(6, count, device=device)
+    *draws, area, aspect = torch.rand(6, count, device=device)
     smallest = min(max(0.2, 0.5 * ratio ** 2), 1)
-    area = smallest + (1 - smallest) * u[4]
-    aspect = torch.exp((2 * u[5] - 1) * math.log(4 / 3))
+    area = smallest + (1 - smallest) * area
+    aspect = torch.exp((2 * aspect - 1) * math.log(4 / 3))
     w, h = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    return crop_matrices(u[:4], w, h)
+    return crop_matrices(draws, w, h)
 
 def sample(images, size, theta):
     """uint8 (B, 3, S, S) through matrices theta (B, 2, 3) -> (B, 3, size, size) in [0, 1]."""
@@ -178,15 +182,11 @@ def sample(images, size, theta):
     grid = F.affine_grid(theta, (len(images), 3, size, size), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
-@functools.cache        # copying them to the device makes the host wait, so once for a device
-def mean_and_std(device):
-    """ImageNet's mean and deviation as a tensor (2, 3, 1, 1)."""
-    return torch.tensor((MEAN, STD), device=device)[..., None, None]
-
 def normalize(images):
     """(B, 3, S, S) in [0, 1] -> z-scores by ImageNet's mean and deviation."""
-    mean, std = mean_and_std(images.device)
-    return (images - mean) / std
+    # By plain numbers, since the host would wait for the copy of a tensor to a GPU.
+    channels = [(images[:, c] - MEAN[c]) / STD[c] for c in range(3)]
+    return torch.stack(channels, 1)
 
 def whole_view(images, size):
     """uint8 (B, 3, S, S) -> the whole images, normalized, (B, 3, size, size)."""
@@ -209,12 +209,14 @@ def augment_labelled(images, answers, size, flips=True):
     """Random flips, rotations up to 15 degrees, zoom up to 1.25, contrast and brightness +- 20%.
     uint8 images (B, 3, S, S) and masks (B, S, S) or labels (B,) -> normalized images
     (B, 3, size, size), and the masks in the same view (255 outside of the image) or the labels."""
-    u = torch.rand(7, len(images), device=images.device)
+    draws = torch.rand(7, len(images), device=images.device)
+    u, v, angle, flip, zoom, contrast, brightness = draws       # each (B,), in [0, 1]
     if not flips:
-        u[3] = 1        # crop_matrices flips where it is below 0.5
-    side = 1 - 0.2 * u[4]
-    theta = crop_matrices(u[:4], side, side)
-    contrast, brightness = 0.8 + 0.4 * u[5:7, :, None, None, None]      # each (B, 1, 1, 1)
+        flip = torch.ones_like(flip)
+    side = 1 - 0.2 * zoom
+    theta = crop_matrices((u, v, angle, flip), side, side)
+    contrast = (0.8 + 0.4 * contrast)[:, None, None, None]
+    brightness = (0.8 + 0.4 * brightness)[:, None, None, None]
     images = sample(images, size, theta)
     mean = images.mean((1, 2, 3), keepdim=True)
     images = ((images - mean) * contrast + mean * brightness).clamp(0, 1)

@@ -20,7 +20,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')     # before torch, as in pretrain.py
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -28,11 +27,13 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from model import ViT, load_weights, named_config, read_checkpoint
-from pretrain import computes_bf16, end_if_diverged, set_up_process, learning_rate, make_optimizer
-from pretrain import open_run, parse_options, resume, run_program, save, seed_step, step_if_finite
-from pretrain import catch_signals, write_line
+from model import Config, ViT, load_weights, named_config, read_checkpoint
+from pretrain import catch_signals, computes_bf16, end_if_diverged, learning_rate, make_optimizer
+from pretrain import open_run, parse_options, release_signals, resume, run_program, save, seed_step
+from pretrain import set_up_process, step_if_finite, write_line
 from unetr import UNETR
+
+STARTS = ('out/pretrain/ckpt.pt', 'out/demo/ckpt.pt')    # the first that is there, without --init
 
 @dataclass
 class Options:
@@ -88,13 +89,6 @@ def add_head(vit, meta, pool):
         return UNETR(vit, len(meta['classes']))
     return Classifier(vit, len(meta['classes']), pool)
 
-def init_path(o):
-    """--init, or without it the first of the default checkpoints that exists."""
-    made = [path for path in ('out/pretrain/ckpt.pt', 'out/demo/ckpt.pt') if os.path.exists(path)]
-    if not o.init and not made:
-        raise SystemExit('no out/pretrain/ckpt.pt or out/demo/ckpt.pt: pretrain, or give --init')
-    return o.init or made[0]
-
 def build_encoder(path, o, size):
     """The ViT that --init (`path`), --adapt, --top_k and --patch ask for, at `size` pixels."""
     if path.endswith('.py'):
@@ -105,7 +99,7 @@ def build_encoder(path, o, size):
     state, config = None, named_config(o.model, o.depth)        # from scratch
     if path != 'scratch':
         state, config, _ = read_checkpoint(path)
-    experts = 0 if o.adapt == 'director' else (config.experts or 8)     # 8 copies of a plain MLP
+    experts = 0 if o.adapt == 'director' else (config.experts or Config.experts)
     vit = ViT(replace(config, size=size, patch=o.patch or config.patch, experts=experts,
                       top_k=o.top_k or config.top_k))
     if state:
@@ -145,7 +139,8 @@ def dice_of(confusion):
     """Dice (the same as F1) of each class, masked where it is in neither truth nor prediction.
     confusion (..., classes, classes) -> masked array (..., classes)."""
     both = confusion.diagonal(0, -2, -1)
-    return np.ma.divide(2 * both, confusion.sum(-1) + confusion.sum(-2))
+    sizes = confusion.sum(-1) + confusion.sum(-2)       # in truth and in prediction
+    return np.ma.masked_where(sizes == 0, 2 * both / np.maximum(sizes, 1))
 
 def summary(scores):
     """Mean and per-class values of a masked array; a class without a score is null in JSON."""
@@ -219,22 +214,22 @@ def build_run(o):
     folder = Path(o.data, o.task)
     if o.task.startswith('phantom-') and not folder.exists():
         run_program('phantoms', '--out', folder, '--task', o.task, '--size', 64)
-    task, path = data.Task(folder), init_path(o)
+    task = data.Task(folder)
+    path = o.init or next(filter(os.path.exists, STARTS), STARTS[0])
     plan = plan_steps(o, len(task.answers['train']))
     net, optimizer = build_network(o, path, task.meta, device)
     sha256 = None if path == 'scratch' else hashlib.sha256(Path(path).read_bytes()).hexdigest()
     origin = dict(method=method_name(net.vit, path), init=path, sha256=sha256)
-    counts = {split: len(answers) for split, answers in task.answers.items()}
     identity = dict(        # --resume refuses to go on if any of this has changed
-        task=o.task, classes=task.classes, counts=dict(counts, train=len(plan.ids)),
-        split=fingerprint(task, folder), **origin, seed=o.seed, steps=plan.steps, batch=o.batch,
-        lr=o.lr, weight_decay=o.weight_decay, warmup=plan.warmup, top_k=net.vit.config.top_k,
-        pool=o.pool, config=asdict(net.vit.config),
+        task=o.task, classes=task.classes, counts=dict(task.meta['counts'], train=len(plan.ids)),
+        answers_sha256=fingerprint(task, folder), **origin, seed=o.seed, steps=plan.steps,
+        batch=o.batch, lr=o.lr, weight_decay=o.weight_decay, warmup=plan.warmup,
+        top_k=net.vit.config.top_k, pool=o.pool, config=asdict(net.vit.config),
         parameters=sum(p.numel() for p in net.parameters() if p.requires_grad))
     out = Path(o.out or f'out/{o.task}-{origin["method"]}-{o.seed}')
     begun = dict(step=0, best=-1.0, skipped=0)
     if o.resume and (out / 'ckpt.pt').exists():
-        begun = resume(out / 'ckpt.pt', identity, net, optimizer, 'head.weight')
+        begun = resume(out / 'ckpt.pt', identity, net, optimizer)
     if o.resume and (out / 'results.json').exists():
         print(f'{out}: this run is finished; its scores are in results.json')
         sys.exit()
@@ -244,7 +239,7 @@ def build_run(o):
     bf16 = o.bf16 and computes_bf16(device)
     return SimpleNamespace(
         o=o, out=out, device=device, task=task, net=net, optimizer=optimizer, log=log, plan=plan,
-        autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16), signals=catch_signals(),
+        autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16),
         header=dict(config=asdict(net.vit.config), meta=task.meta, pool=o.pool, **origin),
         identity=identity, start=begun['step'], best=begun['best'], skipped=begun['skipped'])
 
@@ -260,14 +255,15 @@ def batches_left(run):
 def train(run):
     """Make the steps that are left; after each epoch validate, and keep the best network."""
     o, net, task, plan = run.o, run.net, run.task, run.plan
+    size = net.vit.config.size
     trained = [p for p in net.parameters() if p.requires_grad]
-    sided = task.meta.get('sided', task.segments and len(task.classes) > 2)     # older tasks: guess
     loss_of = segmentation_loss if task.segments else F.cross_entropy
+    signals = catch_signals()
     in_a_row, saved_at = 0, time.perf_counter()
     bar = tqdm(range(run.start, plan.steps), initial=run.start, total=plan.steps, unit='step')
     for step, (images, answers) in zip(bar, batches_left(run)):
         seed_step(o.seed, step, 0)
-        images, answers = data.augment_labelled(images, answers, net.vit.config.size, not sided)
+        images, answers = data.augment_labelled(images, answers, size, flips=not task.sided)
         with run.autocast:
             logits = net(images)
         loss = loss_of(logits.float(), answers)
@@ -282,14 +278,14 @@ def train(run):
             score = end_epoch(run, step, loss.item())
             shown = '' if score is None else f', validation {score:.3f}'
             bar.set_postfix_str(f'loss {loss.item():.3f}{shown}')
-        if run.signals or done == plan.steps or time.perf_counter() - saved_at > 60:
+        if signals or done == plan.steps or time.perf_counter() - saved_at > 60:
             save(run.out / 'ckpt.pt', dict(
                 run.header, model=net.state_dict(), optimizer=run.optimizer.state_dict(),
                 identity=run.identity, step=done, best=run.best, skipped=run.skipped))
             saved_at = time.perf_counter()
-        if run.signals:
+        if signals:
             print(f'\n{run.out}: saved after {done} of {plan.steps} steps; go on with --resume')
-            sys.exit(128 + run.signals[0])
+            sys.exit(128 + signals[0])
 
 def end_epoch(run, step, loss):
     """Score the validation images, log the score, and keep the network if it is the best."""
@@ -305,7 +301,7 @@ def end_epoch(run, step, loss):
 
 def score_test(run):
     """Score the best network once on the test images, and write results.json."""
-    state, _, _ = read_checkpoint(run.out / 'best.pt', 'head.weight')
+    state, _, _ = read_checkpoint(run.out / 'best.pt')
     run.net.load_state_dict(state)
     scores, _ = evaluate(run.net, run.task, 'test', run.o.batch, run.device, run.autocast)
     results = dict(run.identity, scores=scores, validation=run.best, skipped=run.skipped,
@@ -325,7 +321,7 @@ def main():
             return predict(o)
         run = build_run(o)
         train(run)
-        catch_signals(False)        # all is saved
+        release_signals()       # all is saved
         score_test(run)
         if run.task.segments:
             run_program('pictures', run.out)

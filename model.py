@@ -98,9 +98,10 @@ class StackedLinear(nn.Module):
             # Autocast does not cover grouped_mm, so cast by hand.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         numbers = torch.arange(len(self.weight), device=x.device)
-        ends = torch.searchsorted(expert, numbers, right=True)      # (R,): rows of experts 0 to r
-        # One kernel in bfloat16 on an H100 or newer; the host need not wait. A row is N tokens.
-        y = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=ends.int() * x.shape[1])
+        last_rows = torch.searchsorted(expert, numbers, right=True)     # (R,): where r's rows end
+        last_tokens = (last_rows * x.shape[1]).int()
+        # This is one kernel in bfloat16 on an H100 or newer, and the host need not wait for it.
+        y = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=last_tokens)
         # The bias's gradient is a sum over rows. Casting after the selection keeps it in float32;
         # index_select, unlike self.bias[expert], adds it up in a fixed order on a CPU.
         bias = self.bias.index_select(0, expert)[:, None]
@@ -118,11 +119,11 @@ class Experts(nn.Module):
         return self.fc2(F.gelu(self.fc1(x, expert)), expert)
 
 class Routing(NamedTuple):
-    """A DEX module's choice and alignment loss. ViT.forward puts an axis L of layers before."""
+    """A DEX module's choice and alignment loss. ViT.forward stacks them: (L,), (L, M, R)."""
     align: torch.Tensor         # () alignment loss
     scores: torch.Tensor        # (M, R) softmax scores s, with gradient
     activated: torch.Tensor     # (M, R) indicator I of Eq. 18: 1 where the expert is activated
-    weights: torch.Tensor       # (M, R) omega of Eq. 5, 0 where the expert is not activated
+    weights: torch.Tensor       # (M, R) omega of Eq. 5: 0 where the expert is not activated
 
 class DEX(nn.Module):
     """Director-Experts module (Sec. 3.2 and 3.3): K experts an image and a director for all.
@@ -137,9 +138,10 @@ class DEX(nn.Module):
         self.experts = Experts(self.director, R)
         self.register_buffer('usage', torch.full((R,), 1 / R))          # c of Eq. 20
 
-    def forward(self, x, sigma=None):
-        """x (B, N, C) -> y (B, N, C) and the Routing, or None if sigma, the gate noise, is None.
-        Validation passes 0.0: a Routing, no noise. Fine-tuning passes None: no director either."""
+    def forward(self, x, sigma=None, need_routing=False):
+        """x (B, N, C) -> y (B, N, C), and the Routing or None.
+        sigma: deviation of the gate's noise; None is no noise, as in validation and fine-tuning.
+        need_routing: pretraining's losses need a Routing; the director is run for it alone."""
         # With a choice for each token, a unit is an image of one token.
         units = x.flatten(0, 1)[:, None] if self.by_token else x        # (M, N, C); N is 1 if so
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 ties would change the top K
@@ -151,28 +153,29 @@ class DEX(nn.Module):
             scores = logits.softmax(-1)                         # s
             top_scores, top_experts = scores.topk(self.top_k)   # both (M, K)
             # omega of Eq. 5. It is 1 if K = 1, and then the task teaches the gate nothing.
-            mixing = top_scores / top_scores.sum(-1, keepdim=True)
+            top_weights = top_scores / top_scores.sum(-1, keepdim=True)
 
-        # Flattened, place unit * K + k holds a unit's k-th expert. Sort by expert; keep the places.
-        expert, place = top_experts.flatten().sort(stable=True)
+        # Each unit makes K rows, one for each of its experts; StackedLinear wants them by expert.
+        expert, place = top_experts.flatten().sort(stable=True)         # both (M * K,)
         unit = place // self.top_k
-        y = self.experts(units.index_select(0, unit), expert)
-        y = y * mixing.flatten().index_select(0, place)[:, None, None]
-        y = torch.zeros_like(units, dtype=y.dtype).index_add(0, unit, y).view_as(x)  # f^E, Eq. 2, 5
-        if sigma is None:
+        rows = self.experts(units.index_select(0, unit), expert)        # (M * K, N, C)
+        rows = rows * top_weights.flatten().index_select(0, place)[:, None, None]
+        y = torch.zeros_like(units, dtype=rows.dtype).index_add(0, unit, rows)
+        y = y.view_as(x)                                                # f^E of Eq. 2 and 5
+        if not need_routing:
             return y, None
 
         target = self.director(x.detach())                                      # f^D, no gradient
         align = 1 - F.cosine_similarity(y.float(), target.float(), dim=-1).mean()   # Eq. 3 and 15
-        zeros = torch.zeros_like(scores)
-        activated, weights = zeros.scatter(1, top_experts, 1), zeros.scatter(1, top_experts, mixing)
+        activated = torch.zeros_like(scores).scatter(1, top_experts, 1)
+        weights = torch.zeros_like(scores).scatter(1, top_experts, top_weights)
         return y, Routing(align, scores, activated, weights)
 
     @torch.no_grad()
     def gema(self, batch_usage, momentum, finite):
         """Move the director (Eq. 7) and the usage (Eq. 20), once after the optimizer's step.
-        batch_usage (R,) is the mean weight of each expert in the global batch: Omega of Eq. 6, the
-        same quantity as c-hat of Eq. 19. Where `finite` (bool tensor) is False, nothing changes."""
+        batch_usage (R,) is the mean omega of each expert in the global batch: Omega of Eq. 6, the
+        same quantity as c-hat of Eq. 19. If `finite`, a bool tensor, is False, nothing changes."""
         batch_usage = torch.where(finite, batch_usage, self.usage)      # 0 * NaN would still be NaN
         for director, experts in zip(self.director.parameters(), self.experts.parameters()):
             average = (batch_usage @ experts.flatten(1)).view_as(director)
@@ -191,12 +194,12 @@ class Block(nn.Module):
         else:
             self.mlp = MLP(config)
 
-    def forward(self, x, sigma=None):
-        """x (B, N, C) -> (B, N, C), and the Routing or, without experts or sigma, None."""
+    def forward(self, x, sigma=None, need_routing=False):
+        """x (B, N, C) -> (B, N, C), and what DEX.forward returns or, without experts, None."""
         x = x + self.attn(self.norm1(x))
         if not hasattr(self, 'dex'):
             return x + self.mlp(self.norm2(x)), None
-        y, routing = self.dex(self.norm2(x), sigma)
+        y, routing = self.dex(self.norm2(x), sigma, need_routing)
         return x + y, routing
 
 def sincos_positions(width, side):
@@ -222,10 +225,10 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
 
-    def forward(self, images, sigma=None, visible=None):
+    def forward(self, images, sigma=None, visible=None, need_routing=False):
         """images (B, 3, S, S), normalized -> tokens (B, 1 + n, C), routing, outputs.
         visible: indices (B, n) of the patches to look at; None looks at all.
-        routing: the stacked Routing of all layers or, without experts or sigma, None.
+        routing: the stacked Routing of all layers or, without experts or need_routing, None.
         outputs: the list of all L blocks' outputs, before the last norm."""
         x = self.patch_embed['proj'](images).flatten(2).mT + self.pos_embed[:, 1:]
         if visible is not None:
@@ -234,12 +237,13 @@ class ViT(nn.Module):
         x = torch.cat([cls_token.expand(len(x), -1, -1), x], 1)
         outputs, routings = [], []
         for block in self.blocks:
-            x, routing = block(x, sigma)
+            x, routing = block(x, sigma, need_routing)
             outputs.append(x)
             routings.append(routing)
         if routings[0] is None:     # and so are all
             return self.norm(x), None, outputs
-        return self.norm(x), Routing(*map(torch.stack, zip(*routings))), outputs
+        stacked = Routing(*map(torch.stack, zip(*routings)))        # of each field, all layers'
+        return self.norm(x), stacked, outputs
 
 class MAE(ViT):
     """Masked autoencoder on a ViT: L_self of Eq. 8."""
@@ -269,7 +273,7 @@ class MAE(ViT):
         std = (var + 1e-6).sqrt()
         return (patches - mean) / std, mean, std
 
-    def forward(self, images, sigma=0.0, mask_noise=None):
+    def forward(self, images, sigma=None, mask_noise=None):
         """Hide patches of images (B, 3, S, S), encode the others, and predict the hidden ones.
         mask_noise (B, N - 1): the patches with the lowest values stay visible; None draws it.
         Returns L_self (B,), the mean squared error of each image's hidden patches; the Routing or
@@ -279,7 +283,7 @@ class MAE(ViT):
             mask_noise = torch.rand(len(images), count, device=images.device)
         visible = mask_noise.argsort(1)[:, :int(count * (1 - self.config.mask_ratio))]
         mask = torch.ones_like(mask_noise).scatter(1, visible, 0)
-        x, routing, _ = super().forward(images, sigma, visible)
+        x, routing, _ = super().forward(images, sigma, visible, need_routing=True)
 
         x = self.decoder_embed(x)
         tokens = self.mask_token.to(x.dtype).expand(*mask.shape, -1)
@@ -293,27 +297,24 @@ class MAE(ViT):
 
 def layer_losses(align, scores, load):
     """The layer sums of Eq. 8: (sum of alpha^l L_co^l) / L and (sum of L_bal^l) / L.
-    align (L,): alignment loss of each layer. scores (L, R): mean scores of the images at hand.
-    load (L, R): share of all ranks' images that activate each expert."""
+    align (L,): alignment loss of each layer. scores (L, R): mean scores of this rank's units.
+    load (L, R): share of all ranks' units that activate each expert."""
     L, R = scores.shape
     alpha = 1 / torch.arange(L, 0, -1, device=align.device)     # alpha^l = 1 / (L - (l - 1))
     balance = R * (scores * load).sum(1)                        # Eq. 18, (L,)
     return (alpha * align).sum() / L, balance.sum() / L
 
 # --- checkpoints ----------------------------------------------------------------------------------
-def read_checkpoint(path, needed='cls_token'):
-    """A checkpoint of pretrain.py or finetune.py: (state dict, Config, the whole file).
-    It must hold `needed`: cls_token if pretrained (fine-tuned: vit.cls_token), else head.weight."""
+def read_checkpoint(path):
+    """A checkpoint of pretrain.py or finetune.py: (state dict, Config, the whole file)."""
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         state, config = checkpoint['model'], Config(**checkpoint['config'])
     except OSError as error:
-        raise SystemExit(f'{path}: {error.strerror}')
+        raise SystemExit(f'{path}: {error.strerror}; pretrain (--demo), or give another --init')
     except Exception as error:  # torch raises a dozen types for a damaged zip or a pickle with code
         raise SystemExit(f'{path}: damaged, or not written by nanoDEX ({error!r:.60}); convert a '
                          f'published encoder by python -m tests.encoders.published {path} OURS.pt')
-    if needed not in state:
-        raise SystemExit(f'{path}: has no {needed}; it is of the other script, or of another task')
     if not all(value.isfinite().all() for value in state.values()):
         raise SystemExit(f'{path}: its weights hold NaN or infinity; its training diverged')
     return state, config, checkpoint
@@ -338,27 +339,28 @@ def load_weights(model, state, path):
     side = config.size // config.patch
     for name, value in state.items():
         if name.endswith('pos_embed'):
-            value = resize_positions(value, side, side)
+            fitting[name] = resize_positions(value, side, side)
         elif name == 'patch_embed.proj.weight':
-            value = resize_kernel(value, config.patch)
+            fitting[name] = resize_kernel(value, config.patch)
         elif config.experts and name.startswith('blocks.') and '.mlp.' in name:
             copies = value.expand(config.experts, *value.shape)
             fitting[name.replace('.mlp.', '.dex.experts.')] = copies
-            name = name.replace('.mlp.', '.dex.director.')
-        elif not config.experts:        # experts and gate have no place in a plain ViT: left over
-            name = name.replace('.dex.director.', '.mlp.')
-        fitting[name] = value
+            fitting[name.replace('.mlp.', '.dex.director.')] = value
+        elif not config.experts and '.dex.director.' in name:
+            fitting[name.replace('.dex.director.', '.mlp.')] = value
+        else:
+            fitting[name] = value
     try:
-        new, left = model.load_state_dict(fitting, strict=False)
+        new, left_out = model.load_state_dict(fitting, strict=False)
     except RuntimeError as error:       # it names everything that has another shape
         raise SystemExit(f'{path}: does not fit this network: {error}')
     optional = ['decoder_', 'mask_token', '.dex.gate', '.dex.usage']    # one side may lack these
     if not config.experts:
         optional.append('.dex.experts')
-    def short(names):
-        """decoder_norm.weight -> decoder_; a name that is not optional stays whole."""
-        return sorted({next((part for part in optional if part in name), name) for name in names})
-    if misfits := sorted({*short(new), *short(left)} - {*optional}):
-        raise SystemExit(f'{path}: does not fit this network: missing or left over: {misfits}')
-    print(f'{path}: loaded; left out: {short(left) or "nothing"}; '
-          f'not in it, so new: {short(new) or "nothing"}')
+    for name in (*new, *left_out):
+        if not any(part in name for part in optional):
+            raise SystemExit(f'{path}: does not fit this network: {name} is missing or left over')
+    def parts(names):
+        """The optional parts that occur in names, as text."""
+        return [part for part in optional if any(part in name for name in names)] or 'nothing'
+    print(f'{path}: loaded; left out: {parts(left_out)}; not in it, so new: {parts(new)}')

@@ -7,7 +7,6 @@ Writes to --out: config.json, log.jsonl (one JSON object a line), ckpt.pt, and p
 Ctrl-C and SIGTERM save first; the same command with --resume goes on as if nothing had happened.
 """
 import argparse
-import ctypes
 import inspect
 import json
 import math
@@ -22,7 +21,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')     # waiting threads spin less: for busy laptops
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -72,13 +70,15 @@ class Options:
     def __post_init__(self):
         if min(self.batch, self.accumulate, self.log_every, self.steps or self.epochs) < 1:
             raise SystemExit('--batch, --accumulate, --log_every, --steps or --epochs: at least 1')
-        if not self.clip or max(self.val_share, self.warmup, self.momentum) > 1:
+        if self.clip <= 0 or max(self.val_share, self.warmup, self.momentum) > 1:
             raise SystemExit('--clip must be above 0, --val_share, --warmup, --momentum at most 1')
 
 DEMO = dict(data='data/phantoms-64', out='out/demo', model='tiny', depth=4, size=64, patch=8,
             batch=64, steps=400, lr=8e-3, val_share=0.2, val_every=100)
+TERMS = ('l_self', 'align', 'balance')      # of the loss (Eq. 8), in this order
 MAX_SKIPPED = 10    # steps in a row that are not finite end a training
-# --resume may change these. GPUs * accumulate stays; another split moves rounding and balance.
+# Only these options may change at --resume. GPUs * accumulate must stay the same; with other
+# factors of it, rounding and the balance loss differ a little.
 MAY_CHANGE = ('data', 'out', 'init', 'resume', 'overwrite', 'accumulate', 'device', 'bf16',
               'log_every', 'val_every', 'save_minutes')
 
@@ -100,11 +100,11 @@ def parse_options(defaults, words=None):
         text = comments[name].replace('%', '%%')
         if default not in ('', ()):
             text += f' (default: {default})'
-        # Set afterwards, since BooleanOptionalAction of some versions adds the default, too.
-        parser.add_argument('--' + name, default=default, **reading).help = text
+        parser.add_argument('--' + name, default=default, help=text, **reading)
     values = vars(parser.parse_args(words))
-    for name, value in values.items():      # the lowest is 0, or a negative default (tune_blocks)
-        if type(value) in (int, float) and not min(0, getattr(defaults, name)) <= value < math.inf:
+    for name, value in values.items():
+        given = value != getattr(defaults, name)
+        if given and type(value) in (int, float) and not 0 <= value < math.inf:
             raise SystemExit(f'--{name} {value}: must be a number of 0 or more')
     return cls(**values)
 
@@ -119,11 +119,6 @@ def set_up_process(device_name):
         raise SystemExit(f'--device {name}: {str(error).splitlines()[0]}')
     # The moments of idle experts fade to denormal numbers, on which a CPU is ten times as slow.
     torch.set_flush_denormal(True)
-    if sys.platform == 'linux':
-        # glibc would give big tensors back to the system, and faulting in the stacked gradients
-        # anew would cost a fifth of a step: M_MMAP_MAX = 0, M_TRIM_THRESHOLD = -1.
-        for parameter, value in ((-4, 0), (-1, -1)):
-            ctypes.CDLL(None).mallopt(parameter, value)
     gpu = device.type == 'cuda'
     if gpu:
         torch.cuda.set_device(device)
@@ -149,21 +144,21 @@ def seed_step(seed, step, place):
     torch.manual_seed(int(np.random.SeedSequence((seed, step, place)).generate_state(1)[0]))
 
 def make_optimizer(model, lr, weight_decay):
-    """AdamW that decays matrices and kernels. Names tell them: stacked biases are 2-D as well."""
+    """AdamW that decays matrices and kernels only, told by name: stacked biases are 2-D, too."""
     pairs = [(name.endswith('.weight') and 'norm' not in name, p)
              for name, p in model.named_parameters() if p.requires_grad]
     groups = [dict(params=[p for decays, p in pairs if decays], weight_decay=weight_decay),
               dict(params=[p for decays, p in pairs if not decays], weight_decay=0)]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
 
-def step_if_finite(optimizer, lr, parameters, clip, finite=True):
+def step_if_finite(optimizer, lr, parameters, clip, losses_finite=True):
     """Set the rate, clip, let AdamW step unless something is not finite, and clear the gradients.
     Returns the norm, and whether the step was made; the host need not wait for them."""
     for group in optimizer.param_groups:
         group['lr'] = lr
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
-    finite = norm.isfinite() & finite
-    optimizer.found_inf = (~finite).float()     # where it is 1, fused AdamW skips the step
+    finite = norm.isfinite() & losses_finite
+    optimizer.found_inf = (~finite).float()     # GradScaler's flag: at 1, fused AdamW does nothing
     optimizer.step()
     optimizer.zero_grad()
     return norm, finite
@@ -173,13 +168,17 @@ def end_if_diverged(out, in_a_row):
     if in_a_row >= MAX_SKIPPED:
         raise SystemExit(f'{out}: {MAX_SKIPPED} steps in a row not finite; check images and --lr')
 
-def catch_signals(caught=True):
-    """Have SIGTERM and SIGINT (Ctrl-C) only join the list returned; caught=False: end us again."""
+def catch_signals():
+    """A list that notes SIGTERM and SIGINT (Ctrl-C), which from now on do not end the process."""
     signals = []
-    note = (lambda number, frame: signals.append(number)) if caught else signal.SIG_DFL
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
+        signal.signal(number, lambda number, frame: signals.append(number))
     return signals
+
+def release_signals():
+    """Let SIGTERM and SIGINT end the process again."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 def open_run(out, o, start, facts):
     """Open a run's log.jsonl, cut to the steps before `start`, and write config.json. With start 0
@@ -226,9 +225,9 @@ def save(path, content):
         why = error.__context__ or error    # torch hides 'no space left on device' behind its own
         raise SystemExit(f'{path}: could not be saved ({why}); what was there before is untouched')
 
-def resume(path, identity, model, optimizer, needed='cls_token'):
+def resume(path, identity, model, optimizer):
     """Load a run that began with the same `identity`, and return the rest of its checkpoint."""
-    state, _, checkpoint = read_checkpoint(path, needed)
+    state, _, checkpoint = read_checkpoint(path)
     was = checkpoint.get('identity', {})
     changed = [f'{name} {was.get(name)!s:.40} (not {value!s:.40})'
                for name, value in identity.items() if was.get(name) != value]
@@ -236,17 +235,14 @@ def resume(path, identity, model, optimizer, needed='cls_token'):
         raise SystemExit(f'{path}: a run goes on as it began, with {", ".join(changed)}')
     model.load_state_dict(state)
     optimizer.load_state_dict(checkpoint['optimizer'])
-    del checkpoint['model'], checkpoint['optimizer']        # gigabytes
     return checkpoint
 
 def run_program(name, *words):
     """Run a program of tests/lab in a process of its own, which never outlives this one."""
-    path = os.pathsep.join([str(Path(__file__).resolve().parent), os.environ.get('PYTHONPATH', '')])
-    # Without -P, a folder `tests` where the user works would be found before ours.
-    command = [sys.executable, '-P', '-m', 'tests.lab', name, *map(str, words)]
-    # Our end of this pipe closes when we die; tests/lab/__main__.py waits for that and ends, too.
-    with subprocess.Popen(command, env=dict(os.environ, PYTHONPATH=path),
-                          stdin=subprocess.PIPE) as program:
+    path = Path(__file__).resolve().parent / 'tests' / 'lab' / '__main__.py'
+    # Our end of the pipe closes when we die; __main__.py waits for that and ends, too.
+    command = [sys.executable, path, name, *map(str, words)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as program:
         program.wait()
     if program.returncode:
         raise SystemExit(f'tests.lab.{name}: has not finished; the reason is above')
@@ -271,7 +267,7 @@ def look_at_held_out(model, shards, o, device, autocast):
     for ids, noise in zip(torch.from_numpy(shards.val).split(o.batch), mask_noise.split(o.batch)):
         images = data.whole_view(shards.gather(ids.numpy()).to(device), o.size)
         with autocast:
-            l_self, routing, _, _ = model(images, 0.0, noise.to(device))
+            l_self, routing, _, _ = model(images, mask_noise=noise.to(device))
         losses.append(l_self.cpu())
         if routing is not None:     # (L, M, R) -> (L, B, R): mean over an image's units
             weights.append(routing.weights.unflatten(1, (len(ids), -1)).mean(2).cpu())
@@ -289,7 +285,8 @@ def validate(model, shards, o, device, autocast):
         return entry
     tables = belongs @ F.one_hot(weights.argmax(2), weights.shape[2]).float()   # (L, modalities, R)
     bits, most = zip(*map(mutual_information, tables))      # each a tuple over layers
-    second = 1 - weights.max(2).values.median(1).values     # median omega of the second (if K = 2)
+    first = weights.max(2).values       # (L, V): omega of each image's first expert
+    second = 1 - first.median(1).values     # what it leaves to the second, in the median
     dead = (weights.sum(1) == 0).nonzero().tolist()         # named 2.3: layer from 1, expert from 0
     return dict(entry, bits=bits, bits_max=most[0], second=second.tolist(),
                 dead=[f'{layer + 1}.{expert}' for layer, expert in dead])
@@ -334,15 +331,15 @@ def compile_blocks(model):
 
 def announce(run):
     """Say what will happen, before it does."""
-    o, plan, shards = run.o, run.plan, run.shards
+    plan, shards = run.plan, run.shards
     millions = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
-    print(f'{o.model}: {len(run.model.blocks)} blocks, {millions:.1f} M parameters, {run.world} x '
-          f'{run.device.type} in {"bfloat16" if run.bf16 else "float32"}\n{len(shards.train)} + '
-          f'{len(shards.val)} images; {plan.steps} steps of {plan.global_batch}, learning rate up '
-          f'to {plan.peak:.2e}\npictures at any time: python -m tests.lab.pictures {run.out}')
+    print(f'{run.out} on {run.world} x {run.device.type}, {"bfloat16" if run.bf16 else "float32"}: '
+          f'{millions:.1f} M parameters, {len(shards.train)} + {len(shards.val)} images, '
+          f'{plan.steps} steps of {plan.global_batch}, learning rate up to {plan.peak:.2e}')
+    print(f'pictures at any time: python -m tests.lab.pictures {run.out}')
 
 def build_run(o, rank, world, local, device):
-    """All that a training works with, new or as --out's checkpoint has it."""
+    """All that a training works with, new or of --out's checkpoint. Exits if that is finished."""
     out, shards = Path(o.out), data.Shards(o.data, o.val_share)
     plan = plan_steps(o, shards, world)
     identity = {name: value for name, value in vars(o).items() if name not in MAY_CHANGE}
@@ -358,14 +355,14 @@ def build_run(o, rank, world, local, device):
     if world > 1:
         net = DistributedDataParallel(model, [local] if device.type == 'cuda' else None,
                                       gradient_as_bucket_view=True)
-        net.broadcast_buffers = False       # DDP has just sent them; from now on all move alike
+        net.broadcast_buffers = False       # DDP has just sent them, and gema moves them alike
     micros = range(start * o.accumulate, plan.steps * o.accumulate)
     batches = data.batches(shards, o.seed, micros, o.batch, rank, world,
                            plan.epoch_steps * o.accumulate, device)
     run = SimpleNamespace(
         o=o, rank=rank, world=world, device=device, out=out, shards=shards, plan=plan, bf16=bf16,
         model=model, net=net, optimizer=optimizer, batches=batches, start=start,
-        autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16), signals=catch_signals(),
+        autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16),
         header=dict(config=asdict(model.config), options=asdict(o), identity=identity),
         skipped=torch.tensor(skipped, device=device))
     if rank == 0:
@@ -375,27 +372,28 @@ def build_run(o, rank, world, local, device):
 
 def mean_over_ranks(world, *tensors):
     """Means of tensors over all ranks, by one all-reduce for all of them."""
-    if world == 1:
-        return tensors
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
+    if world > 1:
+        dist.all_reduce(flat)
     parts = (flat / world).split([tensor.numel() for tensor in tensors])
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
 
 def loss_terms(l_self, routing, world):
-    """The terms of Eq. 8 for this rank's images, by name, and Omega of Eq. 6.
-    Omega (L, R) is the mean weight of each expert over all ranks' images; empty without experts."""
+    """The TERMS of Eq. 8 for this rank's images (3,), and the batch's usage of experts (L, R).
+    The usage, Omega of Eq. 6, is each expert's mean omega over all ranks' images."""
     l_self = l_self.mean()
     if routing is None:
-        return dict(l_self=l_self, align=0 * l_self, balance=0 * l_self), torch.zeros(0)
-    omega = routing.weights.detach().mean(1)
-    load, omega = mean_over_ranks(world, routing.activated.mean(1), omega)
+        zero = 0 * l_self
+        return torch.stack([l_self, zero, zero]), zero
+    load, batch_usage = mean_over_ranks(
+        world, routing.activated.mean(1), routing.weights.detach().mean(1))
     align, balance = layer_losses(routing.align, routing.scores.mean(1), load)
-    return dict(l_self=l_self, align=align, balance=balance), omega
+    return torch.stack([l_self, align, balance]), batch_usage
 
 def accumulate_gradients(run, step, sigma, factors):
-    """Gradients of a step's micro-batches. Returns their mean losses of Eq. 8, and Omega (L, R)."""
-    o, losses, omega = run.o, 0, 0
+    """Gradients of a step's micro-batches for the sum of factors (3,) * TERMS.
+    Returns the means over the micro-batches of the terms (3,) and the batch's usage (L, R)."""
+    o, losses, usage = run.o, 0, 0
     for micro in range(o.accumulate):
         images = next(run.batches)
         seed_step(o.seed, step, micro * run.world + run.rank)
@@ -403,30 +401,27 @@ def accumulate_gradients(run, step, sigma, factors):
         run.net.require_backward_grad_sync = micro == o.accumulate - 1      # DDP sends them once
         with run.autocast:      # sigma is a tensor, or each new value would compile anew
             l_self, routing, _, _ = run.net(images, torch.full((), sigma, device=run.device))
-        terms, micro_omega = loss_terms(l_self, routing, run.world)
-        loss = sum(factors[name] * terms[name] for name in factors)         # Eq. 8
+        terms, batch_usage = loss_terms(l_self, routing, run.world)
+        loss = sum(factor * term for factor, term in zip(factors, terms))       # Eq. 8
         (loss / o.accumulate).backward()
-        losses = losses + torch.stack([terms[name] for name in factors]).detach() / o.accumulate
-        omega = omega + micro_omega / o.accumulate
-    return losses, omega
+        losses = losses + terms.detach() / o.accumulate
+        usage = usage + batch_usage / o.accumulate
+    return losses, usage
 
-def log_step(run, validating, entry):
-    """Write a line of log.jsonl, with a validation if it is time for one."""
-    if validating:
-        found = validate(run.model, run.shards, run.o, run.device, run.autocast)
-        text = f'validation: L_self {found["val_l_self"]:.3f}'
-        if run.o.experts:
-            bits = ' '.join(f'{value:.2f}' for value in found['bits'])
-            text += f'; bits: {bits} of {found["bits_max"]:.2f}; dead experts: {len(found["dead"])}'
-        tqdm.write(text)
-        entry = dict(entry, **found)
-    write_line(run.log, entry)
+def validation_line(found):
+    """What the terminal shows of a validation."""
+    text = f'validation: L_self {found["val_l_self"]:.3f}'
+    if 'bits' in found:
+        bits = ' '.join(f'{value:.2f}' for value in found['bits'])
+        text += f'; bits: {bits} of {found["bits_max"]:.2f}; dead experts: {len(found["dead"])}'
+    return text
 
 def train(run):
     """Make the steps that are left: losses, AdamW, GEMA. Returns how many steps are done."""
     o, plan, model = run.o, run.plan, run.model
     trained = [p for p in model.parameters() if p.requires_grad]
     val_every = o.val_every or max(1, plan.steps // 10)
+    run.signals = catch_signals()
     in_a_row = torch.zeros_like(run.skipped)
     logged, logged_at, saved_at = run.start, time.perf_counter(), time.perf_counter()
     bar = tqdm(range(run.start, plan.steps), initial=run.start, total=plan.steps, unit='step',
@@ -434,33 +429,39 @@ def train(run):
     for step in bar:
         progress = step / plan.steps
         sigma, momentum = cosine(o.sigma, 0, progress), cosine(o.momentum, 1, progress)
-        factors = dict(l_self=1, align=o.align, balance=cosine(o.balance, 0, progress))
+        factors = (1, o.align, cosine(o.balance, 0, progress))      # of TERMS
         rate = learning_rate(step, plan.steps, plan.warmup, plan.peak)
-        losses, omega = accumulate_gradients(run, step, sigma, factors)
+        losses, usage = accumulate_gradients(run, step, sigma, factors)
         stop = torch.full((), float(len(run.signals)), device=run.device)
         losses, stop = mean_over_ranks(run.world, losses, stop)     # stop > 0: a rank had a signal
-        all_finite = losses.isfinite().all()                    # the same on every rank
-        norm, finite = step_if_finite(run.optimizer, rate, trained, o.clip, all_finite)
-        for block, batch_usage in zip(model.blocks, omega):     # without experts there is none
-            block.dex.gema(batch_usage, momentum, finite)       # Eq. 7
-        run.skipped, in_a_row = run.skipped + ~finite, torch.where(finite, 0, in_a_row + 1)
+        losses_finite = losses.isfinite().all()                 # the same on every rank
+        norm, finite = step_if_finite(run.optimizer, rate, trained, o.clip, losses_finite)
+        if o.experts:
+            for block, batch_usage in zip(model.blocks, usage):
+                block.dex.gema(batch_usage, momentum, finite)       # Eq. 7
+        run.skipped += ~finite
+        in_a_row = torch.where(finite, 0, in_a_row + 1)
 
         done = step + 1
         validating = done in (1, plan.steps) or done % val_every == 0
         logging = validating or done % o.log_every == 0
-        # Reading a number waits for a GPU, so there only some steps go on below; on a CPU all do.
-        reading = logging or done % max(1, 10 // o.accumulate) == 0     # every tenth micro-batch
-        if run.device.type == 'cuda' and not reading:
+        # Below, the host reads numbers, for which it waits for a GPU. So there it does this only
+        # at every tenth micro-batch, or if it has something to log.
+        if run.device.type == 'cuda' and not logging and done % max(1, 10 // o.accumulate):
             continue
         if logging:
-            shown = dict(zip(factors, losses.tolist()))
-            loss = sum(factors[name] * shown[name] for name in factors)
+            loss = sum(factor * term for factor, term in zip(factors, losses.tolist()))
             speed = plan.global_batch * (done - logged) / (time.perf_counter() - logged_at)
             bar.set_postfix_str(f'loss {loss:.4f}, {speed:.0f} images/s')
+            entry = dict(step=step, loss=loss, **dict(zip(TERMS, losses.tolist())), lr=rate,
+                         momentum=momentum, sigma=sigma, grad_norm=norm.item(),
+                         skipped=run.skipped.item(), images_per_second=speed)
+            if run.rank == 0 and validating:
+                found = validate(model, run.shards, o, run.device, run.autocast)
+                tqdm.write(validation_line(found))
+                entry.update(found)
             if run.rank == 0:
-                log_step(run, validating, dict(
-                    step=step, loss=loss, **shown, lr=rate, momentum=momentum, sigma=sigma,
-                    grad_norm=norm.item(), skipped=run.skipped.item(), images_per_second=speed))
+                write_line(run.log, entry)
             logged, logged_at = done, time.perf_counter()
         end_if_diverged(run.out, in_a_row)
         saving = stop or done == plan.steps or time.perf_counter() - saved_at > 60 * o.save_minutes
@@ -497,7 +498,7 @@ def main():
     if done < steps:
         print(f'{o.out}: stopped after {done} of {steps} steps; go on with --resume')
         sys.exit(128 + (run.signals or [signal.SIGTERM])[0])    # or another rank had the signal
-    catch_signals(False)        # all is saved
+    release_signals()       # all is saved
     print(f'{o.out}: all {steps} steps; ckpt.pt is the network, *.png are its pictures')
     run_program('pictures', o.out)
 

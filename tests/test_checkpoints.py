@@ -169,9 +169,6 @@ def filled(value):
     file['model']['norm.bias'][3] = value
     return file
 
-FINE_TUNED = dict(model={'vit.' + name: value for name, value in network().state_dict().items()},
-                  config=vars(networks.config()), meta={})
-
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('content, keyword', [
     pytest.param(b'', 'damaged', id='empty'),
@@ -183,7 +180,6 @@ FINE_TUNED = dict(model={'vit.' + name: value for name, value in network().state
     pytest.param(checkpoint(network(), done=argparse.ArgumentParser), 'damaged', id='class'),
     pytest.param(filled(float('nan')), 'NaN', id='nan'),
     pytest.param(filled(float('inf')), 'infinity', id='infinity'),
-    pytest.param(FINE_TUNED, 'cls_token', id='fine-tuned'),
 ])
 def test_what_is_no_checkpoint_of_a_pretraining_is_refused(content, keyword, tmp_path):
     path = tmp_path / 'file.pt'
@@ -194,6 +190,12 @@ def test_what_is_no_checkpoint_of_a_pretraining_is_refused(content, keyword, tmp
     with pytest.raises(SystemExit) as error:
         read_checkpoint(path)
     assert ends(error, naming=keyword).startswith(str(path))
+
+def test_a_fine_tuned_network_is_no_start(tmp_path):
+    state = {'vit.' + name: value for name, value in network().state_dict().items()}
+    with pytest.raises(SystemExit) as error:
+        load_weights(network(), state, tmp_path / 'best.pt')
+    assert ends(error, naming='cls_token').startswith(str(tmp_path / 'best.pt'))
 
 @pytest.mark.parametrize('wrap', ['', 'model', 'state_dict', 'teacher'])
 def test_a_file_of_others_is_refused_and_its_converter_named(wrap, tmp_path):

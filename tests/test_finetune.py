@@ -171,22 +171,20 @@ def test_a_fraction_is_the_same_images_for_every_method(tmp_path, pretrained, at
     assert subsets[0] == subsets[1] != subsets[2]
 
 @pytest.mark.parametrize('segments, classes, sided, flipped', [
-    (True, ('ground', 'square'), None, True),
-    (True, ('ground', 'left', 'right'), None, False),
-    (False, ('dark', 'bright'), None, True),
-    (False, ('dark', 'bright', 'grey'), None, True),
+    (True, ('ground', 'square'), False, True),
+    (True, ('ground', 'left', 'right'), True, False),
+    (False, ('dark', 'bright'), False, True),
+    (False, ('dark', 'bright', 'grey'), False, True),
     (True, ('ground', 'liver', 'spleen'), False, True),
     (True, ('ground', 'square'), True, False),
     (False, ('dark', 'bright'), True, False)])
 def test_only_a_task_whose_classes_have_sides_is_never_mirrored(
         segments, classes, sided, flipped, tmp_path, pretrained, at_batch):
-    """A left organ would become a right one. Where an older task's meta.json does not say whether
-    it is sided, several organs are taken for it."""
+    """A left organ would become a right one."""
     task, left_is_bright = tmp_path / 'task', []
     tasks.write_task(task, segments, classes=classes)
-    if sided is not None:
-        meta = json.loads((task / 'meta.json').read_text())
-        (task / 'meta.json').write_text(json.dumps(dict(meta, sided=sided)))
+    meta = json.loads((task / 'meta.json').read_text())
+    (task / 'meta.json').write_text(json.dumps(dict(meta, sided=sided)))
     images = np.zeros((12, tasks.SIDE, tasks.SIDE, 1), np.uint8)
     images[:, :, :tasks.SIDE // 2] = 200
     np.save(task / 'train' / 'images.npy', images)
@@ -341,8 +339,7 @@ def test_what_is_no_pretrained_network_is_refused(labelled, tuned, tmp_path):
 def test_who_has_not_pretrained_is_told_what_to_do(labelled, tmp_path):
     words = runs.finetune_words(labelled / 'tell', tmp_path / 'out')
     result = runs.program('finetune', *words, cwd=tmp_path)
-    files_tried = 'out/pretrain/ckpt.pt', 'out/demo/ckpt.pt'
-    runs.ends(result, naming=[*files_tried, '--init'])
+    runs.ends(result, naming=['out/pretrain/ckpt.pt', '--demo', '--init'])
 
 def test_torchrun_is_refused(labelled, pretrained, tmp_path, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')

@@ -25,14 +25,14 @@ def test_a_plain_masked_autoencoder_equals_a_naive_one():
     """Loss, prediction and mask, with the noise that says which patches to hide."""
     model, batch = networks.network(MAE, experts=0), images(3)
     noise = torch.rand(3, 16)
-    losses, _, predictions, masks = model(batch, 0.0, noise)
+    losses, _, predictions, masks = model(batch, mask_noise=noise)
     for image, row, *ours in zip(batch, noise, losses, predictions, masks, strict=True):
         for value, theirs in zip(ours, naive.mae(model, image, row), strict=True):
             close(value, theirs)
 
 def test_a_network_without_experts_reports_none():
     model, batch = networks.network(MAE, experts=0), images(3)
-    assert model(batch, 0.0)[1] is None
+    assert model(batch)[1] is None
     assert model(batch, None)[1] is None
 
 def test_a_vit_returns_the_outputs_of_all_blocks_and_the_normalised_last():
@@ -105,10 +105,10 @@ def test_the_loss_looks_at_hidden_patches_only():
 def test_hidden_patches_do_not_reach_the_encoder():
     """Other pixels in hidden patches change no prediction."""
     model, batch, noise = networks.network(MAE, experts=2), images(2), torch.rand(2, 16)
-    _, _, prediction, mask = model(batch, 0.0, noise)
+    _, _, prediction, mask = model(batch, mask_noise=noise)
     hidden = mask.view(2, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
     others = torch.where(hidden == 1, images(2), batch)
-    assert torch.equal(model(others, 0.0, noise)[2], prediction)
+    assert torch.equal(model(others, mask_noise=noise)[2], prediction)
 
 def test_a_network_that_predicts_nothing_has_a_loss_of_one():
     """Because patches are normalized; with the unbiased variance, of one less than 48 numbers."""

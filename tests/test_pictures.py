@@ -229,7 +229,7 @@ def test_test_images_are_named_by_their_files_where_each_is_one_image(tmp_path):
 def test_pictures_of_cases_are_named_and_ordered_by_dice(labelled, tuned, monkeypatch):
     """Best, median and worst; a legend says which colour is which class."""
     task, drawn = data.Task(labelled / 'find'), []
-    state, config, _ = read_checkpoint(tuned / 'find' / 'best.pt', 'head.weight')
+    state, config, _ = read_checkpoint(tuned / 'find' / 'best.pt')
     net = UNETR(ViT(config), len(task.classes))
     net.load_state_dict(state)
     hits = 3, 0, 4, 1, 2        # of five images: the more, the better

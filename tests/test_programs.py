@@ -122,7 +122,8 @@ def test_the_experiments_keep_the_networks_of_a_fifth_and_half_of_the_steps(
     code, = {words[2] for words in experiments if words[1] == '-c'}
     out = tmp_path / 'whole'
     words = runs.pretrain_words(sources.folder, out, steps=10)
-    monkeypatch.setattr(pretrain, 'log_step', pretrain.log_step)       # puts it back afterwards
+    for name in ('train', 'write_line'):        # monkeypatch puts them back afterwards
+        monkeypatch.setattr(pretrain, name, getattr(pretrain, name))
     monkeypatch.setattr(sys, 'argv', ['-c', *words])
     with runs.kept_signals():
         exec(code, {})

@@ -1,4 +1,4 @@
-"""Start a program of this folder for a training: python -m tests.lab NAME WORDS.
+"""Start a program of this folder for a training: python tests/lab/__main__.py NAME WORDS.
 
 The program ends when its standard input does, whose other end the training holds. So phantoms and
 pictures end with the training that asked for them, even where it was killed.
@@ -7,6 +7,7 @@ import os
 import runpy
 import sys
 import threading
+from pathlib import Path
 
 def follow_input():
     """Wait for the end of standard input, then end this process."""
@@ -16,6 +17,7 @@ def follow_input():
 
 if __name__ == '__main__':
     threading.Thread(target=follow_input, daemon=True).start()
+    sys.path[0] = str(Path(__file__).resolve().parents[2])      # `tests` and `model` lie there
     del sys.argv[0]
     # With alter_sys, processes that this one spawns find the program's functions in __main__.
     runpy.run_module(f'tests.lab.{sys.argv[0]}', run_name='__main__', alter_sys=True)

@@ -146,7 +146,6 @@ def bare_trainings(clock):
         return tqdm(steps, disable=True)
 
     with mock.patch.object(torch.Tensor, 'backward', marked_backward), \
-            mock.patch.object(pretrain, 'log_step', lambda *_: None), \
             mock.patch.object(pretrain, 'tqdm', no_bar):
         yield
 
@@ -158,7 +157,7 @@ def training_steps(o, place, clock):
         for block in run.model.blocks:
             block.dex.gema = clock.marking('GEMA', block.dex.gema)
     load = clock.marking('data', run.batches.__next__)
-    for step in itertools.count():
+    for step in itertools.count(1):     # the first step of a training would validate
         clock.marks = [('start', clock.now())]
         run.start = step
         # The training stops when it asks for a batch of the next step.
@@ -307,15 +306,15 @@ class ObviousDEX(nn.Module):
         for _ in range(len(dex.usage)):
             self.experts.append(copy.deepcopy(dex.director).requires_grad_())
 
-    def forward(self, x, sigma):
+    def forward(self, x, sigma, need_routing):
         """x (B, N, C) -> y (B, N, C) and the Routing."""
         with torch.autocast('cpu', enabled=False):
             logits = self.gate(x[:, 0].float())
         noise = torch.randn_like(logits) + 1 - self.usage / self.usage.sum()
         scores = (logits + sigma * noise).softmax(-1)
         top_scores, top_experts = scores.topk(self.top_k)
-        mixing = top_scores / top_scores.sum(-1, keepdim=True)
-        weights = torch.zeros_like(scores).scatter(1, top_experts, mixing)
+        top_weights = top_scores / top_scores.sum(-1, keepdim=True)
+        weights = torch.zeros_like(scores).scatter(1, top_experts, top_weights)
         y = torch.zeros_like(x)
         for number, expert in enumerate(self.experts):
             images = (top_experts == number).any(1).nonzero()[:, 0]

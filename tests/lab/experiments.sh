@@ -63,14 +63,17 @@ prepare() {
 # As pretrain.py, but it keeps the network at the validations after a fifth and half of the steps.
 keeping='
 import pretrain
-log_step = pretrain.log_step
-def log_and_keep(run, validating, entry):
-    log_step(run, validating, entry)
-    step = entry["step"] + 1
-    if validating and round(10 * step / run.plan.steps) in (2, 5):
-        network = dict(run.header, model=run.model.state_dict(), step=step)
-        pretrain.save(run.out / f"step-{step}.pt", network)
-pretrain.log_step = log_and_keep
+train, write_line = pretrain.train, pretrain.write_line
+def train_and_keep(run):
+    def write_and_keep(log, entry):
+        write_line(log, entry)
+        step = entry["step"] + 1
+        if "val" in entry and round(10 * step / run.plan.steps) in (2, 5):
+            network = dict(run.header, model=run.model.state_dict(), step=step)
+            pretrain.save(run.out / f"step-{step}.pt", network)
+    pretrain.write_line = write_and_keep
+    return train(run)
+pretrain.train = train_and_keep
 pretrain.main()'
 
 # train NAME SEED STEPS OPTIONS...: pretrain a network; where it is finished, this takes seconds

@@ -282,7 +282,7 @@ def draw_reconstructions(path, model, images, mask_noise, names, autocast=nullco
 
 def denormalize(images):
     """The inverse of data.normalize: z-scores (B, 3, S, S) -> pixels in [0, 1], and beyond."""
-    mean, std = data.mean_and_std(images.device)
+    mean, std = torch.tensor((data.MEAN, data.STD), device=images.device)[..., None, None]
     return images * std + mean
 
 def unpatchify(patches, P):
@@ -297,7 +297,7 @@ def reconstruct(model, images, mask_noise, autocast=nullcontext()):
     The network predicts normalized patches; each gets its true mean and contrast back.
     """
     with autocast:
-        _, _, prediction, mask = model(images, 0.0, mask_noise)
+        _, _, prediction, mask = model(images, mask_noise=mask_noise)
     _, mean, std = model.targets(images)
     P = model.config.patch
     visible = unpatchify(mask[:, :, None].expand_as(prediction), P) == 0

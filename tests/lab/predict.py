@@ -42,7 +42,7 @@ def load_run(out, device):
     if not best.exists():
         raise SystemExit(f'{best}: is not there; give --out the folder of a fine-tuned (not a '
                          f'pretrained) run')
-    state, config, checkpoint = read_checkpoint(best, 'head.weight')
+    state, config, checkpoint = read_checkpoint(best)
     path = checkpoint['init']
     if path.endswith('.py'):
         if hashlib.sha256(Path(path).read_bytes()).hexdigest() != checkpoint['sha256']:

@@ -47,7 +47,7 @@ def write_task(folder, segments, counts=COUNTS, classes=(), colour=False, side=S
         for name, values in answers.items():
             np.save(folder / split / f'{name}.npy', values)
     names = ['ground', 'square'] if segments else ['dark', 'bright']
-    meta = dict(kind='segmentation' if segments else 'classification',
+    meta = dict(kind='segmentation' if segments else 'classification', sided=False,
                 classes=list(classes) or names, modality='Photo', size=side, counts=counts)
     (folder / 'meta.json').write_text(json.dumps(meta))
 
@@ -98,7 +98,7 @@ def tune(task, out, **options):
 
 def apply_by_hand(out, images, pool='cls'):
     """Logits of a run's chosen network for uint8 images (n, S, S, c), of the size that it sees."""
-    state, config, file = read_checkpoint(out / 'best.pt', 'head.weight')
+    state, config, file = read_checkpoint(out / 'best.pt')
     classes = len(file['meta']['classes'])
     pixels = torch.tensor(np.array(images)).permute(0, 3, 1, 2).expand(-1, 3, -1, -1) / 255
     if file['meta']['kind'] == 'segmentation':
@@ -120,7 +120,7 @@ def encoder(size=0, **options):
     """The network that --init, --adapt and the others ask for, at its own size or another, and how
     the run is called."""
     o = finetune.Options(**options)
-    path = finetune.init_path(o)
+    path = o.init
     vit = finetune.build_encoder(path, o, size or read_checkpoint(path)[1].size)
     method = finetune.method_name(vit, path)
     return SimpleNamespace(vit=vit, config=vit.config, method=method, init=path)

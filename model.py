@@ -242,8 +242,7 @@ class ViT(nn.Module):
             routings.append(routing)
         if routings[0] is None:     # and so are all
             return self.norm(x), None, outputs
-        stacked = Routing(*map(torch.stack, zip(*routings)))        # of each field, all layers'
-        return self.norm(x), stacked, outputs
+        return self.norm(x), Routing(*map(torch.stack, zip(*routings))), outputs
 
 class MAE(ViT):
     """Masked autoencoder on a ViT: L_self of Eq. 8."""

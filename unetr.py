@@ -49,8 +49,7 @@ class UNETR(nn.Module):
             ResidualBlock(3, features),                     # S, from the image
         ])
         widths = [C, features * 8, features * 4, features * 2, features]
-        steps = zip(widths[:-1], widths[1:], [factor, 2, 2, 2])
-        self.up = nn.ModuleList(upsample(*step) for step in steps)
+        self.up = nn.ModuleList(map(upsample, widths[:-1], widths[1:], [factor, 2, 2, 2]))
         self.mix = nn.ModuleList(ResidualBlock(2 * width, width) for width in widths[1:])
         self.head = nn.Conv2d(features, classes, 1)
 

@@ -56,9 +56,9 @@ class Shards:
                 raise SystemExit(f'{source}: sides {sorted(sides)}; prepare all with one --size')
             end = start + count
             held_out = min(max(int(count * val_share), 1), val_most)
-            split = end - min(held_out, max(count - 1, 0))      # at least one image trains
-            train.append(np.arange(start, split))
-            val.append(np.arange(split, end))
+            held_out = min(held_out, max(count - 1, 0))     # at least one image is for training
+            train.append(np.arange(start, end - held_out))
+            val.append(np.arange(end - held_out, end))
             modality_of += [modality] * count
             start = end
         if not start:
@@ -82,7 +82,7 @@ class Shards:
             # One read an image: no file stays open, and all its pages come at once.
             pixels = np.fromfile(path, np.uint8, size, offset=offset + row * size)
             pixels = pixels.reshape(shape)
-            for channel in range(3):        # of grey, much faster than a broadcast
+            for channel in range(3):    # faster than a broadcast of grey, which has only 0
                 image[..., channel] = pixels[..., channel % shape[2]]
         return images.permute(0, 3, 1, 2)
 
@@ -155,7 +155,7 @@ def crop_matrices(draws, w, h):
     draws: four (n,) in [0, 1], for the centre's x and y, the angle and the flip.
     w, h: sides (n,) of the crop, as shares of the image's."""
     u, v, angle, flip = draws
-    x, y = (2 * u - 1) * (1 - w), (2 * v - 1) * (1 - h)     # centre; unrotated, it lies inside
+    x, y = (2 * u - 1) * (1 - w), (2 * v - 1) * (1 - h)     # unrotated, the crop lies inside
     angle = (2 * angle - 1) * math.radians(15)
     flip = torch.where(flip < 0.5, -1.0, 1.0)
     cos, sin = angle.cos(), angle.sin()     # rotate(x, y) is (cos x - sin y, sin x + cos y)
@@ -165,8 +165,8 @@ def crop_matrices(draws, w, h):
 
 def draw_crops(count, ratio, device):
     """Matrices (count, 2, 3) of random horizontal flips, rotations up to 15 degrees and crops.
-    ratio: side of the output / side of the stored image. A crop's share of the area is at least 0.2
-    and ratio^2 / 2, so that it has about half as many pixels as the output, or more."""
+    ratio: side of the output / side of the stored image. A crop takes at least 0.2 of the area, and
+    at least ratio^2 / 2 of it, which is half as many stored pixels as the output has."""
     *draws, area, aspect = torch.rand(6, count, device=device)
     smallest = min(max(0.2, 0.5 * ratio ** 2), 1)
     area = smallest + (1 - smallest) * area
@@ -212,7 +212,7 @@ def augment_labelled(images, answers, size, flips=True):
     draws = torch.rand(7, len(images), device=images.device)
     u, v, angle, flip, zoom, contrast, brightness = draws       # each (B,), in [0, 1]
     if not flips:
-        flip = torch.ones_like(flip)
+        flip = torch.ones_like(flip)    # crop_matrices mirrors where a draw is below 0.5
     side = 1 - 0.2 * zoom
     theta = crop_matrices((u, v, angle, flip), side, side)
     contrast = (0.8 + 0.4 * contrast)[:, None, None, None]

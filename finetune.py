@@ -27,13 +27,13 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from model import Config, ViT, load_weights, named_config, read_checkpoint
+from model import ViT, load_weights, named_config, read_checkpoint
 from pretrain import catch_signals, computes_bf16, end_if_diverged, learning_rate, make_optimizer
 from pretrain import open_run, parse_options, release_signals, resume, run_program, save, seed_step
 from pretrain import set_up_process, step_if_finite, write_line
 from unetr import UNETR
 
-STARTS = ('out/pretrain/ckpt.pt', 'out/demo/ckpt.pt')    # the first that is there, without --init
+STARTS = ('out/pretrain/ckpt.pt', 'out/demo/ckpt.pt')    # without --init, the first that exists
 
 @dataclass
 class Options:
@@ -99,7 +99,9 @@ def build_encoder(path, o, size):
     state, config = None, named_config(o.model, o.depth)        # from scratch
     if path != 'scratch':
         state, config, _ = read_checkpoint(path)
-    experts = 0 if o.adapt == 'director' else (config.experts or Config.experts)
+    experts = 0
+    if o.adapt == 'experts':
+        experts = config.experts or 8   # a plain network gets 8 copies of its MLP, and a new gate
     vit = ViT(replace(config, size=size, patch=o.patch or config.patch, experts=experts,
                       top_k=o.top_k or config.top_k))
     if state:
@@ -317,7 +319,7 @@ def main():
         raise SystemExit('finetune.py is one process: start it by python, not by torchrun')
     try:
         if o.predict:
-            from tests.lab.predict import predict   # it reads files as the preparation does
+            from tests.lab.predict import predict   # apart, as it alone needs the preparation
             return predict(o)
         run = build_run(o)
         train(run)

@@ -98,12 +98,12 @@ class StackedLinear(nn.Module):
             # Autocast does not cover grouped_mm, so cast by hand.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         numbers = torch.arange(len(self.weight), device=x.device)
-        last_rows = torch.searchsorted(expert, numbers, right=True)     # (R,): where r's rows end
-        last_tokens = (last_rows * x.shape[1]).int()
+        row_ends = torch.searchsorted(expert, numbers, right=True)      # (R,), exclusive
+        token_ends = (row_ends * x.shape[1]).int()
         # This is one kernel in bfloat16 on an H100 or newer, and the host need not wait for it.
-        y = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=last_tokens)
-        # The bias's gradient is a sum over rows. Casting after the selection keeps it in float32;
-        # index_select, unlike self.bias[expert], adds it up in a fixed order on a CPU.
+        y = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=token_ends)
+        # The backward pass sums an expert's bias gradient over its rows. It does so in float32, as
+        # the cast comes last, and in a fixed order, which self.bias[expert] lacks on a CPU.
         bias = self.bias.index_select(0, expert)[:, None]
         return y.unflatten(0, x.shape[:2]) + bias.to(x.dtype)
 
@@ -119,7 +119,7 @@ class Experts(nn.Module):
         return self.fc2(F.gelu(self.fc1(x, expert)), expert)
 
 class Routing(NamedTuple):
-    """A DEX module's choice and alignment loss. ViT.forward stacks them: (L,), (L, M, R)."""
+    """A DEX module's choice and alignment loss. ViT.forward stacks those of all L layers."""
     align: torch.Tensor         # () alignment loss
     scores: torch.Tensor        # (M, R) softmax scores s, with gradient
     activated: torch.Tensor     # (M, R) indicator I of Eq. 18: 1 where the expert is activated
@@ -155,13 +155,12 @@ class DEX(nn.Module):
             # omega of Eq. 5. It is 1 if K = 1, and then the task teaches the gate nothing.
             top_weights = top_scores / top_scores.sum(-1, keepdim=True)
 
-        # Each unit makes K rows, one for each of its experts; StackedLinear wants them by expert.
+        # Place p of the flattened (M, K) is of unit p // K. StackedLinear wants rows by expert.
         expert, place = top_experts.flatten().sort(stable=True)         # both (M * K,)
         unit = place // self.top_k
         rows = self.experts(units.index_select(0, unit), expert)        # (M * K, N, C)
         rows = rows * top_weights.flatten().index_select(0, place)[:, None, None]
-        y = torch.zeros_like(units, dtype=rows.dtype).index_add(0, unit, rows)
-        y = y.view_as(x)                                                # f^E of Eq. 2 and 5
+        y = torch.zeros_like(units, dtype=rows.dtype).index_add(0, unit, rows).view_as(x)   # f^E
         if not need_routing:
             return y, None
 
@@ -360,6 +359,6 @@ def load_weights(model, state, path):
         if not any(part in name for part in optional):
             raise SystemExit(f'{path}: does not fit this network: {name} is missing or left over')
     def parts(names):
-        """The optional parts that occur in names, as text."""
+        """The list of the optional parts that occur in names, or the word nothing."""
         return [part for part in optional if any(part in name for name in names)] or 'nothing'
     print(f'{path}: loaded; left out: {parts(left_out)}; not in it, so new: {parts(new)}')

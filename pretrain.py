@@ -61,7 +61,7 @@ class Options:
     sigma: float = 1.0              # deviation of the gate noise at the start (Eq. 21), cosine to 0
     device: str = ''                # cpu, cuda or mps; empty: cuda, or cpu where there is none
     seed: int = 0                   # of weights, order, augmentation, masks and noise
-    bf16: bool = True               # bfloat16 autocast and torch.compile, on CUDA only
+    bf16: bool = True               # on CUDA: bfloat16, and compiled unless TORCHDYNAMO_DISABLE=1
     log_every: int = 10             # steps between lines of log.jsonl
     val_every: int = 0              # steps between validations; 0: ten a run
     val_share: float = 0.05         # share of each source held out: its tail, 1 to 200 images
@@ -77,8 +77,8 @@ DEMO = dict(data='data/phantoms-64', out='out/demo', model='tiny', depth=4, size
             batch=64, steps=400, lr=8e-3, val_share=0.2, val_every=100)
 TERMS = ('l_self', 'align', 'balance')      # of the loss (Eq. 8), in this order
 MAX_SKIPPED = 10    # steps in a row that are not finite end a training
-# Only these options may change at --resume. GPUs * accumulate must stay the same; with other
-# factors of it, rounding and the balance loss differ a little.
+# Only these options may change at --resume. The product GPUs * accumulate must stay the same;
+# another split of it (4 * 1 for 2 * 2) changes rounding and the balance loss a little.
 MAY_CHANGE = ('data', 'out', 'init', 'resume', 'overwrite', 'accumulate', 'device', 'bf16',
               'log_every', 'val_every', 'save_minutes')
 
@@ -103,8 +103,8 @@ def parse_options(defaults, words=None):
         parser.add_argument('--' + name, default=default, help=text, **reading)
     values = vars(parser.parse_args(words))
     for name, value in values.items():
-        given = value != getattr(defaults, name)
-        if given and type(value) in (int, float) and not 0 <= value < math.inf:
+        changed = value != getattr(defaults, name)      # a default may be -1
+        if changed and type(value) in (int, float) and not 0 <= value < math.inf:
             raise SystemExit(f'--{name} {value}: must be a number of 0 or more')
     return cls(**values)
 
@@ -276,8 +276,8 @@ def look_at_held_out(model, shards, o, device, autocast):
 def validate(model, shards, o, device, autocast):
     """The numbers of a validation; val_l_self is the mean over modalities, not over images."""
     losses, weights = look_at_held_out(model, shards, o, device, autocast)
-    present, rows = np.unique(shards.image_modality[shards.val], return_inverse=True)
-    belongs = F.one_hot(torch.from_numpy(rows)).T.float()           # (modalities, V)
+    present, numbers = np.unique(shards.image_modality[shards.val], return_inverse=True)
+    belongs = F.one_hot(torch.from_numpy(numbers)).T.float()        # (present modalities, V)
     means = belongs @ losses / belongs.sum(1)
     names = [shards.modalities[modality] for modality in present]
     entry = dict(val_l_self=means.mean().item(), val=dict(zip(names, means.tolist())))
@@ -285,20 +285,19 @@ def validate(model, shards, o, device, autocast):
         return entry
     tables = belongs @ F.one_hot(weights.argmax(2), weights.shape[2]).float()   # (L, modalities, R)
     bits, most = zip(*map(mutual_information, tables))      # each a tuple over layers
-    first = weights.max(2).values       # (L, V): omega of each image's first expert
-    second = 1 - first.median(1).values     # what it leaves to the second, in the median
+    first = weights.max(2).values                   # (L, V): omega of each image's first expert
+    second = 1 - first.median(1).values             # (L,): what a median image leaves to others
     dead = (weights.sum(1) == 0).nonzero().tolist()         # named 2.3: layer from 1, expert from 0
     return dict(entry, bits=bits, bits_max=most[0], second=second.tolist(),
                 dead=[f'{layer + 1}.{expert}' for layer, expert in dead])
 
 # --- training -------------------------------------------------------------------------------------
 def plan_steps(o, shards, world):
-    """Length of a training in images and steps, and the learning rate's warm-up and peak."""
+    """Images of a step, steps of an epoch and of all, and the learning rate's warm-up and peak."""
     global_batch = o.batch * o.accumulate * world
     epoch_steps = len(shards.train) // global_batch
     if not epoch_steps or not len(shards.val):
-        raise SystemExit(f'{o.data}: {len(shards.train)} + {len(shards.val)} images are too few '
-                         f'for {global_batch} a step')
+        raise SystemExit(f'{o.data}: {len(shards.train)} images, too few for {global_batch} a step')
     steps = o.steps or o.epochs * epoch_steps
     return SimpleNamespace(
         global_batch=global_batch, epoch_steps=epoch_steps, steps=steps,
@@ -323,20 +322,18 @@ def build_network(o, plan, identity, device):
     return model, optimizer, 0, 0
 
 def compile_blocks(model):
-    """Compile block by block: one graph serves all blocks of a kind, and DDP can send the gradients
-    of the last blocks while those of the first are computed."""
+    """Compile block by block: one graph serves all of a kind, and DDP can send between them."""
     torch._dynamo.config.optimize_ddp = False       # it would split blocks where its buckets end
     for block in (*model.blocks, *model.decoder_blocks):
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
 
 def announce(run):
     """Say what will happen, before it does."""
-    plan, shards = run.plan, run.shards
     millions = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
     print(f'{run.out} on {run.world} x {run.device.type}, {"bfloat16" if run.bf16 else "float32"}: '
-          f'{millions:.1f} M parameters, {len(shards.train)} + {len(shards.val)} images, '
-          f'{plan.steps} steps of {plan.global_batch}, learning rate up to {plan.peak:.2e}')
-    print(f'pictures at any time: python -m tests.lab.pictures {run.out}')
+          f'{millions:.1f} M parameters, {len(run.shards.train)} + {len(run.shards.val)} images, '
+          f'{run.plan.steps} steps of {run.plan.global_batch}, learning rate up to '
+          f'{run.plan.peak:.2e}\npictures at any time: python -m tests.lab.pictures {run.out}')
 
 def build_run(o, rank, world, local, device):
     """All that a training works with, new or of --out's checkpoint. Exits if that is finished."""
@@ -355,7 +352,7 @@ def build_run(o, rank, world, local, device):
     if world > 1:
         net = DistributedDataParallel(model, [local] if device.type == 'cuda' else None,
                                       gradient_as_bucket_view=True)
-        net.broadcast_buffers = False       # DDP has just sent them, and gema moves them alike
+        net.broadcast_buffers = False       # it has just sent them; gema moves them alike on all
     micros = range(start * o.accumulate, plan.steps * o.accumulate)
     batches = data.batches(shards, o.seed, micros, o.batch, rank, world,
                            plan.epoch_steps * o.accumulate, device)
@@ -379,12 +376,12 @@ def mean_over_ranks(world, *tensors):
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
 
 def loss_terms(l_self, routing, world):
-    """The TERMS of Eq. 8 for this rank's images (3,), and the batch's usage of experts (L, R).
+    """This rank's TERMS of Eq. 8, (3,), and the batch's usage of experts, (L, R), or without 0.
     The usage, Omega of Eq. 6, is each expert's mean omega over all ranks' images."""
     l_self = l_self.mean()
     if routing is None:
-        zero = 0 * l_self
-        return torch.stack([l_self, zero, zero]), zero
+        zero = torch.zeros_like(l_self)
+        return torch.stack([l_self, zero, zero]), 0
     load, batch_usage = mean_over_ranks(
         world, routing.activated.mean(1), routing.weights.detach().mean(1))
     align, balance = layer_losses(routing.align, routing.scores.mean(1), load)
@@ -421,6 +418,7 @@ def train(run):
     o, plan, model = run.o, run.plan, run.model
     trained = [p for p in model.parameters() if p.requires_grad]
     val_every = o.val_every or max(1, plan.steps // 10)
+    reading_every = max(1, 10 // o.accumulate) if run.device.type == 'cuda' else 1
     run.signals = catch_signals()
     in_a_row = torch.zeros_like(run.skipped)
     logged, logged_at, saved_at = run.start, time.perf_counter(), time.perf_counter()
@@ -445,9 +443,9 @@ def train(run):
         done = step + 1
         validating = done in (1, plan.steps) or done % val_every == 0
         logging = validating or done % o.log_every == 0
-        # Below, the host reads numbers, for which it waits for a GPU. So there it does this only
-        # at every tenth micro-batch, or if it has something to log.
-        if run.device.type == 'cuda' and not logging and done % max(1, 10 // o.accumulate):
+        # What follows reads numbers, for which the host waits for a GPU. So with a GPU it is done
+        # only if a line is logged, or about every ten micro-batches.
+        if not logging and done % reading_every != 0:
             continue
         if logging:
             loss = sum(factor * term for factor, term in zip(factors, losses.tolist()))
@@ -478,7 +476,7 @@ def main():
     """Read the options, make the phantoms of a demo, train, and draw."""
     o = parse_options(Options())
     if o.demo:
-        o = parse_options(Options(demo=True, **DEMO))       # again: words win over DEMO
+        o = parse_options(Options(demo=True, **DEMO))       # the command line wins over DEMO
     rank, world, local, device = set_up_process(o.device)
     try:
         if o.demo and rank == 0 and len(list(Path(o.data).glob('phantom-*/meta.json'))) < 10:
@@ -497,7 +495,8 @@ def main():
         return
     if done < steps:
         print(f'{o.out}: stopped after {done} of {steps} steps; go on with --resume')
-        sys.exit(128 + (run.signals or [signal.SIGTERM])[0])    # or another rank had the signal
+        number = run.signals[0] if run.signals else signal.SIGTERM      # another rank had it
+        sys.exit(128 + number)
     release_signals()       # all is saved
     print(f'{o.out}: all {steps} steps; ckpt.pt is the network, *.png are its pictures')
     run_program('pictures', o.out)

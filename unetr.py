@@ -33,7 +33,7 @@ class UNETR(nn.Module):
     """Segmentation: images (B, 3, S, S) -> logits (B, classes, S, S).
     The decoder starts from the ViT's normalized tokens. Its skips are the outputs of the blocks at
     one, two and three quarters of the depth (3, 6 and 9 of 12, counted from one) and the image.
-    The step that leaves the token grid enlarges by P / 8: 1, 2 or 4 times for P = 8, 16 or 32."""
+    One step of factor P / 8 leads from the token grid, side S / P, to side S / 8."""
     def __init__(self, vit, classes, features=16):
         super().__init__()
         C, P, L = vit.config.width, vit.config.patch, vit.config.depth

@@ -43,16 +43,15 @@ class Shards:
     and at most `val_most`. `train` and `val` are the indices of both parts. Image i shows modality
     modalities[image_modality[i]]."""
     def __init__(self, folder, val_share=0.05, val_most=200):
-        self.shards = []
         modality_of = []        # of each image
-        train, val, start = [], [], 0
+        self.shards, train, val, start = [], [], [], 0
         for source in sorted(path.parent for path in Path(folder).glob('*/meta.json')):
             if source.suffix == '.part':        # its preparation has not finished
                 continue
             modality, count, shards = read_source(source)
             self.shards += shards
             sides = {side for *_, shape in self.shards for side in shape[1:3]}
-            if len(sides) > 1:
+            if len(sides) > 1:      # not square, or not all of one size
                 raise SystemExit(f'{source}: sides {sorted(sides)}; prepare all with one --size')
             end = start + count
             held_out = min(max(int(count * val_share), 1), val_most)
@@ -64,7 +63,7 @@ class Shards:
         if not start:
             raise SystemExit(f'{folder}: no prepared images; try python pretrain.py --demo, or '
                              f'python prepare_medverse.py --raw RAW --out {folder}')
-        self.side = sides.pop()
+        self.side = sides.pop()     # the only one
         counts = [shape[0] for *_, shape in self.shards]
         self.starts = np.cumsum([0, *counts])           # index of each shard's first image
         names, self.image_modality = np.unique(modality_of, return_inverse=True)
@@ -82,8 +81,8 @@ class Shards:
             # One read an image: no file stays open, and all its pages come at once.
             pixels = np.fromfile(path, np.uint8, size, offset=offset + row * size)
             pixels = pixels.reshape(shape)
-            for channel in range(3):    # faster than a broadcast of grey, which has only 0
-                image[..., channel] = pixels[..., channel % shape[2]]
+            for channel in range(3):    # one by one, as a broadcast of grey is slow
+                image[..., channel] = pixels[..., channel if shape[2] == 3 else 0]
         return images.permute(0, 3, 1, 2)
 
     def batch_ids(self, seed, micro, batch, rank, world, epoch_micros):
@@ -150,23 +149,27 @@ def batches(shards, seed, micros, batch, rank, world, epoch_micros, device):
         yield images.to(device, non_blocking=True)
 
 # --- augmentation ---------------------------------------------------------------------------------
-def crop_matrices(draws, w, h):
+def crop_matrices(draws, w, h, flips=True):
     """Matrices (n, 2, 3) of input = flip(rotate(centre + sides * output)), coordinates in [-1, 1].
-    draws: four (n,) in [0, 1], for the centre's x and y, the angle and the flip.
-    w, h: sides (n,) of the crop, as shares of the image's."""
-    u, v, angle, flip = draws
-    x, y = (2 * u - 1) * (1 - w), (2 * v - 1) * (1 - h)     # unrotated, the crop lies inside
-    angle = (2 * angle - 1) * math.radians(15)
-    flip = torch.where(flip < 0.5, -1.0, 1.0)
-    cos, sin = angle.cos(), angle.sin()     # rotate(x, y) is (cos x - sin y, sin x + cos y)
-    top = [flip * cos * w, -flip * sin * h, flip * (cos * x - sin * y)]
-    bottom = [sin * w, cos * h, sin * x + cos * y]
-    return torch.stack([torch.stack(top, 1), torch.stack(bottom, 1)], 1)
+    draws: four (n,) in [0, 1], for the centre's x and y, the rotation and the flip.
+    w, h: sides (n,) of the crop, as shares of the image's. flips: whether half are mirrored."""
+    u, v, turn, mirror = draws
+    sides = torch.stack([w, h], 1)                              # (n, 2)
+    centre = (2 * torch.stack([u, v], 1) - 1) * (1 - sides)     # unrotated, the crop lies inside
+    angle = (2 * turn - 1) * math.radians(15)
+    cos, sin = angle.cos(), angle.sin()
+    rotation = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
+    linear = rotation * sides[:, None]                              # rotate(sides * output)
+    constant = (rotation * centre[:, None]).sum(2, keepdim=True)    # rotate(centre)
+    theta = torch.cat([linear, constant], 2)
+    if flips:
+        theta[:, 0] *= torch.where(mirror < 0.5, -1, 1)[:, None]
+    return theta
 
 def draw_crops(count, ratio, device):
     """Matrices (count, 2, 3) of random horizontal flips, rotations up to 15 degrees and crops.
     ratio: side of the output / side of the stored image. A crop takes at least 0.2 of the area, and
-    at least ratio^2 / 2 of it, which is half as many stored pixels as the output has."""
+    holds at least half as many stored pixels as the output has, a share of ratio^2 / 2."""
     *draws, area, aspect = torch.rand(6, count, device=device)
     smallest = min(max(0.2, 0.5 * ratio ** 2), 1)
     area = smallest + (1 - smallest) * area
@@ -209,12 +212,9 @@ def augment_labelled(images, answers, size, flips=True):
     """Random flips, rotations up to 15 degrees, zoom up to 1.25, contrast and brightness +- 20%.
     uint8 images (B, 3, S, S) and masks (B, S, S) or labels (B,) -> normalized images
     (B, 3, size, size), and the masks in the same view (255 outside of the image) or the labels."""
-    draws = torch.rand(7, len(images), device=images.device)
-    u, v, angle, flip, zoom, contrast, brightness = draws       # each (B,), in [0, 1]
-    if not flips:
-        flip = torch.ones_like(flip)    # crop_matrices mirrors where a draw is below 0.5
+    *draws, zoom, contrast, brightness = torch.rand(7, len(images), device=images.device)
     side = 1 - 0.2 * zoom
-    theta = crop_matrices((u, v, angle, flip), side, side)
+    theta = crop_matrices(draws, side, side, flips)
     contrast = (0.8 + 0.4 * contrast)[:, None, None, None]
     brightness = (0.8 + 0.4 * brightness)[:, None, None, None]
     images = sample(images, size, theta)

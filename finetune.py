@@ -109,7 +109,7 @@ def build_encoder(path, o, size):
     return vit
 
 def method_name(vit, path):
-    """DEX-E with experts, DEX-D for any encoder without, and its start, as in DEX-E-demo."""
+    """DEX-E with, DEX-D without experts, and the folder or file that it starts from: DEX-E-demo."""
     file = Path(path).absolute()
     start = file.parent.name if file.name == 'ckpt.pt' else file.stem
     return f'DEX-{"E" if vit.config.experts else "D"}-{start}'
@@ -319,7 +319,7 @@ def main():
         raise SystemExit('finetune.py is one process: start it by python, not by torchrun')
     try:
         if o.predict:
-            from tests.lab.predict import predict   # apart, as it alone needs the preparation
+            from tests.lab.predict import predict   # there, as it imports prepare_medverse
             return predict(o)
         run = build_run(o)
         train(run)

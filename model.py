@@ -97,13 +97,12 @@ class StackedLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             # Autocast does not cover grouped_mm, so cast by hand.
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        numbers = torch.arange(len(self.weight), device=x.device)
-        row_ends = torch.searchsorted(expert, numbers, right=True)      # (R,), exclusive
+        row_ends = F.one_hot(expert, len(self.weight)).sum(0).cumsum(0)     # (R,), exclusive
         token_ends = (row_ends * x.shape[1]).int()
         # This is one kernel in bfloat16 on an H100 or newer, and the host need not wait for it.
         y = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=token_ends)
-        # The backward pass sums an expert's bias gradient over its rows. It does so in float32, as
-        # the cast comes last, and in a fixed order, which self.bias[expert] lacks on a CPU.
+        # index_select, since a CPU sums the gradient of self.bias[expert] in no fixed order. The
+        # cast comes last, so that this sum is in float32.
         bias = self.bias.index_select(0, expert)[:, None]
         return y.unflatten(0, x.shape[:2]) + bias.to(x.dtype)
 
@@ -155,12 +154,13 @@ class DEX(nn.Module):
             # omega of Eq. 5. It is 1 if K = 1, and then the task teaches the gate nothing.
             top_weights = top_scores / top_scores.sum(-1, keepdim=True)
 
-        # Place p of the flattened (M, K) is of unit p // K. StackedLinear wants rows by expert.
-        expert, place = top_experts.flatten().sort(stable=True)         # both (M * K,)
-        unit = place // self.top_k
-        rows = self.experts(units.index_select(0, unit), expert)        # (M * K, N, C)
-        rows = rows * top_weights.flatten().index_select(0, place)[:, None, None]
-        y = torch.zeros_like(units, dtype=rows.dtype).index_add(0, unit, rows).view_as(x)   # f^E
+        # Row p of all M * K is unit p // K. StackedLinear wants them in the order of their experts.
+        row_expert, order = top_experts.flatten().sort(stable=True)     # both (M * K,)
+        row_unit = order // self.top_k
+        rows = self.experts(units.index_select(0, row_unit), row_expert)    # (M * K, N, C)
+        rows = rows * top_weights.flatten().index_select(0, order)[:, None, None]
+        y = torch.zeros_like(units, dtype=rows.dtype).index_add(0, row_unit, rows)
+        y = y.view_as(x)                                                # f^E of Eq. 2 and 5
         if not need_routing:
             return y, None
 
@@ -175,7 +175,8 @@ class DEX(nn.Module):
         """Move the director (Eq. 7) and the usage (Eq. 20), once after the optimizer's step.
         batch_usage (R,) is the mean omega of each expert in the global batch: Omega of Eq. 6, the
         same quantity as c-hat of Eq. 19. If `finite`, a bool tensor, is False, nothing changes."""
-        batch_usage = torch.where(finite, batch_usage, self.usage)      # 0 * NaN would still be NaN
+        # After a step that is not finite both rates are 0; its usage may be NaN, so it is replaced.
+        batch_usage = torch.where(finite, batch_usage, self.usage)
         for director, experts in zip(self.director.parameters(), self.experts.parameters()):
             average = (batch_usage @ experts.flatten(1)).view_as(director)
             director.lerp_(average, (1 - momentum) * finite)            # Eq. 7
@@ -352,8 +353,8 @@ def load_weights(model, state, path):
         new, left_out = model.load_state_dict(fitting, strict=False)
     except RuntimeError as error:       # it names everything that has another shape
         raise SystemExit(f'{path}: does not fit this network: {error}')
-    optional = ['decoder_', 'mask_token', '.dex.gate', '.dex.usage']    # one side may lack these
-    if not config.experts:
+    optional = ['decoder_', 'mask_token', '.dex.gate', '.dex.usage']    # either side may lack these
+    if not config.experts:      # else all were filled above, if the file is whole
         optional.append('.dex.experts')
     for name in (*new, *left_out):
         if not any(part in name for part in optional):

@@ -102,8 +102,8 @@ def parse_options(defaults, words=None):
             text += f' (default: {default})'
         parser.add_argument('--' + name, default=default, help=text, **reading)
     values = vars(parser.parse_args(words))
-    for name, value in values.items():
-        changed = value != getattr(defaults, name)      # a default may be -1
+    for name, value in values.items():      # none may be negative, but for tune_blocks' default
+        changed = value != getattr(defaults, name)
         if changed and type(value) in (int, float) and not 0 <= value < math.inf:
             raise SystemExit(f'--{name} {value}: must be a number of 0 or more')
     return cls(**values)
@@ -284,7 +284,7 @@ def validate(model, shards, o, device, autocast):
     if weights is None:
         return entry
     tables = belongs @ F.one_hot(weights.argmax(2), weights.shape[2]).float()   # (L, modalities, R)
-    bits, most = zip(*map(mutual_information, tables))      # each a tuple over layers
+    bits, most = zip(*map(mutual_information, tables))      # of each layer; most is the same in all
     first = weights.max(2).values                   # (L, V): omega of each image's first expert
     second = 1 - first.median(1).values             # (L,): what a median image leaves to others
     dead = (weights.sum(1) == 0).nonzero().tolist()         # named 2.3: layer from 1, expert from 0
@@ -352,7 +352,7 @@ def build_run(o, rank, world, local, device):
     if world > 1:
         net = DistributedDataParallel(model, [local] if device.type == 'cuda' else None,
                                       gradient_as_bucket_view=True)
-        net.broadcast_buffers = False       # it has just sent them; gema moves them alike on all
+        net.broadcast_buffers = False       # the constructor sent them; gema moves all ranks' alike
     micros = range(start * o.accumulate, plan.steps * o.accumulate)
     batches = data.batches(shards, o.seed, micros, o.batch, rank, world,
                            plan.epoch_steps * o.accumulate, device)
@@ -376,21 +376,21 @@ def mean_over_ranks(world, *tensors):
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
 
 def loss_terms(l_self, routing, world):
-    """This rank's TERMS of Eq. 8, (3,), and the batch's usage of experts, (L, R), or without 0.
+    """This rank's TERMS of Eq. 8, (3,), and the usage of the experts, (L, R); 0 if there are none.
     The usage, Omega of Eq. 6, is each expert's mean omega over all ranks' images."""
     l_self = l_self.mean()
     if routing is None:
         zero = torch.zeros_like(l_self)
         return torch.stack([l_self, zero, zero]), 0
-    load, batch_usage = mean_over_ranks(
-        world, routing.activated.mean(1), routing.weights.detach().mean(1))
+    usage = routing.weights.detach().mean(1)
+    load, usage = mean_over_ranks(world, routing.activated.mean(1), usage)
     align, balance = layer_losses(routing.align, routing.scores.mean(1), load)
-    return torch.stack([l_self, align, balance]), batch_usage
+    return torch.stack([l_self, align, balance]), usage
 
 def accumulate_gradients(run, step, sigma, factors):
     """Gradients of a step's micro-batches for the sum of factors (3,) * TERMS.
-    Returns the means over the micro-batches of the terms (3,) and the batch's usage (L, R)."""
-    o, losses, usage = run.o, 0, 0
+    Returns the terms (3,) and the usage (L, R), both as means over the micro-batches."""
+    o, losses, batch_usage = run.o, 0, 0
     for micro in range(o.accumulate):
         images = next(run.batches)
         seed_step(o.seed, step, micro * run.world + run.rank)
@@ -398,12 +398,12 @@ def accumulate_gradients(run, step, sigma, factors):
         run.net.require_backward_grad_sync = micro == o.accumulate - 1      # DDP sends them once
         with run.autocast:      # sigma is a tensor, or each new value would compile anew
             l_self, routing, _, _ = run.net(images, torch.full((), sigma, device=run.device))
-        terms, batch_usage = loss_terms(l_self, routing, run.world)
+        terms, usage = loss_terms(l_self, routing, run.world)
         loss = sum(factor * term for factor, term in zip(factors, terms))       # Eq. 8
         (loss / o.accumulate).backward()
         losses = losses + terms.detach() / o.accumulate
-        usage = usage + batch_usage / o.accumulate
-    return losses, usage
+        batch_usage = batch_usage + usage / o.accumulate
+    return losses, batch_usage
 
 def validation_line(found):
     """What the terminal shows of a validation."""
@@ -418,7 +418,8 @@ def train(run):
     o, plan, model = run.o, run.plan, run.model
     trained = [p for p in model.parameters() if p.requires_grad]
     val_every = o.val_every or max(1, plan.steps // 10)
-    reading_every = max(1, 10 // o.accumulate) if run.device.type == 'cuda' else 1
+    # To read a number the host waits for a GPU, so there it does so every ten micro-batches or so.
+    read_every = max(1, 10 // o.accumulate) if run.device.type == 'cuda' else 1
     run.signals = catch_signals()
     in_a_row = torch.zeros_like(run.skipped)
     logged, logged_at, saved_at = run.start, time.perf_counter(), time.perf_counter()
@@ -429,23 +430,21 @@ def train(run):
         sigma, momentum = cosine(o.sigma, 0, progress), cosine(o.momentum, 1, progress)
         factors = (1, o.align, cosine(o.balance, 0, progress))      # of TERMS
         rate = learning_rate(step, plan.steps, plan.warmup, plan.peak)
-        losses, usage = accumulate_gradients(run, step, sigma, factors)
+        losses, batch_usage = accumulate_gradients(run, step, sigma, factors)
         stop = torch.full((), float(len(run.signals)), device=run.device)
         losses, stop = mean_over_ranks(run.world, losses, stop)     # stop > 0: a rank had a signal
         losses_finite = losses.isfinite().all()                 # the same on every rank
         norm, finite = step_if_finite(run.optimizer, rate, trained, o.clip, losses_finite)
         if o.experts:
-            for block, batch_usage in zip(model.blocks, usage):
-                block.dex.gema(batch_usage, momentum, finite)       # Eq. 7
+            for block, layer_usage in zip(model.blocks, batch_usage):
+                block.dex.gema(layer_usage, momentum, finite)       # Eq. 7
         run.skipped += ~finite
         in_a_row = torch.where(finite, 0, in_a_row + 1)
 
         done = step + 1
         validating = done in (1, plan.steps) or done % val_every == 0
         logging = validating or done % o.log_every == 0
-        # What follows reads numbers, for which the host waits for a GPU. So with a GPU it is done
-        # only if a line is logged, or about every ten micro-batches.
-        if not logging and done % reading_every != 0:
+        if not logging and done % read_every != 0:      # what follows reads numbers
             continue
         if logging:
             loss = sum(factor * term for factor, term in zip(factors, losses.tolist()))

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model
 import pretrain
-from model import MAE, Config, layer_losses
+from model import MAE, Config, ViT, layer_losses
 from tests.support import runs
 
 bench = runs.module('bench')
@@ -52,6 +52,25 @@ def test_counted_operations_are_those_that_torch_counts(change, monkeypatch):
         backward(network, torch.randn(6, 3, 32, 32))
     assert counter.get_total_flops() == 6 * flops(network.config)
     assert bool(called) == bool(network.config.experts)
+
+def test_tuning_costs_what_torch_counts(monkeypatch):
+    """Of a whole image's blocks: without the patches' embedding and the gates."""
+    def loop(x, weights, offs):
+        groups = x.tensor_split(offs[:-1].tolist())
+        return torch.cat([rows @ weight for rows, weight in zip(groups, weights)])
+
+    monkeypatch.setattr(model.F, 'grouped_mm', loop)
+    counted, patches = {}, (MODEL.size // MODEL.patch) ** 2
+    for experts in (0, MODEL.experts):
+        network = ViT(replace(MODEL, experts=experts))
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            network(torch.randn(1, 3, MODEL.size, MODEL.size))
+        embedding = 2 * patches * 3 * MODEL.patch ** 2 * MODEL.width
+        gates = 2 * MODEL.depth * MODEL.width * experts
+        counted[experts] = counter.get_total_flops() - embedding - gates
+    ours = bench.tuning_cost(MODEL)
+    assert ours == pytest.approx(counted[MODEL.experts] / counted[0])
+    assert bench.tuning_cost(Config()) == pytest.approx(1.63, abs=0.005)
 
 @pytest.mark.parametrize('config, gigaflops', [
     pytest.param(Config(experts=0), 77.0, id='masked autoencoder'),

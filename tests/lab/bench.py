@@ -70,6 +70,21 @@ def quartiles(values):
     low, middle, high = statistics.quantiles(values, n=4)
     return f'{middle:.3f} (quartiles {low:.3f} to {high:.3f})'
 
+def mlp_products(tokens, width, ratio):
+    """Multiplications of an MLP's forward pass."""
+    return tokens * 2 * ratio * width ** 2
+
+def attention_products(tokens, width):
+    """Multiplications of queries, keys, values and projection; then of scores and mixing."""
+    return tokens * 4 * width ** 2 + tokens * 2 * tokens * width
+
+def tuning_cost(config):
+    """Computing of the blocks of DEX-E on a whole image, as a multiple of a plain ViT's."""
+    tokens = (config.size // config.patch) ** 2 + 1
+    mlp = mlp_products(tokens, config.width, config.mlp_ratio)
+    attention = attention_products(tokens, config.width)
+    return (attention + config.top_k * mlp) / (attention + mlp)
+
 def flops(config):
     """Floating-point operations of one image's training step of MAE(config), in matrix products.
     A weight costs two operations a token in the forward pass and, where both the weight and its
@@ -78,20 +93,15 @@ def flops(config):
     visible = int(patches * (1 - config.mask_ratio)) + 1        # with the class token
     pixels = 3 * config.patch ** 2
 
-    def mlp(tokens, width):
-        return tokens * 2 * config.mlp_ratio * width ** 2
-
-    def attention(tokens, width):       # queries, keys, values, projection; then scores and mixing
-        return tokens * 4 * width ** 2 + tokens * 2 * tokens * width
-
-    C, D = config.width, config.decoder_width
-    decoder_block = attention(patches + 1, D) + mlp(patches + 1, D)
+    C, D, ratio = config.width, config.decoder_width, config.mlp_ratio
+    decoder_block = attention_products(patches + 1, D) + mlp_products(patches + 1, D, ratio)
     decoder = config.decoder_depth * decoder_block + D * (visible * C + (patches + 1) * pixels)
-    block, director = attention(visible, C) + mlp(visible, C), 0
+    attention, mlp = attention_products(visible, C), mlp_products(visible, C, ratio)
+    block, director = attention + mlp, 0
     if config.experts:
         gated = visible if config.routing == 'token' else 1
-        block = attention(visible, C) + config.top_k * mlp(visible, C) + gated * C * config.experts
-        director = mlp(visible, C)      # it has no gradient, and its input is detached
+        block = attention + config.top_k * mlp + gated * C * config.experts
+        director = mlp      # it has no gradient, and its input is detached
     trained = config.depth * block + decoder
     patch_embed = patches * pixels * C  # images have no gradient
     return 6 * trained + 4 * patch_embed + 2 * config.depth * director
@@ -570,7 +580,8 @@ def memory():
             fits.append(f'{images} in {size} GB')
         print(f'{name}: {flops(config) / 1e9:.1f} GFLOP an image; {fixed / 1e9:.1f} GB (weights, '
               f'gradients, moments, bfloat16 copies) and {image / 1e6:.0f} MB an image; images '
-              f'that fit: {", ".join(fits)}')
+              f'that fit: {", ".join(fits)}; DEX-E is tuned at {tuning_cost(config):.2f} times the '
+              f'computing of DEX-D')
 
 def main():
     """Do the measurement that the command line names."""

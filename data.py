@@ -159,18 +159,17 @@ def crop_matrices(draws, w, h, flips=True):
     angle = (2 * turn - 1) * math.radians(15)
     cos, sin = angle.cos(), angle.sin()
     rotation = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
-    linear = rotation * sides[:, None]                              # rotate(sides * output)
-    constant = (rotation * centre[:, None]).sum(2, keepdim=True)    # rotate(centre)
-    theta = torch.cat([linear, constant], 2)
+    # rotate(centre + sides * output) = rotation @ diag(sides) @ output + rotation @ centre
+    theta = torch.cat([rotation @ torch.diag_embed(sides), rotation @ centre[:, :, None]], 2)
     if flips:
         theta[:, 0] *= torch.where(mirror < 0.5, -1, 1)[:, None]
     return theta
 
 def draw_crops(count, ratio, device):
     """Matrices (count, 2, 3) of random horizontal flips, rotations up to 15 degrees and crops.
-    ratio: side of the output / side of the stored image. A crop takes at least 0.2 of the area, and
-    holds at least half as many stored pixels as the output has, a share of ratio^2 / 2."""
+    ratio: side of the output / side of the stored image. At least 0.2 of the area are kept."""
     *draws, area, aspect = torch.rand(6, count, device=device)
+    # With 0.5 * ratio^2 of the area, a crop has half as many stored pixels as the output.
     smallest = min(max(0.2, 0.5 * ratio ** 2), 1)
     area = smallest + (1 - smallest) * area
     aspect = torch.exp((2 * aspect - 1) * math.log(4 / 3))

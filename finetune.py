@@ -47,7 +47,7 @@ class Options:
     predict: tuple = ()             # do not train, apply the run in --out to files or DICOM folders
     adapt: str = 'experts'          # experts (DEX-E) or director (DEX-D, a plain ViT)
     top_k: int = 0                  # activated experts; 0: as pretrained
-    tune_blocks: int = -1           # train only the last N blocks and the head; -1: everything
+    tune_blocks: int = 100          # train only the last N blocks and the head, if there are more
     pool: str = 'cls'               # what a classifier sees: cls (class token) or mean (of patches)
     size: int = 0                   # side of the images in pixels; 0: as stored
     model: str = 'tiny'             # from scratch only: tiny, small, base, large or huge
@@ -92,7 +92,7 @@ def add_head(vit, meta, pool):
 def build_encoder(path, o, size):
     """The ViT that --init (`path`), --adapt, --top_k and --patch ask for, at `size` pixels."""
     if path.endswith('.py'):
-        if o.adapt == 'experts' or o.top_k or o.patch or o.tune_blocks >= 0:
+        if o.adapt == 'experts' or o.top_k or o.patch or o.tune_blocks < Options.tune_blocks:
             raise SystemExit(f'{path}: takes --adapt director; no --top_k, --patch, --tune_blocks')
         from tests.encoders.own import own_encoder      # a user's own file: not part of the method
         return own_encoder(path, size)
@@ -145,7 +145,7 @@ def dice_of(confusion):
     return np.ma.masked_where(sizes == 0, 2 * both / np.maximum(sizes, 1))
 
 def summary(scores):
-    """Mean and per-class values of a masked array; a class without a score is null in JSON."""
+    """Mean and values of a masked array. tolist() makes None of what is masked, null in JSON."""
     return dict(mean=scores.mean().tolist(), per_class=scores.tolist())
 
 def dice_scores(confusion):
@@ -204,8 +204,8 @@ def build_network(o, path, meta, device):
     torch.manual_seed(o.seed)
     vit = build_encoder(path, o, o.size or meta['size'])
     net = add_head(vit, meta, o.pool).to(device)
-    if o.tune_blocks >= 0:      # only the last blocks and the head are trained
-        frozen = vit.blocks[:max(0, len(vit.blocks) - o.tune_blocks)]
+    if o.tune_blocks < vit.config.depth:    # only the last blocks and the head are trained
+        frozen = vit.blocks[:vit.config.depth - o.tune_blocks]
         for part in (vit.cls_token, vit.patch_embed, vit.norm, *frozen):
             part.requires_grad_(False)
     return net, make_optimizer(net, o.lr, o.weight_decay)
@@ -260,8 +260,8 @@ def train(run):
     size = net.vit.config.size
     trained = [p for p in net.parameters() if p.requires_grad]
     loss_of = segmentation_loss if task.segments else F.cross_entropy
-    signals = catch_signals()
-    in_a_row, saved_at = 0, time.perf_counter()
+    signals, in_a_row, saved_at = [], 0, time.perf_counter()
+    catch_signals(signals)
     bar = tqdm(range(run.start, plan.steps), initial=run.start, total=plan.steps, unit='step')
     for step, (images, answers) in zip(bar, batches_left(run)):
         seed_step(o.seed, step, 0)
@@ -319,7 +319,7 @@ def main():
         raise SystemExit('finetune.py is one process: start it by python, not by torchrun')
     try:
         if o.predict:
-            from tests.lab.predict import predict   # there, as it imports prepare_medverse
+            from tests.lab.predict import predict   # only here, as it loads the preparation
             return predict(o)
         run = build_run(o)
         train(run)

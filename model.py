@@ -97,14 +97,14 @@ class StackedLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             # Autocast does not cover grouped_mm, so cast by hand.
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        row_ends = F.one_hot(expert, len(self.weight)).sum(0).cumsum(0)     # (R,), exclusive
-        token_ends = (row_ends * x.shape[1]).int()
+        counts = F.one_hot(expert, len(self.weight)).sum(0)         # (R,): each expert's rows
+        ends = (counts.cumsum(0) * x.shape[1]).int()                # where its tokens end
         # This is one kernel in bfloat16 on an H100 or newer, and the host need not wait for it.
-        y = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=token_ends)
-        # index_select, since a CPU sums the gradient of self.bias[expert] in no fixed order. The
-        # cast comes last, so that this sum is in float32.
-        bias = self.bias.index_select(0, expert)[:, None]
-        return y.unflatten(0, x.shape[:2]) + bias.to(x.dtype)
+        y = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=ends)
+        # Of self.bias[expert], a CPU would sum the gradient in no fixed order. If the cast came
+        # before the selection, the gradient would be summed in bfloat16.
+        bias = self.bias.index_select(0, expert)[:, None].to(x.dtype)
+        return y.unflatten(0, x.shape[:2]) + bias
 
 class Experts(nn.Module):
     """R MLPs that start as copies of one. Stacked, they are 4 tensors for DDP, AdamW and GEMA."""
@@ -154,12 +154,13 @@ class DEX(nn.Module):
             # omega of Eq. 5. It is 1 if K = 1, and then the task teaches the gate nothing.
             top_weights = top_scores / top_scores.sum(-1, keepdim=True)
 
-        # Row p of all M * K is unit p // K. StackedLinear wants them in the order of their experts.
-        row_expert, order = top_experts.flatten().sort(stable=True)     # both (M * K,)
-        row_unit = order // self.top_k
-        rows = self.experts(units.index_select(0, row_unit), row_expert)    # (M * K, N, C)
-        rows = rows * top_weights.flatten().index_select(0, order)[:, None, None]
-        y = torch.zeros_like(units, dtype=rows.dtype).index_add(0, row_unit, rows)
+        # Pair p of a unit and one of its experts is of unit p // K. StackedLinear wants the pairs
+        # in the order of their experts.
+        expert, pair = top_experts.flatten().sort(stable=True)          # both (M * K,)
+        unit = pair // self.top_k
+        rows = self.experts(units.index_select(0, unit), expert)        # (M * K, N, C)
+        rows = rows * top_weights.flatten().index_select(0, pair)[:, None, None]
+        y = torch.zeros_like(units, dtype=rows.dtype).index_add(0, unit, rows)
         y = y.view_as(x)                                                # f^E of Eq. 2 and 5
         if not need_routing:
             return y, None
@@ -354,7 +355,7 @@ def load_weights(model, state, path):
     except RuntimeError as error:       # it names everything that has another shape
         raise SystemExit(f'{path}: does not fit this network: {error}')
     optional = ['decoder_', 'mask_token', '.dex.gate', '.dex.usage']    # either side may lack these
-    if not config.experts:      # else all were filled above, if the file is whole
+    if not config.experts:      # a plain network drops a file's experts
         optional.append('.dex.experts')
     for name in (*new, *left_out):
         if not any(part in name for part in optional):

@@ -102,9 +102,8 @@ def parse_options(defaults, words=None):
             text += f' (default: {default})'
         parser.add_argument('--' + name, default=default, help=text, **reading)
     values = vars(parser.parse_args(words))
-    for name, value in values.items():      # none may be negative, but for tune_blocks' default
-        changed = value != getattr(defaults, name)
-        if changed and type(value) in (int, float) and not 0 <= value < math.inf:
+    for name, value in values.items():
+        if type(value) in (int, float) and not 0 <= value < math.inf:
             raise SystemExit(f'--{name} {value}: must be a number of 0 or more')
     return cls(**values)
 
@@ -113,7 +112,7 @@ def set_up_process(device_name):
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     local = int(os.environ.get('LOCAL_RANK', 0))
     name = device_name or ('cuda' if torch.cuda.is_available() else 'cpu')
-    try:
+    try:        # whether there is such a device
         device = torch.empty(0, device=f'cuda:{local}' if name == 'cuda' else name).device
     except (RuntimeError, AssertionError) as error:
         raise SystemExit(f'--device {name}: {str(error).splitlines()[0]}')
@@ -168,12 +167,10 @@ def end_if_diverged(out, in_a_row):
     if in_a_row >= MAX_SKIPPED:
         raise SystemExit(f'{out}: {MAX_SKIPPED} steps in a row not finite; check images and --lr')
 
-def catch_signals():
-    """A list that notes SIGTERM and SIGINT (Ctrl-C), which from now on do not end the process."""
-    signals = []
+def catch_signals(signals):
+    """Have SIGTERM and SIGINT (Ctrl-C) join the list `signals` instead of ending the process."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: signals.append(number))
-    return signals
 
 def release_signals():
     """Let SIGTERM and SIGINT end the process again."""
@@ -322,7 +319,8 @@ def build_network(o, plan, identity, device):
     return model, optimizer, 0, 0
 
 def compile_blocks(model):
-    """Compile block by block: one graph serves all of a kind, and DDP can send between them."""
+    """Compile block by block: one graph serves all of a kind, and DDP can send the gradients of one
+    block while those of the next are computed."""
     torch._dynamo.config.optimize_ddp = False       # it would split blocks where its buckets end
     for block in (*model.blocks, *model.decoder_blocks):
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
@@ -352,7 +350,8 @@ def build_run(o, rank, world, local, device):
     if world > 1:
         net = DistributedDataParallel(model, [local] if device.type == 'cuda' else None,
                                       gradient_as_bucket_view=True)
-        net.broadcast_buffers = False       # the constructor sent them; gema moves all ranks' alike
+        # DDP's constructor has sent rank 0's buffers; from then on gema moves all ranks' alike.
+        net.broadcast_buffers = False
     micros = range(start * o.accumulate, plan.steps * o.accumulate)
     batches = data.batches(shards, o.seed, micros, o.batch, rank, world,
                            plan.epoch_steps * o.accumulate, device)
@@ -361,7 +360,7 @@ def build_run(o, rank, world, local, device):
         model=model, net=net, optimizer=optimizer, batches=batches, start=start,
         autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16),
         header=dict(config=asdict(model.config), options=asdict(o), identity=identity),
-        skipped=torch.tensor(skipped, device=device))
+        skipped=torch.tensor(skipped, device=device), signals=[])
     if rank == 0:
         run.log = open_run(out, o, start, dict(model=asdict(model.config), steps=plan.steps))
         announce(run)
@@ -418,9 +417,9 @@ def train(run):
     o, plan, model = run.o, run.plan, run.model
     trained = [p for p in model.parameters() if p.requires_grad]
     val_every = o.val_every or max(1, plan.steps // 10)
-    # To read a number the host waits for a GPU, so there it does so every ten micro-batches or so.
+    # Reading a number makes the host wait for a GPU, so do it about every ten micro-batches.
     read_every = max(1, 10 // o.accumulate) if run.device.type == 'cuda' else 1
-    run.signals = catch_signals()
+    catch_signals(run.signals)
     in_a_row = torch.zeros_like(run.skipped)
     logged, logged_at, saved_at = run.start, time.perf_counter(), time.perf_counter()
     bar = tqdm(range(run.start, plan.steps), initial=run.start, total=plan.steps, unit='step',
@@ -431,8 +430,9 @@ def train(run):
         factors = (1, o.align, cosine(o.balance, 0, progress))      # of TERMS
         rate = learning_rate(step, plan.steps, plan.warmup, plan.peak)
         losses, batch_usage = accumulate_gradients(run, step, sigma, factors)
-        stop = torch.full((), float(len(run.signals)), device=run.device)
-        losses, stop = mean_over_ranks(run.world, losses, stop)     # stop > 0: a rank had a signal
+        signalled = torch.full((), float(len(run.signals) > 0), device=run.device)
+        losses, signalled = mean_over_ranks(run.world, losses, signalled)
+        stop = signalled > 0        # on all ranks, if one had a signal
         losses_finite = losses.isfinite().all()                 # the same on every rank
         norm, finite = step_if_finite(run.optimizer, rate, trained, o.clip, losses_finite)
         if o.experts:
@@ -465,7 +465,7 @@ def train(run):
         if run.rank == 0 and saving:
             save(run.out / 'ckpt.pt', dict(
                 run.header, model=model.state_dict(), optimizer=run.optimizer.state_dict(),
-                step=done, skipped=run.skipped.item()))
+                step=done, skipped=run.skipped.item()))     # step: so many are made
             saved_at = time.perf_counter()
         if stop:
             break
@@ -490,7 +490,7 @@ def main():
         raise SystemExit(130)
     if world > 1:
         dist.destroy_process_group()
-    if rank > 0:    # these leave with 0 in any case, or torchrun would kill rank 0 while it saves
+    if rank > 0:    # with another status than 0, torchrun would kill rank 0 while it saves
         return
     if done < steps:
         print(f'{o.out}: stopped after {done} of {steps} steps; go on with --resume')

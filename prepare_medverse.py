@@ -187,8 +187,7 @@ def read_pages(path, draft):
             page = ImageOps.exif_transpose(page)
             if not deep:
                 mixed = image.format == 'GIF' and image.is_animated  # grey first, then in colour
-                grey = page.mode in ('1', 'L', 'LA') and not mixed
-                page = page.convert('L' if grey else 'RGB')
+                page = page.convert('L' if page.mode in ('1', 'L', 'LA') and not mixed else 'RGB')
             dtype = np.uint16 if deep and image.format == 'PPM' else None  # Pillow has 32 bits
             pages.append(np.asarray(page, dtype)[None])
     return [np.concatenate(pages)] if len({page.shape for page in pages}) == 1 else pages
@@ -263,9 +262,8 @@ def source_items(path, modality, size, min_side):
             arrays = (array for file in files for array in read(file, max(2 * size, min_side)))
             for array in decode_video(path, size) if is_video else arrays:
                 picture = len(array) == 1 and has_ending(path, (*PICTURES, '.npy', '.npz'))
-                foreground = WINDOWS[modality].foreground
-                if picture and array.dtype == np.uint8:
-                    foreground = 0  # somebody has chosen this picture and its window
+                chosen = picture and array.dtype == np.uint8  # by somebody, also its window
+                foreground = 0 if chosen else WINDOWS[modality].foreground
                 for image in to_uint8(array, modality):
                     count += 1
                     small = min(image.shape[:2]) < min_side and not is_video
@@ -755,6 +753,8 @@ def lay_over(shape, layers, o):
     """Mask uint8 (S, S) of [(number of the rule, mask)], the last on top."""
     mask = np.zeros(shape, np.uint8)
     for number, layer in layers:
+        if layer.shape != shape:
+            raise ValueError(f'their sizes differ: {shape} and {layer.shape}')
         mask[layer > 0] = layer[layer > 0]
         mask[layer == 1] = number  # the class of the rule, if there are several
     mask[mask >= len(o.classes)] = 255  # values after those of the classes are not scored

@@ -248,14 +248,12 @@ def test_the_current_folder_may_be_out(photos):
 # --- what cannot be meant ------------------------------------------------------------------------
 
 @pytest.mark.parametrize('options, named', [
-    (['--size', '0'], ['--size']),
-    (['--workers', '0'], ['--workers', '1']),
     (['--task', 'mine', '--level', '3'], ['--level', '2']),
     (['--images', '*.png'], ['*.png', 'regular expression']),
     (['--source', 'hair'], ['hair', 'raw']),
     (['--task', 'mine', '--modality', 'cat'], ['--modality', 'cat', 'CT']),
     (['--task', 'mine', '--patient', '['], ['[', 'regular expression']),
-    (['--task', 'mine', '--split', '0.5', '0.2', '0.3'], ['--split', 'three'])])
+    (['--task', 'mine', '--split', '0.5', '0.5'], ['--split', '3 arguments'])])
 def test_an_option_that_cannot_be_meant_is_named(photos, options, named):
     runs.ends(prepare(photos.raw, photos.out, *options), named)
     assert not photos.out.exists()

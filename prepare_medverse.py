@@ -6,13 +6,12 @@ r"""Prepare images for pretraining (paper, C.1.1) and labelled tasks for fine-tu
     python prepare_medverse.py --task mine --raw MINE --images '(.*)\.png' --masks '(.*)_truth'
     python prepare_medverse.py --task pneumonia --raw pneumoniamnist_64.npz
 
-RAW/<name>/** holds a data set of Table 2 as it was unpacked, RAW/<Modality>/<source>/** any other:
-pictures, NIfTI, DICOM series, .npy, .npz of MedMNIST, and videos (for pretraining only).
-OUT/<source>/ appears when complete: 00000.npy ... (uint8 (n, S, S, c), c = 1 for grey or 3),
-meta.json, dropped.csv (what is left out, and why). A task has masks, class folders or a table.
-Rules are regular expressions, searched in paths below the folder of a source or task in any case.
-An image and its mask pair if the groups ( ) of both rules find the same text: above, a/12 of
-a/12_truth.png. Without ( ) none pair. Later masks lie over earlier ones.
+RAW/<name>/** holds a data set of Table 2 as unpacked, RAW/<Modality>/<source>/** any other:
+pictures, NIfTI, DICOM series, .npy, .npz of MedMNIST, and videos (not for tasks). OUT/<source>/
+appears when complete: 00000.npy ... (uint8 (n, S, S, 1 or 3)), meta.json, dropped.csv (what is left
+out, and why). A task has masks, class folders or a table. Rules are regular expressions, searched
+in paths in any case. An image and its mask pair if the groups ( ) of both rules find the same text:
+above, a/12 of a/12_truth.png. Without ( ) none pair. Later masks lie over earlier ones.
 """
 import argparse, contextlib, csv, errno, json, math, multiprocessing, os, pickle, re, shlex, shutil
 import signal, subprocess, sys, tempfile, threading
@@ -62,7 +61,7 @@ def has_ending(path, endings):
     return path.name.lower().endswith(endings)
 
 def is_image(home, name):
-    """Whether a path below `home` is a DICOM series, which is a folder, or a file to be read."""
+    """Whether a path of `list_names(home)` is a DICOM series, a folder, or an image by its ending."""
     path, hidden = home / name, search(HIDDEN, name)
     return path.is_dir() or path.is_file() and has_ending(path, IMAGES) and not hidden
 
@@ -147,7 +146,7 @@ def read_volume(path, grid):
     affine = image.affine
     if grid is not None:
         image, affine = on_grid(image, grid), grid.affine
-    voxels = np.asarray(image.dataobj, np.float32 if scaled else None)  # scaled: else float64
+    voxels = np.asarray(image.dataobj, np.float32 if scaled else None)  # nibabel has float64
     if voxels.dtype == np.uint8:  # `to_uint8` takes uint8 for a picture, which needs no window
         voxels = np.uint16(voxels)
     if voxels.dtype.names:  # colours
@@ -171,7 +170,7 @@ def on_grid(mask, image):
 def read_pages(path, draft):
     """`read` of a picture. Pages of one shape are slices: one array, with one window."""
     pages = []
-    # Opened by its path, an uncompressed TIFF that EXIF turns has its sides exchanged by Pillow 13.
+    # Given a path, Pillow 13 exchanges the sides of some TIFF that EXIF turns, so it gets a file.
     with open(path, 'rb') as file, Image.open(file) as image:
         frames = ImageSequence.Iterator(image)
         for page in [image] if image.format == 'MPO' else frames:  # others of an MPO are previews
@@ -211,7 +210,7 @@ def to_uint8(volume, modality):
         yield from volume
         return
     limits, percentiles, _ = WINDOWS[modality]
-    if modality == 'CT' and volume.dtype.kind == 'u':  # HU would be signed
+    if modality == 'CT' and volume.dtype.kind == 'u':  # no HU, which are signed
         limits, percentiles = None, (0, 100)
         if 31000 < np.median(volume[volume > 0]) < 36000:  # HU + 32768, as in DeepLesion
             limits = (32768 - 200, 32768 + 400)
@@ -235,7 +234,7 @@ def resize(image, size):
 
 def decode_video(path, size):
     """Yield every 30th frame (C.1.1) as uint8 (1, S, S, 3), while ffmpeg decodes the file."""
-    # A video may be a playlist that names other files or addresses: allow this one file alone.
+    # A video may be a list of other files or addresses: allow this one. -xerror: stop at an error.
     only_this = ['-v', 'fatal', '-protocol_whitelist', 'file',
                  '-format_whitelist', 'avi,mov,mp4,m4a,3gp,3g2,mj2', '-i', f'file:{path}']
     command = ['ffmpeg', '-xerror', *only_this, '-fps_mode', 'passthrough', '-pix_fmt', 'rgb24',
@@ -262,7 +261,7 @@ def source_items(path, modality, size, min_side):
             arrays = (array for file in files for array in read(file, max(2 * size, min_side)))
             for array in decode_video(path, size) if is_video else arrays:
                 picture = len(array) == 1 and has_ending(path, (*PICTURES, '.npy', '.npz'))
-                chosen = picture and array.dtype == np.uint8  # by somebody, also its window
+                chosen = picture and array.dtype == np.uint8  # by somebody, as was its window
                 foreground = 0 if chosen else WINDOWS[modality].foreground
                 for image in to_uint8(array, modality):
                     count += 1
@@ -331,7 +330,7 @@ def in_order(pool, workers, folder, work, calls, title):
 
 @contextlib.contextmanager
 def appearing(folder, pool):
-    """Yield FOLDER.part, locked. It becomes FOLDER. On an error `pool` ends, and it is deleted."""
+    """Yield FOLDER.part, locked. It becomes FOLDER. On an error, end `pool`, then delete it."""
     part = Path(f'{folder}.part')
     part.mkdir(parents=True, exist_ok=True)
     with open(part / 'lock', 'w') as lock:
@@ -388,7 +387,7 @@ def find_sources(raw, wanted):
 
 def prepare_sources(raw, out, o, pool):
     """Prepare every source below RAW, and print the account of their files."""
-    # found: images and files that are none, of which each is kept or dropped.
+    # found: all images, and all files that are none. Each is kept, or dropped for one of REASONS.
     table = [('modality', 'source', 'files', 'found', 'kept', *REASONS)]
     sources = find_sources(raw, o.source)
     for name, (row, home) in sources.items():
@@ -420,7 +419,7 @@ def prepare_source(row, home, folder, o, pool):
         meta = {'source': folder.name, 'modality': row.modality, 'count': kept, 'size': o.size,
                 **WINDOWS[row.modality]._asdict(), 'files': len(names), 'dropped': dropped}
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
-    if not kept:  # the last row of dropped.csv is an example why
+    if not kept:  # the last row of dropped.csv gives an example of the reasons
         *_, last = (folder / 'dropped.csv').read_text(errors='replace').splitlines()
         print(f'{home}: no image is kept of {len(wanted)} files, as {last}; it is left out')
         shutil.rmtree(folder)
@@ -470,7 +469,7 @@ def write_source(row, home, names, wanted, folder, o, pool):
 # masks: for each rule of --masks, the paths of this image's masks. label: the name of its class.
 Sample = namedtuple('Sample', 'masks label patient', defaults=((), '', ''))
 # The rules without --images and --masks. They pair x/images/1.png and x/masks/1.png by the groups
-# x/ and 1, and nnU-Net's imagesTr/1_0000.nii.gz and labelsTr/1.nii.gz by '' and Tr/1.
+# x/ and 1, and imagesTr/1_0000.nii.gz and labelsTr/1.nii.gz of nnU-Net by '' and Tr/1.
 IMAGES_BESIDE = r'(.*)images(?:/|(?=T[rs]/))(.*?)(?:_0000)?(?:\.nii)?\.\w+$'
 MASKS = r'(.*)(?:masks/|labels(?=T[rs]/))(.*?)(?:_0000)?(?:\.nii)?\.\w+$'
 OFFICIAL = r'(^|/)(\d+[ _-]?)?({})([ _-]?(set|data|dataset|images?|imgs))?[ _-]?\d*/'
@@ -487,8 +486,8 @@ def find_samples(raw, o, account):
     mask_rules = [] if o.labels else o.masks or [MASKS]
     masks = {rule: by_groups(names, rule) for rule in mask_rules}
     mask_names = {name for name in names if any(search(rule, name) for rule in mask_rules)}
-    has_masks = mask_names or o.masks or o.objects or o.values  # any option about masks, too
-    rule = o.images or (IMAGES_BESIDE if has_masks and not o.labels else '.')
+    has_masks = not o.labels and bool(mask_names or o.masks or o.objects or o.values)
+    rule = o.images or (IMAGES_BESIDE if has_masks else '.')
     wanted = [name for name in names if name not in mask_names and search(rule, name)]
     images = [name for name in wanted if is_image(raw, name)]
     if o.labels:
@@ -500,7 +499,7 @@ def find_samples(raw, o, account):
     alone = [name for name in images if name not in samples]
     account.append((f'images {rule}', len(images), alone, False))  # as in imagesTs, without answers
     if unread := [name for name in wanted if has_ending(raw / name, UNREAD)]:
-        account.append((f'formats of {rule}', len(images + unread), unread, True))
+        account.append((f'known formats of {rule}', len(images + unread), unread, True))
     if not samples:
         unused = ', '.join(f'{what} {left[:1]}' for what, _, left, _ in account)
         sys.exit(f'{raw}: no image has a class or mask; first unused: {unused}; {NOT_READ}')
@@ -537,10 +536,11 @@ def by_folders(names, level):
     """{image: Sample}. Its class is its folder (level 1), or the one above (2); splits are none."""
     own, above = {}, {}  # {image: folder}
     for name in names:
-        parents = Path(name).parent.parts
-        folders = [folder for folder in parents
+        folders = [folder for folder in Path(name).parent.parts
                    if not any(search(rule, f'{folder}/') for rule in SPLITS.values())]
-        above[name], own[name] = ['', '', *(folders or parents[-1:])][-2:]
+        folders = folders or [Path(name).parent.name]
+        own[name] = folders[-1]
+        above[name] = folders[-2] if len(folders) > 1 else ''
     classes = {*own.values()}
     repeated = len({*zip(above.values(), own.values())}) > len(classes)  # as cat/a and dog/a
     tiny = len(names) <= 3 * len(classes)
@@ -563,8 +563,8 @@ def read_lines(raw, end):
             return re.split('\r\n|\r|\n', content.decode(code))  # splitlines() knows other ends
 
 def look_up(what, entries, names, account):
-    """{entry of a table or list: the image that it means}, where it means one. b/7 means a/b/7.png,
-    or if there is no such image a/b/007.png, if no other differs from it by zeros alone."""
+    """{entry of a table or list: the image that it means}. b/7 means a/b/7.png; if there is none,
+    it means a/b/007.png, if no other fits as well. Entries that mean no image are left over."""
     by_tail = {}  # {end of a path, without ending and zeros: [(this end with zeros, path)]}
     for name in names:
         tail = ENDING.sub('', name)
@@ -764,7 +764,7 @@ def write_split(folder, spilled, stem, size):
     """Write images.npy and STEM.npy; return how many images, how many of each class, and hashes."""
     channels = [pixels.shape[2] for path in spilled for pixels, _ in spilled_items(path)]
     shape = len(channels), size, size, max(channels, default=1)  # grey gets three beside colours
-    if shutil.disk_usage(folder).free < 2 * np.prod(shape):  # with masks; a full disk kills maps
+    if shutil.disk_usage(folder).free < 2 * np.prod(shape):  # masks, too; maps crash if it is full
         raise OSError(errno.ENOSPC, 'No space left on device')
     images = np.lib.format.open_memmap(folder / 'images.npy', 'w+', np.uint8, shape)
     answers_shape, dtype = (shape[:1], np.int64) if stem == 'labels' else (shape[:3], np.uint8)
@@ -966,13 +966,13 @@ def parse(words):
     task('--partial', action='store_true', help='go on without what has no partner or no image')
     task('--sided', action='store_true', help='classes tell left from right: mirror no image')
     task('--patient', help='rule: what it finds in a path is the patient (default: the path)')
-    task('--split', nargs=3, default=[], help='shares, rules or .txt (by folders, or 50 20 30)')
+    task('--split', nargs=3, default=[], help='shares, rules or .txt (as folders say, or 50 20 30)')
     return parser.parse_args(words)
 
 def main():
     """Prepare a task, or every source below RAW."""
     o = parse(sys.argv[1:])
-    if o.task in TASKS:  # options of its row, which are drawn splits if it names none, then ours
+    if o.task in TASKS:  # splits are drawn unless its row names them; the command line comes last
         defaults = ['--modality', TASKS[o.task].modality, '--split', *SHARES]
         o = parse([*defaults, *shlex.split(TASKS[o.task].options), *sys.argv[1:]])
     raw, out = Path(o.raw), Path(o.out or f'data/{o.task or "medverse"}')

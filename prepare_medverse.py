@@ -61,7 +61,7 @@ def has_ending(path, endings):
     return path.name.lower().endswith(endings)
 
 def is_image(home, name):
-    """Whether a path of `list_names` is a DICOM series, which is a folder, or has a known ending."""
+    """Whether a path of `list_names` is a DICOM series, as a folder is, or has a known ending."""
     path, hidden = home / name, search(HIDDEN, name)
     return path.is_dir() or path.is_file() and has_ending(path, IMAGES) and not hidden
 

@@ -61,7 +61,7 @@ def has_ending(path, endings):
     return path.name.lower().endswith(endings)
 
 def is_image(home, name):
-    """Whether a path of `list_names` is a DICOM series, as a folder is, or has a known ending."""
+    """Whether a path of `list_names` is an image: a DICOM folder, or a known ending, not hidden."""
     path, hidden = home / name, search(HIDDEN, name)
     return path.is_dir() or path.is_file() and has_ending(path, IMAGES) and not hidden
 
@@ -522,7 +522,7 @@ def find_pairs(raw, image_rule, images, masks, account, objects):
         its_masks = [found.get(groups, []) for found in masks.values()]  # a list for each rule
         if len(names) > 1 or max(map(len, its_masks)) > 1 and not objects:
             some = ', '.join([*names[:2], *sum(its_masks, [])][:3])
-            sys.exit(f'{some}: cannot be a pair, all of {groups}: mend --masks, or add --objects')
+            sys.exit(f'{some} cannot be a pair: all have {groups}; mend --masks, or add --objects')
         if any(its_masks):
             samples[names[0]] = Sample(its_masks)
     rules = {image_rule: images, **masks}

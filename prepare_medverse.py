@@ -563,8 +563,7 @@ def read_lines(raw, end):
             return re.split('\r\n|\r|\n', content.decode(code))  # splitlines() knows other ends
 
 def look_up(what, entries, names, account):
-    """{entry of a table or list: the image that it means}. b/7 means a/b/7.png; if there is none,
-    it means a/b/007.png, if no other fits as well. Entries that mean no image are left over."""
+    """{entry of a table or list: its image}. b/7 means a/b/7.png, or else the only a/b/007.png."""
     by_tail = {}  # {end of a path, without ending and zeros: [(this end with zeros, path)]}
     for name in names:
         tail = ENDING.sub('', name)
@@ -939,9 +938,8 @@ slsc-c | Photo | 7 skin diseases | 6675 1911 964 | open | huggingface.co/dataset
 # --- the command ---
 def parse(words):
     """The options of a command line, each with its help. A text or list not given is empty."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, usage=argparse.SUPPRESS, argument_default='', allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, argument_default='', allow_abbrev=False,
+        usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--raw', help='folder of the downloads, or of one task, or a file of MedMNIST')
     add('--out', help='folder to write (default: data/medverse, or data/<task>)')
@@ -980,6 +978,8 @@ def main():
         for row in (*SOURCES, *TASKS.values()):
             print(f'{row.name:<26}', 'found' if home_of(row, raw) else '-', *row[1:6], sep=' | ')
         return
+    if min(o.size, o.workers) < 1 or min(o.min_side, o.seed) < 0:
+        sys.exit('--size and --workers take 1 or more; --min_side and --seed take 0 or more')
     medmnist = o.task and has_ending(raw, '.npz') and raw.is_file()
     if not o.raw or not raw.is_dir() and not medmnist:
         sys.exit(f'--raw "{o.raw}": there is no such folder of <Modality>/<source>/** or of a task')

@@ -248,6 +248,8 @@ def test_the_current_folder_may_be_out(photos):
 # --- what cannot be meant ------------------------------------------------------------------------
 
 @pytest.mark.parametrize('options, named', [
+    (['--size', '0'], ['--size']),
+    (['--workers', '0'], ['--workers', '1']),
     (['--task', 'mine', '--level', '3'], ['--level', '2']),
     (['--images', '*.png'], ['*.png', 'regular expression']),
     (['--source', 'hair'], ['hair', 'raw']),

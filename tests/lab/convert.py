@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from prepare_medverse import PICTURES, read, search, to_uint8
+from prepare_medverse import PICTURES, list_names, read, search, to_uint8
 
 NODULES = {'1': 'malignant', '0': 'benign'}
 LESIONS = dict(enumerate(('BKL', 'NV', 'DF', 'MEL', 'VASC', 'BCC', 'AKIEC')))
@@ -135,8 +135,8 @@ def fill_outline(outline):
 def write_filled(raw, rule):
     """Write each outline that a rule finds, filled with 255, as RAW/filled/**.png."""
     written = []
-    for path in sorted(raw.rglob('*')):
-        name = path.relative_to(raw).as_posix()
+    for name in list_names(raw):
+        path = raw / name
         if not search(rule, name) or not path.is_file() or name.startswith('filled/'):
             continue
         mask = read(path)[0][0]

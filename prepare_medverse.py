@@ -6,30 +6,15 @@ r"""Prepare images for pretraining (paper, C.1.1) and labelled tasks for fine-tu
     python prepare_medverse.py --task mine --raw MINE --images '(.*)\.png' --masks '(.*)_truth'
     python prepare_medverse.py --task pneumonia --raw pneumoniamnist_64.npz
 
-RAW/<name>/** holds a data set of Table 2 as it was unpacked, RAW/<Modality>/<source>/** any other:
-pictures, NIfTI, DICOM series, .npy, .npz of MedMNIST, and videos (for pretraining only). The folder
-OUT/<source>/ appears when complete: 00000.npy ... (uint8 (n, S, S, c), c = 1 for grey or 3),
-meta.json, dropped.csv (what is left out, and why). A task has masks, class folders or a table.
-
-Rules are regular expressions, searched in paths below the folder of a source or task; upper and
-lower case are the same. An image and its mask are a pair if the groups ( ) of both rules find the
-same text: above, a/12 of a/12_truth.png. Without ( ) none pair. Later masks lie over earlier ones.
+RAW/<name>/** holds a data set of Table 2 as unpacked, RAW/<Modality>/<source>/** any other:
+pictures, NIfTI, DICOM series, .npy, .npz of MedMNIST, and videos (not for tasks). OUT/<source>/
+appears when complete: 00000.npy ... (uint8 (n, S, S, 1 or 3)), meta.json, dropped.csv (what is left
+out, and why). A task has masks, class folders or a table. Rules are regular expressions, searched
+in paths in any case. An image and its mask pair if the groups ( ) of both rules find the same text:
+above, a/12 of a/12_truth.png. Without ( ) none pair. Later masks lie over earlier ones.
 """
-import argparse
-import contextlib
-import csv
-import json
-import multiprocessing
-import os
-import pickle
-import re
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
+import argparse, contextlib, csv, errno, json, math, multiprocessing, os, pickle, re, shlex, shutil
+import signal, subprocess, sys, tempfile, threading
 from collections import Counter, deque, namedtuple
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
@@ -40,149 +25,162 @@ from PIL import Image, ImageOps, ImageSequence
 from tqdm import tqdm
 
 MODALITIES = tuple('CT PET MR X-ray Ultrasound Fundus OCT Pathology Endoscope Photo'.split())
-# How more than 8 bits become 8. limits: the values that become 0 and 255, or else the percentiles
-# that do. foreground: slices with a smaller share of pixels above 0.02 are dropped.
-Window = namedtuple('Window', 'limits percentiles foreground words')
-WINDOWS = {
-    **dict.fromkeys((*MODALITIES, ''), Window(None, (0, 100), 0, 'minimum..maximum')),
-    'CT': Window((-200, 400), None, 0.05, 'HU [-200, 400], also + 32768; other unsigned min..max'),
-    'MR': Window(None, (1, 99), 0.05, '1st..99th percentile'),
-    # The paper's z-score of PET cancels in the scaling to 0..255 that follows it.
-    'PET': Window(None, (1, 99), 0.01, '1st..99th percentile; SUV in [0, 20] if its path has suv'),
-    'SUV': Window((0, 20), None, 0.01, 'SUV in [0, 20]')}  # PET in standardized uptake values
+# How images of more than 8 bits become 8. limits: the numbers that become 0 and 255; if None, they
+# are these percentiles. foreground: a slice is dropped if a smaller share of it is above 0.02.
+Window = namedtuple('Window', 'limits percentiles foreground')
+WINDOWS = dict.fromkeys((*MODALITIES, ''), Window(None, (0, 100), 0))  # '': no --modality is given
+WINDOWS['CT'] = Window((-200, 400), None, 0.05)  # Hounsfield units (HU)
+WINDOWS['MR'] = Window(None, (1, 99), 0.05)
+WINDOWS['PET'] = Window(None, (1, 99), 0.01)  # the paper's z-score of PET cancels in this scaling
+WINDOWS['SUV'] = Window((0, 20), None, 0.01)  # standardized uptake values: PET with suv in its path
 PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm')
-TOOLS = ('ffmpeg', 'ffprobe', 'dcm2niix')  # programs of others, for videos and DICOM
-VIDEOS, VOLUMES = ('.avi', '.mp4'), ('.nii.gz', '.nii', '.img')  # of NIfTI and Analyze
+VIDEOS, VOLUMES = ('.avi', '.mp4'), ('.nii.gz', '.nii', '.img')  # volumes: NIfTI and Analyze
 IMAGES = (*PICTURES, *VIDEOS, *VOLUMES, '.npy', '.npz')
 UNREAD = ('.webp', '.jp2', '.jfif', '.heic', '.avif', '.tga', '.svs', '.mha', '.mhd', '.nrrd')
-ENDING = re.compile(f'({"|".join(map(re.escape, IMAGES))})$', re.IGNORECASE)
-ZEROS = re.compile(r'(?<![^/])0+(?=\d+$)')  # leading zeros of 007 and a/007, but not of a/x007
+TOOLS = ('ffmpeg', 'ffprobe', 'dcm2niix')  # programs of others, for videos and DICOM
+ENDING = re.compile('(' + '|'.join(map(re.escape, IMAGES)) + ')$', re.IGNORECASE)
+ZEROS = re.compile(r'(^|(?<=/))0+(?=\d+$)')  # leading zeros of 007 and a/007, but not of a/x007
+HIDDEN = r'(^|/)\.[^/]'  # .git/1.png, a/._1.png; not '.', which is a DICOM series in RAW itself
 REASONS = ('corrupt', 'small', 'blank', 'duplicate', 'held out', 'other')  # why it is dropped
-SHARD, HEADER = 256 << 20, 128  # bytes of a full shard, and of the header of .npy
-Image.MAX_IMAGE_PIXELS = 100_000_000  # a small file can claim any number; Pillow allows the double
+SHARD = 256 << 20  # bytes of a full shard
+Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow refuses more than twice as many
 
 def search(rule, name):
-    """The match of a rule in a path, or None, as of an empty rule; case does not count."""
+    """The match of a rule in a path, or None. Case does not count. An empty rule finds nothing."""
     return re.search(rule, name, re.IGNORECASE | re.DOTALL) if rule else None
 
 def by_groups(names, rule):
-    """{what the groups of a rule find: names}. Without groups, a name stands for itself."""
-    found = {}
+    """{text of the groups ( ) of a rule: [paths]}. If a rule has no groups, each path is a key."""
+    groups = {}
     for name in names:
         if match := search(rule, name):
-            found.setdefault(match.groups() or name, []).append(name)
-    return found
+            groups.setdefault(match.groups() or name, []).append(name)
+    return groups
 
 def has_ending(path, endings):
     return path.name.lower().endswith(endings)
 
 def is_image(home, name):
-    """Whether a path below `home` is an image: a DICOM folder, or a known ending, not hidden."""
-    path, hidden = home / name, '/.' in f'/{name}'
+    """Whether a path of `list_names` is an image: a DICOM folder, or a known ending, not hidden."""
+    path, hidden = home / name, search(HIDDEN, name)
     return path.is_dir() or path.is_file() and has_ending(path, IMAGES) and not hidden
 
 def is_dicom(path):
     """Whether a file belongs to a DICOM series, by its name or by its mark."""
-    if not path.is_file() or has_ending(path, ('dicomdir', *IMAGES)):  # to read a pipe never ends
-        return False  # a DICOMDIR has the mark and no image
+    # To open a named pipe would wait for ever. A DICOMDIR has the mark, but no image.
+    if not path.is_file() or has_ending(path, ('dicomdir', *IMAGES)):
+        return False
+    mark = b''
     with contextlib.suppress(OSError), open(path, 'rb') as file:
-        return has_ending(path, '.dcm') or file.read(132)[128:] == b'DICM'
-    return has_ending(path, '.dcm')
+        mark = file.read(132)[128:]
+    return mark == b'DICM' or has_ending(path, '.dcm')
 
 def list_names(home):
     """Sorted paths of all files below a folder, relative to it; a DICOM series is its folder."""
-    names, visited = set(), {str(parent) for parent in home.resolve().parents}
-    for folder, folders, files in os.walk(home, onerror=sys.exit, followlinks=True):
-        folders.sort()  # so that of two ways to a folder the same one is taken each time
-        if os.path.realpath(folder) in visited:  # through a link
-            folders.clear()
+    paths = set()
+    # A link to a folder above `home` would lead back here, so these folders count as visited.
+    visited = {str(parent) for parent in home.resolve().parents}
+    for folder, subfolders, files in os.walk(home, onerror=sys.exit, followlinks=True):
+        subfolders.sort()  # if two links lead to a folder, the same one is followed each time
+        if os.path.realpath(folder) in visited:
+            subfolders.clear()  # os.walk goes no deeper
             continue
         visited.add(os.path.realpath(folder))
-        below = Path(folder).relative_to(home)
-        names |= {str(below if is_dicom(Path(folder, file)) else below / file) for file in files}
-    return sorted(names, key=lambda name: name.split('/'))
+        for path in [Path(folder, file) for file in files]:
+            paths.add(path.parent if is_dicom(path) else path)
+    return [str(path.relative_to(home)) for path in sorted(paths)]
 
 # --- from files to images ---
 def series(folder, new, modality=''):
-    """Yield NIfTI files of the images of this modality in a DICOM folder, written to the folder
-    `new`. Other images in it, or an error of dcm2niix, are a ValueError after them."""
-    run = subprocess.run(['dcm2niix', '-d', '0', '-z', 'n', '-o', new, folder],
-                         capture_output=True, text=True, errors='replace')
-    if shutil.disk_usage(new).free < 1 << 20:  # then dcm2niix says that all went well
-        raise OSError(28, 'No space left on device', new)
-    # By JSON, which its tilt-corrected second copies lack.
-    kinds = {path.with_suffix('.nii'): kind for path in sorted(Path(new).glob('*.json'))
-             for kind in re.findall('"Modality": "(MR|CT|PT)"', path.read_text(errors='replace'))}
-    wanted = {'': ('CT', 'MR', 'PT'), 'PET': ('PT',), 'SUV': ('PT',)}.get(modality, (modality,))
-    yield from (path for path, kind in kinds.items() if kind in wanted)
+    """Convert a DICOM folder to NIfTI in the folder `new`, and yield the files of this modality.
+    At the end, raise ValueError if there were images of others, or if dcm2niix failed."""
+    command = ['dcm2niix', '-d', '0', '-z', 'n', '-o', new, folder]
+    run = subprocess.run(command, capture_output=True, text=True, errors='replace')
+    if shutil.disk_usage(new).free < 1 << 20:  # on a full disk dcm2niix says that all went well
+        raise OSError(errno.ENOSPC, 'No space left on device', new)
+    # dcm2niix writes a .json beside each image, but none beside a second, tilt-corrected copy.
+    kinds = {}  # {NIfTI file: CT, MR or PT}
+    for path in sorted(Path(new).glob('*.json')):  # their JSON is not always valid
+        if match := re.search('"Modality": "(MR|CT|PT)"', path.read_text(errors='replace')):
+            kinds[path.with_suffix('.nii')] = match[1]
+    wanted = 'PT' if modality in ('PET', 'SUV') else modality
+    yield from [path for path, kind in kinds.items() if kind == wanted or not modality]
     last = (run.stdout + run.stderr).strip().splitlines()[-1:]
     if not kinds:
         raise ValueError(f'of DICOM only MR, CT and PET are read, save PNG; dcm2niix: {last}')
-    if others := sorted({*kinds.values()} - {*wanted}):
+    others = sorted({*kinds.values()} - {wanted})
+    if others and modality:
         raise ValueError(f'it has series of {", ".join(others)}, which are not of {modality}')
     if run.returncode:
         raise ValueError(f'dcm2niix ended with error {run.returncode}; images may lack: {last}')
 
 def read(path, draft=0, grid=None):
-    """All arrays of a file, (n, H, W) or (n, H, W, 3), upright, in its own units.
-    draft: the side (px) that is enough of a JPEG; grid: the NIfTI image whose mask this is."""
+    """All arrays of a file, (n, H, W) or (n, H, W, 3), upright, in its own units. draft: a JPEG may
+    be decoded at a reduced size of at least this (px); grid: the NIfTI image of a NIfTI mask."""
     if has_ending(path, PICTURES):
         return read_pages(path, draft)
-    if has_ending(path, '.npz'):  # of MedMNIST; its other images are for testing
+    if has_ending(path, '.npz'):  # of MedMNIST; its other images are for validation and testing
         return np.load(path)['train_images'][:, None]
     return [read_array(path)] if has_ending(path, '.npy') else read_volume(path, grid)
 
 def read_array(path):
     """The array of an .npy file, (n, H, W) or (n, H, W, 3)."""
     array = np.load(path, mmap_mode='r')
-    shape, ndim = array.shape, array.ndim
-    if ndim == 3 and (shape[2] == 4 or shape[0] == 3 and shape[2] > 3):  # RGBA, or (3, H, W)
-        raise ValueError(f'{shape} may be colours, (H, W, 3), or slices, (n, H, W, 1)')
-    if ndim == 2 or ndim == 3 and shape[2] == 3:  # one image
-        return array[None]
-    if ndim != 3 and (ndim != 4 or shape[3] not in (1, 3)):
-        raise ValueError(f'{shape} is none of (H, W), (H, W, 3), (n, H, W), (n, H, W, 3)')
-    return array[..., 0] if ndim == 4 and shape[3] == 1 else array
+    match array.shape:
+        case (_, _) | (_, _, 3):  # one image
+            return array[None]
+        case (_, _, _, 1):
+            return array[..., 0]
+        case (_, _, _, 3):
+            return array
+        case (n, _, width) if n != 3 and width != 4:  # else it may be colours
+            return array
+    raise ValueError(f'{array.shape} is unclear; save (H, W, 3), (n, H, W, 1) or (n, H, W, 3)')
 
 def read_volume(path, grid):
     """`read` of NIfTI and Analyze: a volume for each time point."""
-    try:
-        image = nib.load(path)
-    except nib.filebasedimages.ImageFileError:
-        raise ValueError('it is no NIfTI or Analyze file, or damaged') from None
-    if not np.isfinite(image.affine).all():  # no comparison with NaN would fail
+    image = nib.load(path)
+    if not np.isfinite(image.affine).all():  # with NaN, `cut` would choose any axis
         raise ValueError('its affine is not finite')
-    kind, scaled = image.get_data_dtype(), (image.dataobj.slope, image.dataobj.inter) != (1, 0)
-    # get_fdata() would scale in float64; uint8 would pass to_uint8 untouched, as a picture's.
-    dtype = np.float32 if scaled else np.uint16 if kind == np.uint8 else None
-    image, affine = (image, image.affine) if grid is None else (on_grid(image, grid), grid.affine)
-    voxels = np.asarray(image.dataobj, dtype)
-    if kind.names:
+    scaled = (image.dataobj.slope, image.dataobj.inter) != (1, 0)
+    affine = image.affine
+    if grid is not None:
+        image, affine = on_grid(image, grid), grid.affine
+    voxels = np.asarray(image.dataobj, np.float32 if scaled else None)  # nibabel has float64
+    if voxels.dtype == np.uint8:  # `to_uint8` takes uint8 for a picture, which needs no window
+        voxels = np.uint16(voxels)
+    if voxels.dtype.names:  # colours
         return list(np.stack([cut(voxels[colour], affine) for colour in 'RGB'], -1))
     return list(cut(voxels, affine))
 
 def on_grid(mask, image):
-    """A NIfTI mask (x, y, z[, t]) on its image's grid, within half a voxel; axes in any order."""
-    shape, size = (*image.shape, 1, 1)[:4], nib.affines.voxel_sizes(image.affine).min()
-    turns = [nib.io_orientation(either.affine) for either in (mask, image)]
-    turned = mask.as_reoriented(nib.orientations.ornt_transform(*turns)) if mask.ndim > 2 else mask
+    """A NIfTI mask on its image's grid, within half a voxel; its axes may be in any order."""
+    axes = [nib.io_orientation(either.affine) for either in (mask, image)]
+    turn = nib.orientations.ornt_transform(*axes)
+    turned = mask.as_reoriented(turn) if mask.ndim > 2 else mask
+    shape = (*image.shape, 1, 1)[:4]  # (x, y, z, time); an axis that lacks has length 1
+    tolerance = nib.affines.voxel_sizes(image.affine).min() / 2  # mm
     for candidate in (mask, turned):
-        drift = np.abs(image.affine - candidate.affine) @ (*shape[:3], 1)  # mm; no corner has more
-        if (*candidate.shape, 1, 1)[:4] == shape and drift.max() <= size / 2:
+        # With absolute values, the far corner bounds how far any voxel is from its image's.
+        drift = np.abs(image.affine - candidate.affine) @ (*shape[:3], 1)  # mm
+        if (*candidate.shape, 1, 1)[:4] == shape and drift.max() <= tolerance:
             return candidate
     raise ValueError(f'their grids differ: {image.shape} and {mask.shape}, or their affines')
 
 def read_pages(path, draft):
     """`read` of a picture. Pages of one shape are slices: one array, with one window."""
     pages = []
-    # Given a path, Pillow 13 maps an uncompressed TIFF with its sides exchanged if EXIF turns it.
+    # Given a path, Pillow 13 exchanges the sides of some TIFF that EXIF turns, so it gets a file.
     with open(path, 'rb') as file, Image.open(file) as image:
-        for page in [image] if image.format == 'MPO' else ImageSequence.Iterator(image):
+        frames = ImageSequence.Iterator(image)
+        for page in [image] if image.format == 'MPO' else frames:  # others of an MPO are previews
             deep = page.mode[0] in 'IF'  # I;16, I and F; all other modes of Pillow have 8 bits
-            tags = getattr(page, 'tag_v2', {})  # TIFF: 339 kind of number, 258 bits, 262 colours
-            int8_uint32 = (tags.get(339, (1,))[0], tags.get(258, (1,))[0]) in ((2, 8), (1, 32))
-            white_is_zero, cut_off = tags.get(262) == 0, ';16' in str(page.tile)  # to 8 bits
-            if int8_uint32 or deep and white_is_zero or not deep and cut_off:  # Pillow misreads
+            tags = getattr(page, 'tag_v2', {})  # of TIFF
+            kind = tags.get(339, (1,))[0]  # of numbers: 1 is unsigned, 2 is signed
+            bits = tags.get(258, (1,))[0]
+            inverted = deep and tags.get(262) == 0  # white is 0
+            cut_off = not deep and ';16' in str(page.tile)  # 8 of 16 bits are left
+            if (kind, bits) in ((2, 8), (1, 32)) or inverted or cut_off:  # Pillow misreads these
                 raise ValueError('its type of numbers is not read; save 8 bits, or grey 16')
             page.draft(None, (draft, draft) if draft else None)  # fast at 1/2, 1/4 or 1/8 of JPEG
             page = ImageOps.exif_transpose(page)
@@ -197,25 +195,28 @@ def cut(volume, affine):
     """View (time, n, H, W) of an array (x, y, z[, time ...]): upright slices, cut across the axis
     of the coarsest spacing (z, if within 1% of it); anterior or superior is up."""
     turn = nib.io_orientation(affine)  # to x right, y anterior, z superior
-    volume = volume.reshape(*(*volume.shape, 1)[:3], -1)  # (x, y, z, time), 1 where one lacks
-    volume = nib.apply_orientation(volume, turn)
-    spacing = nib.affines.voxel_sizes(affine)[turn[:, 0].argsort()]
+    volume = np.atleast_3d(volume)
+    volume = nib.apply_orientation(volume.reshape(*volume.shape[:3], -1), turn)  # 3 axes and time
+    spacing = np.empty(3)  # mm, of the turned axes
+    spacing[turn[:, 0].astype(int)] = nib.affines.voxel_sizes(affine)
     spacing[np.array(volume.shape[:3]) == 1] = np.inf  # an axis of length 1 is the one cut across
     axis = 2 if spacing[2] >= 0.99 * spacing.max() else spacing.argmax()
-    slices = np.moveaxis(volume, (3, axis), (0, 1))  # (time, n, W, H)
-    return slices.swapaxes(2, 3)[:, :, ::-1, ::-1]  # the patient's right, or front, on the left
+    slices = np.moveaxis(volume, (3, axis), (0, 1)).swapaxes(2, 3)  # (time, n, H, W), top is last
+    return slices[:, :, ::-1, ::-1]  # top is first; the patient's right, or front, is on the left
 
 def to_uint8(volume, modality):
     """Yield the slices of an array (n, H, W[, 3]) as uint8, by one window (C.1.1) of WINDOWS."""
     if volume.dtype == np.uint8:
         yield from volume
         return
-    limits, percentiles, _, _ = WINDOWS[modality]
-    if modality == 'CT' and volume.dtype.kind == 'u':  # no HU
-        shifted = 31000 < np.median(volume[volume > 0]) < 36000  # HU + 32768, as in DeepLesion
-        limits, percentiles = ((32568, 33168) if shifted else None), (0, 100)
-    if not limits:
-        sample = volume.flat[::(volume.size // 1_000_000 | 1)]  # an even step sees few columns
+    limits, percentiles, _ = WINDOWS[modality]
+    if modality == 'CT' and volume.dtype.kind == 'u':  # no HU, which are signed
+        limits, percentiles = None, (0, 100)
+        if 31000 < np.median(volume[volume > 0]) < 36000:  # HU + 32768, as in DeepLesion
+            limits = (32768 - 200, 32768 + 400)
+    if limits is None:
+        step = 2 * (volume.size // 2_000_000) + 1  # odd, since an even one sees only some columns
+        sample = volume.flat[::step]
         sample = sample[np.isfinite(sample)] + 0  # + 0 makes a number of bool
         limits = np.percentile(sample, percentiles) if sample.size else (0, 0)
     low, high = map(np.float32, limits)
@@ -233,63 +234,66 @@ def resize(image, size):
 
 def decode_video(path, size):
     """Yield every 30th frame (C.1.1) as uint8 (1, S, S, 3), while ffmpeg decodes the file."""
-    # A download is not trusted, since it may name other files. -xerror: what is cut off fails.
-    trusted = ['-v', 'fatal', '-protocol_whitelist', 'file',
-               '-format_whitelist', 'avi,mov,mp4,m4a,3gp,3g2,mj2', '-i', f'file:{path}']
-    command = ['ffmpeg', '-xerror', *trusted, '-fps_mode', 'passthrough', '-pix_fmt', 'rgb24',
+    # A video may be a list of other files or addresses: allow this one. -xerror: stop at an error.
+    only_this = ['-v', 'fatal', '-protocol_whitelist', 'file',
+                 '-format_whitelist', 'avi,mov,mp4,m4a,3gp,3g2,mj2', '-i', f'file:{path}']
+    command = ['ffmpeg', '-xerror', *only_this, '-fps_mode', 'passthrough', '-pix_fmt', 'rgb24',
                '-vf', f'framestep=30,scale={size}:{size}:flags=bicubic', '-f', 'rawvideo', '-']
-    probe = ['ffprobe', *trusted, '-count_packets', '-select_streams', 'v:0',
+    probe = ['ffprobe', *only_this, '-count_packets', '-select_streams', 'v:0',
              '-show_entries', 'stream=nb_frames,nb_read_packets', '-of', 'default=nw=1:nk=1']
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         while len(frame := process.stdout.read(size * size * 3)) == size * size * 3:
             yield np.frombuffer(frame, np.uint8).reshape(1, size, size, 3)
-    stated, found = subprocess.run(probe, capture_output=True, text=True).stdout.split() or ('', 0)
-    if process.returncode or stated.isdigit() and int(stated) > int(found):  # it is cut off
+    counts = subprocess.run(probe, capture_output=True, text=True).stdout.split()
+    stated, present = counts or ('N/A', '0')  # nb_frames, which may be N/A, and nb_read_packets
+    if process.returncode or stated.isdigit() and int(stated) > int(present):  # it is cut off
         raise ValueError('ffmpeg cannot decode it to its end')
 
-# pixels: uint8 (S, S, c), or None with a reason. picture: no slice of a volume, no video's frame.
+# pixels: uint8 (S, S, c), or None if it is dropped for a reason. picture: it is a file of its own.
 Item = namedtuple('Item', 'pixels picture reason detail', defaults=(False, '', ''))
 
 def source_items(path, modality, size, min_side):
     """In a worker: yield an Item, of `size` px, for each image of a file; one more if corrupt."""
-    film, count = has_ending(path, VIDEOS), 0
+    is_video, count = has_ending(path, VIDEOS), 0
     try:
         with tempfile.TemporaryDirectory() as new:
             files = series(path, new, modality) if path.is_dir() else [path]
             arrays = (array for file in files for array in read(file, max(2 * size, min_side)))
-            for array in decode_video(path, size) if film else arrays:
+            for array in decode_video(path, size) if is_video else arrays:
                 picture = len(array) == 1 and has_ending(path, (*PICTURES, '.npy', '.npz'))
-                least = 0 if picture and array.dtype == np.uint8 else WINDOWS[modality].foreground
+                chosen = picture and array.dtype == np.uint8  # by somebody, as was its window
+                foreground = 0 if chosen else WINDOWS[modality].foreground
                 for image in to_uint8(array, modality):
                     count += 1
-                    small = min(image.shape[:2]) < min_side and not film
-                    bright = np.count_nonzero(image > 5)  # above 0.02 of 255
-                    if small or np.ptp(image) < 8 or bright < least * image.size:  # flat or dark
+                    small = min(image.shape[:2]) < min_side and not is_video
+                    dark = np.count_nonzero(image > 5) < foreground * image.size  # 5 is 0.02 of 255
+                    if small or dark or np.ptp(image) < 8:
                         sides = f'{image.shape[1]} x {image.shape[0]} px'
-                        yield Item(None, False, 'small' if small else 'blank', sides)
+                        yield Item(None, reason='small' if small else 'blank', detail=sides)
                     else:
                         yield Item(resize(image, size), picture)
-        for part in ('val', 'test') if has_ending(path, '.npz') else ():
-            for _ in np.load(path)[f'{part}_labels']:
-                yield Item(None, False, 'held out', f'{part}, for a task')
+        if has_ending(path, '.npz'):  # `read` left these out
+            for split in ('val', 'test'):
+                for _ in np.load(path)[f'{split}_labels']:
+                    yield Item(None, reason='held out', detail=f'{split}, for a task')
         if not count:
             raise ValueError('it holds no image')
     except Exception as error:  # decoders fail on broken files in every way there is
-        if isinstance(error, OSError) and (error.errno == 28 or error.filename in TOOLS):
+        if isinstance(error, OSError) and (error.errno == errno.ENOSPC or error.filename in TOOLS):
             raise  # a full disk or a missing program, which harm every file
-        yield Item(None, False, 'corrupt', f'{type(error).__name__}: {error}')
+        yield Item(None, reason='corrupt', detail=f'{type(error).__name__}: {error}')
 
 def find_twin(pixels, name, seen):
     """Name of an earlier picture that uint8 (S, S, c) nearly repeats, or None; `seen` learns it.
     Twins differ in at most one bit (is a cell darker than the next?) and 3 levels on average."""
     grey = Image.fromarray(pixels.squeeze()).convert('L')
-    grid = np.int16(grey.resize((9, 8), Image.BOX))  # means of areas, (8, 9)
-    bits = int.from_bytes(np.packbits(grid[:, :-1] < grid[:, 1:]).tobytes())
+    cells = np.int16(grey.resize((9, 8), Image.BOX))  # means of areas, (8, 9)
+    bits = int.from_bytes(np.packbits(cells[:, :-1] < cells[:, 1:]).tobytes())
     for key in [bits, *(bits ^ (1 << bit) for bit in range(64))]:
-        for twin, other in seen.get(key, ()):
-            if np.abs(grid - other).mean() < 3:
+        for twin, twin_cells in seen.get(key, ()):
+            if np.abs(cells - twin_cells).mean() < 3:
                 return twin
-    seen.setdefault(bits, []).append((name, grid))
+    seen.setdefault(bits, []).append((name, cells))
 
 # --- the engine: workers, results that wait on the disk, folders that appear when complete ---
 def follow_parent():
@@ -314,7 +318,7 @@ def spilled_items(path):
             yield pickle.load(file)
 
 def in_order(pool, workers, folder, work, calls, title):
-    """Yield for each call (path, ...) the file of work(path, ...); two a worker are under way."""
+    """Yield the file of `spill` of each call (path, ...). At most two a worker are under way."""
     jobs, waiting = deque(), deque(calls)
     for done in tqdm(range(len(calls)), title, unit='file'):
         try:
@@ -326,7 +330,7 @@ def in_order(pool, workers, folder, work, calls, title):
 
 @contextlib.contextmanager
 def appearing(folder, pool):
-    """Yield FOLDER.part, locked, to write in. It becomes FOLDER, or goes away on any error."""
+    """Yield FOLDER.part, locked. It becomes FOLDER. On an error, end `pool`, then delete it."""
     part = Path(f'{folder}.part')
     part.mkdir(parents=True, exist_ok=True)
     with open(part / 'lock', 'w') as lock:
@@ -345,16 +349,64 @@ def appearing(folder, pool):
             (part / 'lock').unlink()
             os.replace(part, folder)
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # so that no worker writes there any more
+            pool.shutdown(cancel_futures=True)
             shutil.rmtree(part, ignore_errors=True)
             raise
 
 # --- sources for pretraining ---
+def home_of(row, raw):
+    """The folder of a row, or None: for AutoPET-CT, RAW/AutoPET-CT or a shared RAW/AutoPET."""
+    words = row.name.split('-')
+    homes = [raw / '-'.join(words[:count]) for count in range(len(words), 0, -1)]
+    return next((home for home in homes if home.is_dir()), None)
+
+def modality_of(name):
+    """The modality that a folder or option names, as Xray and x_ray name X-ray. Else the name."""
+    word = re.sub('[^a-z]', '', name.lower())
+    return {known.lower().replace('-', ''): known for known in (*MODALITIES, 'SUV')}.get(word, name)
+
+def find_sources(raw, wanted):
+    """{name: (row, its folder)} of Table 2, then of RAW/<Modality>/*. wanted: one name, or ''."""
+    found = [(row, home_of(row, raw)) for row in SOURCES if home_of(row, raw)]
+    below_modality = [path for path in sorted(raw.glob('*/*'))
+                      if modality_of(path.parent.name) in MODALITIES]
+    found += [(Source(path.name, modality_of(path.parent.name)), path)
+              for path in below_modality if path.is_dir()]
+    used = {folder for _, home in found for folder in (home, home.parent)}
+    if unused := {*raw.glob('*'), *below_modality} - used:
+        print(f'warning: no data sets: {len(unused)} paths, as {min(unused)}', file=sys.stderr)
+    sources = {}
+    for row, home in found:
+        if row.name in sources:
+            sys.exit(f'{sources[row.name][1]} and {home} have the same name: rename one of them')
+        sources[row.name] = row, home
+    sources = {name: sources[name] for name in sources if wanted in ('', name)}
+    if not sources:
+        sys.exit(f'{raw}: has no {wanted or "RAW/<name>"}, no RAW/CT/<source>; is it too deep?')
+    return sources
+
+def prepare_sources(raw, out, o, pool):
+    """Prepare every source below RAW, and print the account of their files."""
+    # found: all images, and all files that are none. Each is kept, or dropped for one of REASONS.
+    table = [('modality', 'source', 'files', 'found', 'kept', *REASONS)]
+    sources = find_sources(raw, o.source)
+    for name, (row, home) in sources.items():
+        if meta := prepare_source(row, home, out / name, o, pool):
+            kept, dropped = meta['count'], [meta['dropped'].get(reason, 0) for reason in REASONS]
+            table.append((row.modality, name, meta['files'], kept + sum(dropped), kept, *dropped))
+    for modality, name, *counts in table:
+        print(f'{modality:<11}{name:<30}' + ''.join(f'{count:>10}' for count in counts))
+    if left_out := [name for name in sources if not (out / name).exists()]:
+        sys.exit(f'left out, as told above: {", ".join(left_out)}')
+    print(f'{len(sources)} sources; what each left out, and why, is in its dropped.csv')
+
 def prepare_source(row, home, folder, o, pool):
     """Write a source, the files below `home`, to `folder`. Returns its meta.json, or None."""
     names = list_names(home)
     if folder.exists():
         meta = json.loads((folder / 'meta.json').read_text())
+        if meta['modality'] != row.modality:
+            sys.exit(f'{home} and {folder}, of {meta["modality"]}: rename one of them')
         if meta['size'] != o.size:
             sys.exit(f'{folder}: has --size {meta["size"]}; delete it, or choose another --out')
         print(f'{folder}: finished before, of {meta["files"]} files (now {len(names)})')
@@ -362,147 +414,92 @@ def prepare_source(row, home, folder, o, pool):
     images, skip = o.images or row.images, o.skip or row.skip
     wanted = [name for name in names
               if search(images, name) and not search(skip, name) and is_image(home, name)]
-    _, _, least, words = WINDOWS[row.modality]
     with appearing(folder, pool) as part:
         kept, dropped = write_source(row, home, names, wanted, part, o, pool)
         meta = {'source': folder.name, 'modality': row.modality, 'count': kept, 'size': o.size,
-                'normalization': f'8 bits as they are; others by one window a volume: {words}',
-                'foreground': f'slices: {least} of the pixels above 0.02' if least else 'any',
-                'files': len(names), 'dropped': dropped}
+                **WINDOWS[row.modality]._asdict(), 'files': len(names), 'dropped': dropped}
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
-    if not kept:
+    if not kept:  # the last row of dropped.csv gives an example of the reasons
         *_, last = (folder / 'dropped.csv').read_text(errors='replace').splitlines()
         print(f'{home}: no image is kept of {len(wanted)} files, as {last}; it is left out')
         shutil.rmtree(folder)
     return meta if kept else None
 
-def write_source(row, home, names, wanted, part, o, pool):
+def write_source(row, home, names, wanted, folder, o, pool):
     """Write shards and dropped.csv. Returns how many images were kept, and dropped by reason."""
     calls = []
     for name in wanted:
         suv = row.modality == 'PET' and search('suv', f'{home.name}/{name}')
         calls.append((home / name, 'SUV' if suv else row.modality, o.size, o.min_side))
     others = sorted({*names} - {*wanted})
-    kept, dropped = 0, dict.fromkeys(REASONS, 0) | {'other': len(others)}
-    shards, filling, seen = 0, {}, {}  # how many; {shape: the open one}; pictures for find_twin
-    with open(part / 'dropped.csv', 'w', encoding='utf-8', errors='surrogateescape') as file:
+    dropped = dict.fromkeys(REASONS, 0) | {'other': len(others)}
+    kept = shards = 0
+    filling = {}  # {shape of images: (path of the shard that takes them, these images)}
+    seen = {}  # what find_twin remembers
+    with open(folder / 'dropped.csv', 'w', encoding='utf-8', errors='surrogateescape') as file:
         log = csv.writer(file, lineterminator='\n')
         log.writerow(('path', 'slice', 'reason', 'detail'))
         log.writerows((name, 0, 'other', 'no image by name, or no regular file') for name in others)
-        results = in_order(pool, o.workers, part, source_items, calls, part.stem)
+        results = in_order(pool, o.workers, folder, source_items, calls, folder.stem)
         for name, result in zip(wanted, results):
             for index, item in enumerate(spilled_items(result)):
                 # Neighbouring slices of a volume are alike by nature, and Table 2 keeps them.
                 if item.picture and (twin := find_twin(item.pixels, name, seen)):
-                    item = Item(None, False, 'duplicate', f'of {twin}')
+                    item = Item(None, reason='duplicate', detail=f'of {twin}')
                 if item.reason:
                     dropped[item.reason] += 1
                     log.writerow((name, index, item.reason, item.detail))
                     continue
+                kept += 1
                 shape = item.pixels.shape
                 if shape not in filling:
-                    filling[shape] = open(part / f'{shards:05d}.npy', 'wb')
-                    filling[shape].seek(HEADER)  # which `finish_shard` writes
+                    filling[shape] = (folder / f'{shards:05d}.npy', [])
                     shards += 1
-                filling[shape].write(item.pixels)
-                kept += 1
-                if filling[shape].tell() > SHARD:
-                    finish_shard(filling.pop(shape), shape)
+                path, images = filling[shape]
+                images.append(item.pixels)
+                if len(images) * item.pixels.size >= SHARD:
+                    np.save(path, images)
+                    del filling[shape]
             result.unlink()
-    for shape, shard in filling.items():
-        finish_shard(shard, shape)
+    for path, images in filling.values():
+        np.save(path, images)
     return kept, dropped
 
-def finish_shard(file, shape):
-    """Write the header of .npy before the images of this shape in a file, and close it."""
-    count = (file.tell() - HEADER) // np.prod(shape).item()
-    file.seek(0)
-    header = dict(descr='|u1', fortran_order=False, shape=(count, *shape))
-    np.lib.format.write_array_header_1_0(file, header)
-    file.close()
-
-def home_of(row, raw):
-    """The folder of a row below RAW, or None: RAW/AutoPET-CT, else RAW/AutoPET of several rows."""
-    parts = row.name.split('-')
-    homes = [raw / '-'.join(parts[:count]) for count in range(len(parts), 0, -1)]
-    return next((home for home in homes if home.is_dir()), None)
-
-def modality_of(name):
-    """The modality that a folder or option names, as Xray and x_ray name X-ray, or itself."""
-    word = re.sub('[^a-z]', '', name.lower())
-    return {known.lower().replace('-', ''): known for known in (*MODALITIES, 'SUV')}.get(word, name)
-
-def find_sources(raw, out, o):
-    """{name: (row, folder below RAW)} of the sources: rows of Table 2, then RAW/<Modality>/*."""
-    found = [(row, home_of(row, raw)) for row in SOURCES if home_of(row, raw)]
-    deep = [path for path in sorted(raw.glob('*/*')) if modality_of(path.parent.name) in MODALITIES]
-    found += [(Source(path.name, modality_of(path.parent.name)), path)
-              for path in deep if path.is_dir()]
-    used = {folder for _, home in found for folder in (home, home.parent)}
-    if others := {*raw.glob('*'), *deep} - used:
-        print(f'warning: no data sets: {len(others)} paths, as {min(others)}', file=sys.stderr)
-    times, sources = Counter(row.name for row, _ in found), {}
-    for row, home in found:
-        short, long = row.name, f'{row.name}-{row.modality}'  # long, if another has the short
-        metas = [out / known / 'meta.json' for known in (long, short)]  # of both, the short wins
-        finished = {json.loads(meta.read_text())['modality']: meta.parent.name
-                    for meta in metas if meta.exists()}
-        name = finished.get(row.modality, long if finished or times[row.name] > 1 else short)
-        if name in sources:
-            sys.exit(f'{sources[name][1]}, {home}: have the same name; rename or move one of them')
-        if o.source in ('', row.name):
-            sources[name] = row, home
-    if not sources:
-        sys.exit(f'{raw}: holds no {o.source or "RAW/BUSI (--list)"}, no RAW/CT/<source>/; deeper?')
-    return sources
-
-def prepare_sources(raw, out, o, pool):
-    """Prepare every source below RAW, and print the account of their files."""
-    rows = [('modality', 'source', 'files', 'found', 'kept', *REASONS)]
-    sources = find_sources(raw, out, o)
-    for name, (row, home) in sources.items():
-        if meta := prepare_source(row, home, out / name, o, pool):
-            kept, dropped = meta['count'], [meta['dropped'].get(reason, 0) for reason in REASONS]
-            counts = meta['files'], kept + sum(dropped), kept, *dropped
-            rows.append((meta['modality'], meta['source'], *counts))
-    for modality, source, *counts in rows:
-        print(f'{modality:<11}{source:<30}' + ''.join(f'{count:>10}' for count in counts))
-    if left_out := [name for name in sources if not (out / name).exists()]:
-        sys.exit(f'left out, as told above: {", ".join(left_out)}')
-    print(f'{len(rows) - 1} sources; what each left out, and why, is in its dropped.csv')
-
 # --- labelled tasks: which images, with which answers ---
-# masks: a list for each rule of --masks, of the paths of this image's masks. label: its class.
+# masks: for each rule of --masks, the paths of this image's masks. label: the name of its class.
 Sample = namedtuple('Sample', 'masks label patient', defaults=((), '', ''))
-# By default masks/ beside images/, or nnU-Net's labelsTr/ beside imagesTr/, of groups as x/, Tr/1.
-MASKS = r'(.*)(?:masks/|labels(?=T[rs]/))(.*?)(?:_0000)?(?:\.nii)?\.\w+$'
+# The rules without --images and --masks. They pair x/images/1.png and x/masks/1.png by the groups
+# x/ and 1, and imagesTr/1_0000.nii.gz and labelsTr/1.nii.gz of nnU-Net by '' and Tr/1.
 IMAGES_BESIDE = r'(.*)images(?:/|(?=T[rs]/))(.*?)(?:_0000)?(?:\.nii)?\.\w+$'
-SPLITS = {  # each split, and the rule of its official folders: Training Set, 01_train, imagesTr
-    part: rf'(^|/)(\d+[ _-]?)?({words})([ _-]?(set|data|dataset|images?|imgs))?[ _-]?\d*/'
-    for part, words in dict(train='train(ing)?|(images|labels)Tr', val='val(id(ation)?)?',
-                            test='test(ing)?|(images|labels)Ts').items()}
+MASKS = r'(.*)(?:masks/|labels(?=T[rs]/))(.*?)(?:_0000)?(?:\.nii)?\.\w+$'
+OFFICIAL = r'(^|/)(\d+[ _-]?)?({})([ _-]?(set|data|dataset|images?|imgs))?[ _-]?\d*/'
+SPLITS = {'train': OFFICIAL.format('train(ing)?|(images|labels)Tr'),  # 01_train/, imagesTr/
+          'val': OFFICIAL.format('val(id(ation)?)?'),
+          'test': OFFICIAL.format('test(ing)?|(images|labels)Ts')}
+SHARES = ('50', '20', '30')  # of these splits, if a data set has none
 NOT_READ = 'not read: COCO, LabelMe, run lengths (draw PNG masks), YOLO (use tests.lab.convert)'
 
 def find_samples(raw, o, account):
-    """{path of an image below RAW: its Sample, with its patient}: by a table, pairs or folders.
+    """{path of an image below RAW: its Sample}: by a table, by pairs with masks, or by folders.
     Adds to `account`: (what, how many, those left over, whether these stop the preparation)."""
-    names = [name for name in list_names(raw)
-             if (name == '.' or '/.' not in f'/{name}') and not search(o.skip, name)]
-    masks = {rule: by_groups(names, rule) for rule in (() if o.labels else o.masks or [MASKS])}
-    partners = {name for found in masks.values() for same in found.values() for name in same}
-    pairs = not o.labels and (partners or o.masks or o.outline or o.objects or o.values)
-    rule = o.images or (IMAGES_BESIDE if pairs else '.')
-    wanted = [name for name in names if name not in partners and search(rule, name)]
+    names = [name for name in list_names(raw) if not (search(HIDDEN, name) or search(o.skip, name))]
+    mask_rules = [] if o.labels else o.masks or [MASKS]
+    masks = {rule: by_groups(names, rule) for rule in mask_rules}
+    mask_names = {name for name in names if any(search(rule, name) for rule in mask_rules)}
+    has_masks = not o.labels and bool(mask_names or o.masks or o.objects or o.values)
+    rule = o.images or (IMAGES_BESIDE if has_masks else '.')
+    wanted = [name for name in names if name not in mask_names and search(rule, name)]
     images = [name for name in wanted if is_image(raw, name)]
     if o.labels:
         samples = read_table(raw, images, account, *o.labels)
-    elif pairs:
+    elif has_masks:
         samples = find_pairs(raw, rule, by_groups(images, rule), masks, account, o.objects)
     else:
         samples = by_folders(images, o.level)
-    unread = [name for name in wanted if has_ending(raw / name, UNREAD)]  # these stop it
-    alone = [name for name in images if name not in samples]  # these do not (imagesTs)
-    account.append((f'images {rule}', len(images + unread), unread + alone, bool(unread)))
+    alone = [name for name in images if name not in samples]
+    account.append((f'images {rule}', len(images), alone, False))  # as in imagesTs, without answers
+    if unread := [name for name in wanted if has_ending(raw / name, UNREAD)]:
+        account.append((f'known formats of {rule}', len(images + unread), unread, True))
     if not samples:
         unused = ', '.join(f'{what} {left[:1]}' for what, _, left, _ in account)
         sys.exit(f'{raw}: no image has a class or mask; first unused: {unused}; {NOT_READ}')
@@ -511,223 +508,225 @@ def find_samples(raw, o, account):
         account.append((f'--patient {o.patient}', len(samples), strangers, True))
     for name, sample in samples.items():
         match = search(o.patient, name)
-        shown = (match.groups() or match)[0] if match else ''  # its first group, or all it found
+        shown = match and match[1 if match.re.groups else 0]  # its first group, or all it found
         samples[name] = sample._replace(patient=shown or sample.patient or name)
     return samples
 
-def print_account(raw, account, partial):
-    """Print what each rule, table and list of `account` used and left over; some leftovers stop."""
-    for what, n, left, _ in account:
-        print(f'{what}: {n} = {n - len(left)} used + {len(left)} left out  {", ".join(left[:3])}')
-    harm = [f'{what}: {len(left)} of {n} are left over, as {", ".join(left[:3])}'
-            for what, n, left, harmful in account if left and harmful]
-    if harm and not partial:
-        sys.exit(f'{raw}: {"; ".join(harm)}; mend this, --skip them, or allow it by --partial')
-
-def find_pairs(raw, rule, images, masks, account, objects):
-    """Samples of `images` {groups: paths} and `masks` {rule of masks: {groups: paths}}."""
+def find_pairs(raw, image_rule, images, masks, account, objects):
+    """{image: Sample} of `images` {groups: paths} and `masks` {rule: {groups: paths}}."""
+    for rule, found in masks.items():
+        alone = [name for groups in found if groups not in images for name in found[groups]]
+        account.append((f'files {rule}', sum(map(len, found.values())), alone, True))
     samples = {}
-    for mask_rule, found in masks.items():
-        left = [name for groups in found if groups not in images for name in found[groups]]
-        account.append((f'files {mask_rule}', sum(map(len, found.values())), left, True))
-    for groups, same in images.items():
-        partners = [found.get(groups, []) for found in masks.values()]
-        if len(same) > 1 or max(map(len, partners)) > 1 and not objects:
-            names = ', '.join([*same[:2], *sum(partners, [])][:3])
-            sys.exit(f'{raw}: {names} cannot be a pair, as all have the groups {groups}; mend the '
-                     'rules --images and --masks, or unite masks of single objects by --objects')
-        if any(partners):
-            samples[same[0]] = Sample(partners)
-    rules = {rule: images, **masks}
+    for groups, names in images.items():
+        its_masks = [found.get(groups, []) for found in masks.values()]  # a list for each rule
+        if len(names) > 1 or max(map(len, its_masks)) > 1 and not objects:
+            some = ', '.join([*names[:2], *sum(its_masks, [])][:3])
+            sys.exit(f'{some} cannot be a pair: all have {groups}; mend --masks, or add --objects')
+        if any(its_masks):
+            samples[names[0]] = Sample(its_masks)
+    rules = {image_rule: images, **masks}
     if not samples or not all(rules.values()):
-        firsts = [f'{rule} finds {next(iter(rules[rule]), "no file")}' for rule in rules]
+        firsts = [f'{rule} finds {next(iter(found), "no file")}' for rule, found in rules.items()]
         sys.exit(f'{raw}: images have no masks, since each rule needs groups ( ), the same number '
                  f'of them, that find the same text, but {"; ".join(firsts)}')
     return samples
 
 def by_folders(names, level):
-    """Samples whose class is their folder (level 1) or the one above (2), of no split's name."""
-    near, above = {}, {}  # {name: folder}
+    """{image: Sample}. Its class is its folder (level 1), or the one above (2); splits are none."""
+    own, above = {}, {}  # {image: folder}
     for name in names:
-        folders = [folder for folder in reversed(Path(name).parent.parts)
+        folders = [folder for folder in Path(name).parent.parts
                    if not any(search(rule, f'{folder}/') for rule in SPLITS.values())]
-        near[name], above[name] = [*(folders or [Path(name).parent.name]), ''][:2]
-    kinds, parted = {*near.values()}, {*zip(near.values(), above.values())}
-    # Unsure: a name lies below several (cat/a, dog/a), or has at most 3 images on average.
-    unsure = len(parted) > len(kinds) or len(names) <= 3 * len(kinds)
-    if not level and unsure and len({*above.values()}) > 1:
-        one, two = (dict(Counter(found.values()).most_common(9)) for found in (near, above))
+        folders = folders or [Path(name).parent.name]
+        own[name] = folders[-1]
+        above[name] = folders[-2] if len(folders) > 1 else ''
+    classes = {*own.values()}
+    repeated = len({*zip(above.values(), own.values())}) > len(classes)  # as cat/a and dog/a
+    tiny = len(names) <= 3 * len(classes)
+    if not level and (repeated or tiny) and len({*above.values()}) > 1:
+        one, two = (dict(Counter(folder.values()).most_common(9)) for folder in (own, above))
         sys.exit(f'which folders are the classes? --level 1: {one}; --level 2: {two}')
-    found = above if level == 2 else near
-    return {name: Sample(label=found[name]) for name in names if found[name]}
+    class_of = above if level == 2 else own
+    return {name: Sample(label=class_of[name]) for name in names if class_of[name]}
 
 def read_lines(raw, end):
-    """Lines of the table or list whose path below RAW ends so, in UTF or Windows' code page."""
-    paths = [raw / name for name in list_names(raw) if f'/{name}'.endswith(f'/{end}')]
-    if len(paths) > 1 or not (paths or [raw / end])[0].exists():
-        sys.exit(f'{end}: {raw} has {[*map(str, paths[:2])]}; give a path below it, as ./{end}')
-    content = (paths or [raw / end])[0].read_bytes()
-    wide = content[:2] in (b'\xff\xfe', b'\xfe\xff')
-    for code in ['utf-16'] if wide else ['utf-8-sig', 'cp1252', 'latin-1']:
+    """Lines of the text whose path below RAW ends so, in UTF-8, UTF-16 or Windows' code page."""
+    names = [name for name in list_names(raw) if f'/{name}'.endswith(f'/{end}')]
+    paths = [raw / name for name in names] or [raw / end]  # no name ends with ./table.csv
+    if len(paths) > 1 or not paths[0].exists():
+        sys.exit(f'{end}: is not one file of {[*map(str, paths[:2])]}; give its path, as ./{end}')
+    content = paths[0].read_bytes()
+    is_utf16 = content[:2] in (b'\xff\xfe', b'\xfe\xff')
+    for code in ['utf-16'] if is_utf16 else ['utf-8-sig', 'cp1252', 'latin-1']:
         with contextlib.suppress(UnicodeDecodeError):
             return re.split('\r\n|\r|\n', content.decode(code))  # splitlines() knows other ends
 
-def look_up(what, paths, names, account):
-    """{path in a table or list: the image whose path, without ending, ends so by whole folders, or
-    ''}. If none does, leading zeros of a number are ignored, where that leaves a single image."""
-    tails, found, guessed = {}, {}, []
+def look_up(what, entries, names, account):
+    """{entry of a table or list: its image}. b/7 means a/b/7.png, or else the only a/b/007.png."""
+    by_tail = {}  # {end of a path, without ending and zeros: [(this end with zeros, path)]}
     for name in names:
         tail = ENDING.sub('', name)
         while tail:
-            tails.setdefault(ZEROS.sub('', tail), []).append((tail, name))
+            by_tail.setdefault(ZEROS.sub('', tail), []).append((tail, name))
             tail = tail.partition('/')[2]
-    for path in paths:
-        tail = ENDING.sub('', path.replace('\\', '/'))
-        near = tails.get(ZEROS.sub('', tail), [])
+    meant, guessed = {}, []
+    for entry in entries:
+        tail = ENDING.sub('', entry.replace('\\', '/'))
+        near = by_tail.get(ZEROS.sub('', tail), [])
         exact = [name for other, name in near if other == tail]
         if len(exact) > 1:
-            sys.exit(f'{what}: {path} may be any of {exact[:3]}; give more of its path')
-        if not exact and len(near) == 1:
-            guessed.append(f'{path} is {near[0][1]}')
-        found[path] = exact[0] if exact else near[0][1] if len(near) == 1 else ''
+            sys.exit(f'{what}: {entry} may be any of {exact[:3]}; give more of its path')
+        if exact:
+            meant[entry] = exact[0]
+        elif len(near) == 1:
+            meant[entry] = near[0][1]
+            guessed.append(f'{entry} is {meant[entry]}')
     if guessed:
         print(f'{len(guessed)} names are found as whole numbers: {", ".join(guessed[:3])}')
-    account.append((what, len(paths), [path for path in paths if not found[path]], True))
-    return found
+    account.append((what, len(entries), [entry for entry in entries if entry not in meant], True))
+    return meant
 
 def read_table(raw, names, account, end, *columns):
-    """Samples by the columns of file, class and maybe patient of a CSV whose path ends so."""
-    def agreement(mark):  # how many lines it cuts into as many cells as the first
+    """{image: Sample} by the columns of file, class and, if named, patient of a CSV."""
+    lines = read_lines(raw, end)
+    regular = {}  # {separator of cells: how many lines have as many cells as the first}
+    for mark in ',;\t':
         widths = [len(cells) for cells in csv.reader(lines[:99], delimiter=mark) if cells]
-        return widths.count(widths[0]) if widths and widths[0] > 1 else 0
-    lines, samples = read_lines(raw, end), {}
-    table = csv.DictReader(lines, delimiter=max(',;\t', key=agreement))
+        regular[mark] = widths.count(widths[0]) if widths and widths[0] > 1 else 0
+    table = csv.DictReader(lines, delimiter=max(regular, key=regular.get))
     head = table.fieldnames or []
     columns = columns or head[:2]
     if len(columns) < 2 or not {*columns} <= {*head}:
-        sys.exit(f'{end}: needs columns of files and classes, has {head}, no '
-                 f'{", ".join({*columns} - {*head})}; {NOT_READ}')
+        sys.exit(f'{end}: has the columns {head}, no {", ".join({*columns} - {*head})}; {NOT_READ}')
     print(f'{end}: file, class, patient are its columns {", ".join(columns)}; others are not read')
-    rows = [(table.line_num, *((row[column] or '').strip() for column in columns)) for row in table]
-    rows = [(line, path, label, *more) for line, path, label, *more in rows if path and label]
-    found = look_up(f'rows of {end}', [path for _, path, *_ in rows], names, account)
-    for line, path, label, *patient in rows:
-        if re.fullmatch(r'\d+( \d+){3,}', label):
+    rows = []
+    for row in table:
+        path, label, *patient = [(row[column] or '').strip() for column in columns]
+        if path and label:
+            rows.append((table.line_num, path, Sample((), label, *patient)))
+    meant = look_up(f'rows of {end}', [path for _, path, _ in rows], names, account)
+    samples = {}
+    for line, path, sample in rows:
+        if re.fullmatch(r'\d+( \d+){3,}', sample.label):
             sys.exit(f'{end}, line {line}: looks like run lengths; {NOT_READ}')
-        sample = Sample((), label, *patient)
-        if found[path] and samples.setdefault(found[path], sample) != sample:
-            sys.exit(f'{end}, line {line}: {path} has another answer above')
+        if path in meant:
+            before = samples.setdefault(meant[path], sample)
+            if before != sample:
+                sys.exit(f'{end}, line {line}: {path} has another answer above')
     return samples
 
 def split_samples(samples, raw, o, account):
-    """{split: names}. A rule takes the images in whose path, or a mask's, it is found; a .txt below
-    RAW those it lists; the first split to take one keeps it. Shares draw the rest, by patient."""
-    rules = dict(zip(SPLITS, o.split or ('50', '20', '30')))
-    given = [part for part in SPLITS if any(search(SPLITS[part], name) for name in samples)]
-    if official := not o.split and 'train' in given and len(given) > 1:  # without tests, draw them
-        rules = SPLITS if 'test' in given else {**SPLITS, 'train': '70', 'test': '30'}
-    parts = {}
-    for part, rule in rules.items():
+    """{split: paths} by --split: a number is a share of what the others leave, NAME.txt is a list,
+    else it is a rule of images or their masks. The first split that takes an image keeps it."""
+    rules = dict(zip(SPLITS, o.split or SHARES))
+    given = [split for split in SPLITS if any(search(SPLITS[split], name) for name in samples)]
+    official = not o.split and 'train' in given and len(given) > 1
+    if official:  # without images for testing, these are drawn from those for training
+        rules = SPLITS if 'test' in given else SPLITS | {'train': '70', 'test': '30'}
+    split_of = {}
+    for split, rule in rules.items():
         if rule.endswith('.txt'):
             lines = [line.strip() for line in read_lines(raw, rule) if line.strip()]
-            chosen = filter(None, look_up(f'lines of {rule}', lines, samples, account).values())
+            chosen = look_up(f'lines of {rule}', lines, samples, account).values()
         else:
             chosen = [name for name, sample in samples.items() if not rule.isdigit()
                       and any(search(rule, path) for path in (name, *sum(sample.masks, [])))]
-        parts = dict.fromkeys(chosen, part) | parts
-    others = [name for name in samples if name not in parts]
+        for name in chosen:
+            split_of.setdefault(name, split)
+    others = [name for name in samples if name not in split_of]
     shares = [int(rule) if rule.isdigit() else 0 for rule in rules.values()]
     if others and not sum(shares):
         sys.exit(f'{raw}/{others[0]}: no rule of --split takes it; give shares, or --skip it')
-    parts.update(draw_splits(samples, others, shares, o.seed))
-    times = Counter(patient for patient, _ in {(samples[one].patient, parts[one]) for one in parts})
-    if both := sorted(patient for patient in times if times[patient] > 1):
-        print(f'warning: {len(both)} patients in more than one split: {both[:3]}', file=sys.stderr)
+    split_of.update(draw_splits(samples, others, shares, np.random.default_rng(o.seed)))
+    splits_of = {}  # {patient: his splits}
+    for name, split in split_of.items():
+        splits_of.setdefault(samples[name].patient, set()).add(split)
+    if torn := sorted(patient for patient, found in splits_of.items() if len(found) > 1):
+        print(f'warning: {len(torn)} patients in more than one split: {torn[:3]}', file=sys.stderr)
     how = 'its folders' if official else ', '.join(rules.values())
-    splits = {part: sorted(name for name in parts if parts[name] == part) for part in rules}
-    counts = ', '.join(f'{part} {len(names)}' for part, names in splits.items())
+    splits = {split: sorted(name for name in split_of if split_of[name] == split)
+              for split in rules}
+    counts = ', '.join(f'{split} {len(names)}' for split, names in splits.items())
     print(f'{raw}: {counts} files, split by {how}; {len(others)} of them drawn')
     return splits
 
-def draw_splits(samples, names, shares, seed):
-    """{name: part} by shares of the patients of each class, rounded as in the paper's Table 3."""
-    labels, sides, rng = {}, {}, np.random.default_rng(seed)
+def draw_splits(samples, names, shares, rng):
+    """{path: split} by shares of the patients of each class, rounded as in the paper's Table 3."""
+    train_share, val_share, test_share = shares
+    labels, split_of = {}, {}  # of each patient: the class of his first image, and his split
     for name in names:
         labels.setdefault(samples[name].patient, samples[name].label)
     for label in sorted({*labels.values()}):
         group = [patient for patient in labels if labels[patient] == label]
-        spare = len(group) - (shares[0] > 0)  # training keeps one; test is rounded up, val down
-        test = min((len(group) * shares[2] + sum(shares) - 1) // sum(shares), spare)
-        val = min(len(group) * shares[1] // sum(shares), spare - test)
+        spare = len(group) - (train_share > 0)  # training keeps at least one
+        test = min(math.ceil(len(group) * test_share / sum(shares)), spare)
+        val = min(len(group) * val_share // sum(shares), spare - test)
         drawn = np.split(rng.permutation(group), (test, test + val))
-        for part, patients in zip(('test', 'val', 'train'), drawn):
-            sides.update(dict.fromkeys(patients.tolist(), part))
-    return {name: sides[samples[name].patient] for name in names}
+        for split, patients in zip(('test', 'val', 'train'), drawn):
+            split_of.update(dict.fromkeys(patients.tolist(), split))
+    return {name: split_of[samples[name].patient] for name in names}
 
-def read_masks(path, image, values):
-    """Masks uint8 (H, W) of the file `path`, by `classify`, for each image or slice of `image`."""
+def read_masks(path, image_path, values):
+    """Masks uint8 (H, W) of a file, by `classify`, one for each slice of its image's file."""
     if not has_ending(path, IMAGES):
         raise ValueError(NOT_READ)
-    if has_ending(image, VOLUMES) != has_ending(path, VOLUMES):
+    if has_ending(image_path, VOLUMES) != has_ending(path, VOLUMES):
         raise ValueError('one of them is NIfTI, the other is not')
-    grid = nib.load(image) if has_ending(image, VOLUMES) else None
-    masks, lossy = [mask for volume in read(path, grid=grid) for mask in volume], False
-    for one in (image, path):
+    for one in (image_path, path):  # programs differ in whether they turn a mask
         if has_ending(one, PICTURES) and Image.open(one).getexif().get(0x0112, 1) not in (0, 1):
             raise ValueError(f'EXIF turns {one}; save both without this tag')
+    grid = nib.load(image_path) if has_ending(image_path, VOLUMES) else None
+    masks, lossy = [mask for volume in read(path, grid=grid) for mask in volume], False
     if has_ending(path, PICTURES):
         with Image.open(path) as picture:
             lossy = picture.format in ('JPEG', 'MPO') or picture.info.get('compression') == 'jpeg'
-            palette = np.reshape(picture.getpalette() or [], (-1, 3))  # colours; none: (0, 3)
+            pixels = np.asarray(picture)
+            palette = np.reshape(picture.getpalette() or [], (-1, 3))  # its colours, or none
             if np.ptp(palette, 1).any() and '#' not in ''.join(values):
-                masks = [np.asarray(picture)]  # the numbers of the colours
+                masks = [pixels]  # the places of the colours in the palette are the classes
             if picture.mode in ('LA', 'RGBA'):  # what is transparent shows nothing
                 masks[0] = masks[0].copy()
-                masks[0][np.asarray(picture)[..., -1] < 128] = 0
+                masks[0][pixels[..., -1] < 128] = 0
     masks = [classify(mask, values, lossy) for mask in masks]
-    if {value for mask in masks for value in np.unique(mask).tolist()} - {0} == {255}:
-        raise ValueError('255 is its only foreground: give --values 0 1+255 if it is a class, or '
-                         '0 1 255 and two --classes if it is not to be scored')
+    shown = {number for mask in masks for number in np.unique(mask).tolist()}
+    if shown - {0} == {255}:
+        raise ValueError('255 is its only foreground: values 0 1+255, or 0 1 255 and two --classes')
     return masks
 
 def classify(mask, values, lossy=False):
-    """Mask (H, W[, 3]) -> uint8 (H, W): places in `values`, where 1+2 is either and * all others.
-    An unnamed 255 stays and is not scored. In a lossy file the nearest counts, and * is white."""
-    colours = '#' in ''.join(values)
-    grey = 0x010101 if colours else 1  # beside colours, grey 7 is #070707
-    table, rest = {}, None  # {value: its place in `values`}; the place of *
+    """Mask (H, W[, 3]) -> uint8 (H, W) of classes, which are places in `values`: of numbers or
+    #colours joined by +, or of * for all others. An unnamed 255 stays, and is not scored."""
+    by_colour = '#' in ''.join(values)
+    grey = 0x010101 if by_colour else 1  # colours are numbers 0xrrggbb; beside them 7 is #070707
+    class_of, default = {}, 255
     for place, entry in enumerate(values):
-        rest = place if '*' in entry else rest
-        for value in re.findall(r'[^+*]+', entry):  # colours are numbers 0xrrggbb
-            table[int(value[1:], 16) if value[0] == '#' else float(value) * grey] = place
+        if '*' in entry:
+            default = place
+        for word in re.findall('[^+*]+', entry):
+            number = int(word[1:], 16) if word[0] == '#' else float(word) * grey
+            class_of[number] = place
     mask = np.nan_to_num(mask, posinf=0, neginf=0)
-    if mask.ndim == 3:
-        packed = mask @ np.int32((0x010000, 0x000100, 1))
-        if not colours and np.ptp(mask, 2).any() and len(np.unique(packed[packed > 0])) > 1:
+    if mask.ndim == 2:
+        mask = mask * float(grey) if by_colour else mask
+    else:
+        colours = mask @ np.int32((0x010000, 0x000100, 1))
+        if not by_colour and np.ptp(mask, 2).any() and len(np.unique(colours[colours > 0])) > 1:
             raise ValueError('it has several colours; name them in --values, as #ff0000')
-        mask = packed if colours else mask.max(2)
-    elif colours:
-        mask = mask * float(grey)
-    found, place = np.unique(mask, return_inverse=True)
-    found = np.where(abs(found - np.rint(found)) < 1e-3, np.rint(found), found)  # 0.99999994 is 1
-    if lossy:
-        known = np.unique([*table, 255])
-        if colours or np.diff(known).min() < 32:
+        mask = colours if by_colour else mask.max(2)
+    numbers, where = np.unique(mask, return_inverse=True)
+    numbers = np.where(abs(numbers - np.rint(numbers)) < 1e-3, np.rint(numbers), numbers)
+    if lossy:  # the nearest counts, of the numbers named and 255
+        known = np.unique([*class_of, 255])
+        if by_colour or np.diff(known).min() < 32:
             raise ValueError('it is lossy, which blurs near values and colours; save it as PNG')
-        found = known[abs(found[:, None] - known).argmin(1)]
-    others = sorted({*found.tolist()} - {*table, 255 * grey})
-    if others and rest is None:
-        names = [f'#{int(value):06x}' if colours else f'{value:g}' for value in others]
-        raise ValueError(f'values or colours {", ".join(names[:3])}, which --values does not name')
-    places = np.uint8([table.get(value, 255 if rest is None else rest) for value in found.tolist()])
-    return places[place].reshape(mask.shape)
-
-def fill_outline(outline):
-    """A closed convex outline, bool (H, W), filled: it lies on both sides in a row or a column."""
-    run = np.logical_or.accumulate  # from one side; flipped: from the other
-    rows, columns = (run(outline, axis) & np.flip(run(np.flip(outline, axis), axis), axis)
-                     for axis in (0, 1))
-    return rows | columns
+        numbers = known[abs(numbers[:, None] - known).argmin(1)]
+    unnamed = sorted({*numbers.tolist()} - {*class_of, 255 * grey})
+    if unnamed and default == 255:
+        some = [f'#{int(number):06x}' if by_colour else f'{number:g}' for number in unnamed[:3]]
+        raise ValueError(f'values or colours {", ".join(some)}, which --values does not name')
+    classes = np.uint8([class_of.get(number, default) for number in numbers.tolist()])
+    return classes[where].reshape(mask.shape)
 
 def task_items(path, raw, sample, o):
     """In a worker: yield (pixels uint8 (S, S, c), mask uint8 (S, S) or number of the class)."""
@@ -736,40 +735,39 @@ def task_items(path, raw, sample, o):
             files = [*series(path, new, o.modality)] if path.is_dir() else [path]
             images = [image for file in files for array in read(file)
                       for image in to_uint8(array, o.modality)]
-            layers = [(number, read_masks(raw / mask, files[0], o.values))
-                      for number, masks in enumerate(sample.masks, 1) for mask in masks]
+            layers = [(number, read_masks(raw / mask_path, files[0], o.values))
+                      for number, paths in enumerate(sample.masks, 1) for mask_path in paths]
         for _, masks in layers:
             if len(masks) != len(images):
                 raise ValueError(f'it has {len(images)} images or slices, its mask {len(masks)}')
-        for place, image in enumerate(images):
-            here = [(number, masks[place]) for number, masks in layers]
+        for index, image in enumerate(images):
+            here = [(number, masks[index]) for number, masks in layers]
             answer = lay_over(image.shape[:2], here, o) if here else o.classes.index(sample.label)
             yield resize(image, o.size), answer
-    except Exception as error:  # of any decoder; the pool hands this exit on
+    except Exception as error:  # decoders fail in every way there is; the parent ends with this
         partner = sample.label or ', '.join(sum(sample.masks, [])[:3])
         sys.exit(f'{path}: cannot be used with {partner} ({type(error).__name__}: {error})')
 
 def lay_over(shape, layers, o):
-    """Mask uint8 (S, S) of [(number of a rule, mask)]: 1 becomes the number; later ones on top."""
+    """Mask uint8 (S, S) of [(number of the rule, mask)], the last on top."""
     mask = np.zeros(shape, np.uint8)
     for number, layer in layers:
         if layer.shape != shape:
             raise ValueError(f'their sizes differ: {shape} and {layer.shape}')
-        if o.outline:
-            layer = np.uint8(fill_outline(layer > 0))
-        mask[layer > 0] = np.where(layer == 1, number, layer)[layer > 0]
+        mask[layer > 0] = layer[layer > 0]
+        mask[layer == 1] = number  # the class of the rule, if there are several
     mask[mask >= len(o.classes)] = 255  # values after those of the classes are not scored
     return np.asarray(Image.fromarray(mask).resize((o.size, o.size), Image.Resampling.NEAREST))
 
-def write_split(folder, spilled, array, size):
-    """Write a split. Returns how many images it has, how many show each class, and hashes."""
+def write_split(folder, spilled, stem, size):
+    """Write images.npy and STEM.npy; return how many images, how many of each class, and hashes."""
     channels = [pixels.shape[2] for path in spilled for pixels, _ in spilled_items(path)]
     shape = len(channels), size, size, max(channels, default=1)  # grey gets three beside colours
-    if shutil.disk_usage(folder).free < 2 * np.prod(shape):  # with masks; a full disk kills maps
-        raise OSError(28, 'No space left on device')
+    if shutil.disk_usage(folder).free < 2 * np.prod(shape):  # masks, too; maps crash if it is full
+        raise OSError(errno.ENOSPC, 'No space left on device')
     images = np.lib.format.open_memmap(folder / 'images.npy', 'w+', np.uint8, shape)
-    dtype, sides = (np.int64, ()) if array == 'labels' else (np.uint8, (size, size))
-    answers = np.lib.format.open_memmap(folder / f'{array}.npy', 'w+', dtype, (shape[0], *sides))
+    answers_shape, dtype = (shape[:1], np.int64) if stem == 'labels' else (shape[:3], np.uint8)
+    answers = np.lib.format.open_memmap(folder / f'{stem}.npy', 'w+', dtype, answers_shape)
     shown, hashes = Counter(), set()
     for n, (pixels, answer) in enumerate(item for path in spilled for item in spilled_items(path)):
         images[n], answers[n] = pixels, answer
@@ -781,75 +779,80 @@ def write_split(folder, spilled, array, size):
 def prepare_medmnist(path, folder, o, pool):
     """`prepare_task` of a MedMNIST file, whose images become files in folders of their classes."""
     with tempfile.TemporaryDirectory() as new:
-        try:
-            file = np.load(path)
-            o.classes = o.classes or [str(n) for n in range(file['train_labels'].max() + 1)]
-            for part in SPLITS:
-                labels = file[f'{part}_labels'].squeeze(1)  # ends if an image has several labels
-                for place, image in enumerate(file[f'{part}_images']):
-                    kind = Path(new, part, o.classes[labels[place]])
-                    kind.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(image).save(kind / f'{place:06d}.ppm')
-        except Exception as error:  # decoders fail in every way there is
-            sys.exit(f'{path}: has not one label of {len(o.classes)} --classes for each image, as '
-                     f'files of MedMNIST have ({type(error).__name__}: {error})')
+        file = np.load(path)
+        o.classes = o.classes or [str(n) for n in range(file['train_labels'].max() + 1)]
+        for split in SPLITS:
+            labels = file[f'{split}_labels'].squeeze(1)  # fails if an image has several labels
+            for index, image in enumerate(file[f'{split}_images']):
+                class_folder = Path(new, split, o.classes[labels[index]])
+                class_folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image).save(class_folder / f'{index:06d}.ppm')
         prepare_task(Path(new), folder, o, pool)
 
 def prepare_task(raw, folder, o, pool):
     """Write the labelled images below RAW to `folder` as data.Task reads them."""
     if folder.exists():
         sys.exit(f'{folder}: this task is prepared; delete it, or choose another --out')
-    account, counts, shown, holders = [], {}, {}, {}
+    account, counts, shown = [], {}, {}  # counts and shown: of each split
     samples = find_samples(raw, o, account)
     labels = sorted({sample.label for sample in samples.values() if not sample.masks})
-    name_classes(o, labels)
+    complete_options(o, labels)
     splits = split_samples(samples, raw, o, account)
-    print_account(raw, account, o.partial)
-    words = {*re.findall('[a-z]+', ' '.join(o.classes).lower())}
-    sides = 'left', 'right', 'sinister', 'dexter', 'l r', 'od os'  # then nothing is mirrored
-    sided = bool(o.sided) or any({*side.split()} <= words for side in sides)
-    array, kind = ('labels', 'classification') if labels else ('masks', 'segmentation')
+    for what, n, left, _ in account:
+        print(f'{what}: {n} = {n - len(left)} used + {len(left)} left out  {", ".join(left[:3])}')
+    harm = [f'{what}: {len(left)} of {n} are left over, as {", ".join(left[:3])}'
+            for what, n, left, stops in account if left and stops]
+    if harm and not o.partial:
+        sys.exit(f'{raw}: {"; ".join(harm)}; mend this, --skip them, or allow it by --partial')
+    kind, stem = ('classification', 'labels') if labels else ('segmentation', 'masks')
+    holders = {}  # {hash of an image: the splits that it is in}
     with appearing(folder, pool) as part:
-        for name, chosen in splits.items():
-            (part / name).mkdir()
-            calls = [(raw / path, raw, samples[path], o) for path in chosen]
-            spilled = [*in_order(pool, o.workers, part, task_items, calls, name)]
-            counts[name], shown[name], hashes = write_split(part / name, spilled, array, o.size)
+        for split, names in splits.items():
+            (part / split).mkdir()
+            calls = [(raw / name, raw, samples[name], o) for name in names]
+            spilled = [*in_order(pool, o.workers, part, task_items, calls, split)]
+            counts[split], shown[split], hashes = write_split(part / split, spilled, stem, o.size)
             for key in hashes:
-                holders.setdefault(key, []).append(name)
+                holders.setdefault(key, []).append(split)
             for path in spilled:
                 path.unlink()
         meta = {'kind': kind, 'classes': o.classes, 'modality': o.modality,
-                'size': o.size, 'counts': counts, 'sided': sided}
+                'size': o.size, 'counts': counts, 'sided': o.sided}
         (part / 'split.json').write_text(json.dumps(splits, indent=1))
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
         check_classes(raw, o, shown)
-    twins = Counter(' and '.join(parts) for parts in holders.values() if len(parts) > 1)
-    for parts, times in twins.items():
-        print(f'warning: {times} images are the same in {parts}', file=sys.stderr)
+    twins = Counter(' and '.join(both) for both in holders.values() if len(both) > 1)
+    for both, count in twins.items():
+        print(f'warning: {count} images are the same in {both}', file=sys.stderr)
     print(f'{folder}: {kind}, {", ".join(o.classes)}; {counts}; window {o.modality or "min..max"}')
 
-def name_classes(o, labels):
-    """Set --classes and --values if they are not given."""
+def complete_options(o, labels):
+    """Check --classes and --values, and set them and --sided if they are not given."""
     if len({''.join(label.lower().split()) for label in labels}) < len(labels):
         sys.exit(f'classes {labels}: some differ in case or blanks alone; give them one spelling')
     if not o.classes:
         named = [value or 'background' for value in o.values]
         o.classes = labels or (named if len(named) > 2 else ['background', 'foreground'])
-    if len(o.masks) > 1 and (len(o.classes) != len(o.masks) + 1 or len(o.values) not in (0, 2)):
+    one_each = len(o.masks) > 1  # a mask a class, of an outside and an inside
+    if one_each and (len(o.classes) != len(o.masks) + 1 or len(o.values) not in (0, 2)):
         sys.exit('--classes: background and one for each mask; --values: outside and inside')
-    inside = ['*'] if len(o.masks) > 1 or o.objects else map(str, range(1, len(o.classes)))
+    inside = ['*'] if one_each or o.objects else map(str, range(1, len(o.classes)))
     o.values = o.values or ['0', *inside]
+    # Names of classes that tell left from right, some as two of a pair, forbid to mirror images.
+    words = {*re.findall('[a-z]+', ' '.join(o.classes).lower())}
+    tells = words & {'left', 'right', 'sinister', 'dexter'}
+    o.sided = bool(o.sided or tells or {'l', 'r'} <= words or {'od', 'os'} <= words)
 
 def check_classes(raw, o, shown):
     """Print how many images of each split show each class, and stop if training lacks one."""
-    print(f'{"images that show":<26}' + ''.join(f'{part:>8}' for part in shown))
+    print(f'{"images that show":<26}' + ''.join(f'{split:>8}' for split in shown))
     for number, name in enumerate(o.classes):
-        print(f'{name:<26}' + ''.join(f'{times[number]:>8}' for times in shown.values()))
+        print(f'{name:<26}' + ''.join(f'{images[number]:>8}' for images in shown.values()))
     unseen = [name for number, name in enumerate(o.classes) if not shown['train'][number]]
-    new = {*shown['test']} - {*shown['train'], 255}  # classes of test images alone
-    allowed = o.partial or o.task in TASKS  # whose classes are known
-    if new or not shown['test'] or len(o.classes) - len(unseen) < 2 or (unseen and not allowed):
+    in_test_alone = {*shown['test']} - {*shown['train'], 255}
+    too_few = len(o.classes) - len(unseen) < 2
+    may_lack = o.partial or o.task in TASKS  # whose classes are known
+    if in_test_alone or too_few or not shown['test'] or unseen and not may_lack:
         sys.exit(f'{raw}: training must show two classes, all of the test images and all of '
                  f'--classes; no training image shows {", ".join(unseen[:3]) or "more"}; mend '
                  '--classes, --values, --split or the order of --masks, or allow it by --partial')
@@ -927,17 +930,16 @@ dsca | X-ray | brain arteries | 112 44 68 | open? | zenodo.org/records/11255024 
 sts-tooth-2d | X-ray | teeth | 100 100 700 | open? | toothfairychallenges.github.io/miccai2023 | --images '(.*)/Labeled/Image/(.*)' --masks '(.*)/Labeled/Mask/(.*)' --values 0 * --split 100 100 700
 uns | Ultrasound | nerve | 2758 1078 1799 | account | kaggle.com/c/ultrasound-nerve-segmentation | --images '(.*)\.tif' --masks '(.*)_mask\.tif' --values 0 * --patient '\d+(?=_\d+\.tif)'
 tn5000 | Ultrasound | thyroid nodule | 3500 500 1000 | open | figshare.com/articles/28455641 (first: python -m tests.lab.convert tn5000 RAW/tn5000) | --images 'JPEGImages/(.*)\.jpg' --labels classes.csv --classes malignant benign --split Main/train.txt Main/val.txt Main/test.txt
-fhu | Ultrasound | fetal head | 499 200 300 | account | kaggle.com/datasets/ankit8467 | --images '(.*HC)\.png' --masks '(.*HC)_Annotation' --values 0 * --outline --patient '\d+(?=_[^/]*HC)'
+fhu | Ultrasound | fetal head | 499 200 300 | account | kaggle.com/datasets/ankit8467 (first: python -m tests.lab.convert fhu RAW/fhu) | --images '(.*HC)\.png' --masks 'filled/(.*HC)_Annotation' --values 0 * --patient '\d+(?=_[^/]*HC)'
 autopet-org | PET | organs | 18076 6386 10465 | form | github.com/YichiZhang98/SegAnyPET | --images 'PETCT_([^/]*)/([^/]*)/SUV\.nii' --masks 'PETCT_([^_]*)_(.*)_\.nii' --values 0 1 2 3 4 5 6 7 8 9 10 11+12 --patient 'PETCT_[^/_]+' --modality SUV --classes background liver left-kidney right-kidney heart spleen aorta left-lower-lobe right-lower-lobe left-upper-lobe right-upper-lobe right-middle-lobe
 slsc-s | Photo | skin lesion | 6675 1911 964 | open | huggingface.co/datasets/makhresearch (first: python -m tests.lab.convert slsc-s RAW/slsc-s) | --values 0 * --split train/ valid/ test/
 slsc-c | Photo | 7 skin diseases | 6675 1911 964 | open | huggingface.co/datasets/makhresearch (first: python -m tests.lab.convert slsc-c RAW/slsc-c) | --labels classes.csv --classes BKL NV DF MEL VASC BCC AKIEC --split train/ valid/ test/'''.strip().splitlines())}
 
 # --- the command ---
 def parse(words):
-    """The options of a command line, each with its help. What is not given is empty."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, usage=argparse.SUPPRESS, argument_default='', allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The options of a command line, each with its help. A text or list not given is empty."""
+    parser = argparse.ArgumentParser(description=__doc__, argument_default='', allow_abbrev=False,
+        usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--raw', help='folder of the downloads, or of one task, or a file of MedMNIST')
     add('--out', help='folder to write (default: data/medverse, or data/<task>)')
@@ -948,28 +950,28 @@ def parse(words):
     add('--workers', type=int, default=os.cpu_count(), help='processes (default: one a core)')
     add('--seed', type=int, default=0, help="of a task's split (default: 0)")
     task = parser.add_argument_group('a labelled task, also over the rules of Table 3').add_argument
+    several = dict(nargs='+', default=[])
     task('--task', help='its name')
     task('--modality', type=modality_of, choices=(*MODALITIES, 'SUV'), help='window of volumes')
     task('--images', help='rule of the images (default, beside masks: (.*)images/(.*))')
-    task('--masks', nargs='+', help='rule ((.*)masks/(.*)), or one for each class after the first')
+    task('--masks', **several, help='rule ((.*)masks/(.*)), or one for each class after the first')
     task('--objects', action='store_true', help='several masks of an image are objects: unite them')
     task('--skip', help='rule of files, images or masks or both, to leave out')
-    task('--labels', nargs='+', help='CSV, and its columns of file, class, patient (first two)')
+    task('--labels', **several, help='CSV, and its columns of file, class, patient (first two)')
     task('--level', type=int, default=0, choices=(0, 1, 2), help='class: 1 the folder, 2 one above')
-    task('--classes', nargs='+', help='names in order (default: background foreground or as found)')
-    task('--values', nargs='+', help='of classes, as 0 420+421 #ff0000 *; unnamed 255: not scored')
-    task('--outline', action='store_true', help='masks show a closed convex outline: fill it')
+    task('--classes', **several, help='names in order (default: background foreground or as found)')
+    task('--values', **several, help='of classes, as 0 420+421 #ff0000 *; unnamed 255: not scored')
     task('--partial', action='store_true', help='go on without what has no partner or no image')
     task('--sided', action='store_true', help='classes tell left from right: mirror no image')
     task('--patient', help='rule: what it finds in a path is the patient (default: the path)')
-    task('--split', nargs='+', help='3 shares (50 20 30), rules, .txt; else folders, maybe no val')
+    task('--split', nargs=3, default=[], help='shares, rules or .txt (as folders say, or 50 20 30)')
     return parser.parse_args(words)
 
 def main():
     """Prepare a task, or every source below RAW."""
     o = parse(sys.argv[1:])
-    if o.task in TASKS:  # its options, then those of the command line over them
-        defaults = ['--modality', TASKS[o.task].modality, '--split', '50', '20', '30']
+    if o.task in TASKS:  # splits are drawn unless its row names them; the command line comes last
+        defaults = ['--modality', TASKS[o.task].modality, '--split', *SHARES]
         o = parse([*defaults, *shlex.split(TASKS[o.task].options), *sys.argv[1:]])
     raw, out = Path(o.raw), Path(o.out or f'data/{o.task or "medverse"}')
     if o.list:
@@ -978,8 +980,6 @@ def main():
         return
     if min(o.size, o.workers) < 1 or min(o.min_side, o.seed) < 0:
         sys.exit('--size and --workers take 1 or more; --min_side and --seed take 0 or more')
-    if len(o.split) not in (0, 3) or any(re.fullmatch(r'\d*\.\d+', rule) for rule in o.split):
-        sys.exit('--split takes three whole shares, rules or lists: for train, val and test')
     medmnist = o.task and has_ending(raw, '.npz') and raw.is_file()
     if not o.raw or not raw.is_dir() and not medmnist:
         sys.exit(f'--raw "{o.raw}": there is no such folder of <Modality>/<source>/** or of a task')

@@ -1,10 +1,10 @@
-"""Films, files of labels and frames become files that the preparation reads. What comes of the five
-tasks that need it is among the tests of medverse."""
+"""Films, files of labels, frames and outlines become files that the preparation reads. What comes of
+the tasks that need it is among the tests of medverse."""
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from tests.support import files, folders, runs
-from tests.support.folders import task, write_animals
+from tests.support.folders import SIDE, refused, task, write_animals
 
 def convert(folder, *words):
     """Convert folder/raw, which must succeed."""
@@ -35,6 +35,34 @@ def test_the_darkest_of_the_frames_of_a_sequence_counts_pixel_by_pixel(tmp_path)
         number = int(path[len('darkest/')])
         darkest = np.min([files.noise(10 * number + frame) for frame in range(3)], axis=0)
         assert np.array_equal(image[..., 0], darkest)
+
+def test_an_outline_is_filled(tmp_path):
+    right = {}
+    for number in range(4):
+        box = 7 + number, 12, 30 + 4 * number, 35
+        outline, inside = (Image.new('L', (SIDE, SIDE)) for _ in range(2))
+        ImageDraw.Draw(outline).ellipse(box, outline=255)
+        ImageDraw.Draw(inside).ellipse(box, fill=1, outline=1)
+        files.save(tmp_path / f'raw/images/{number}.png', files.noise(number))
+        files.save(tmp_path / f'raw/outlines/{number}.png', np.asarray(outline))
+        right[f'images/{number}.png'] = np.asarray(inside)
+    convert(tmp_path, 'outline', 'outlines/')
+    rules = '--images', 'images/(.*)', '--masks', 'filled/outlines/(.*)'
+    found = task(tmp_path, *rules, '--values', '0', '255')
+    assert found.answer.keys() == right.keys()
+    for path, mask in found.answer.items():
+        assert np.array_equal(mask, right[path])
+
+def test_an_outline_that_exif_turns_is_filled_and_still_refused_as_a_mask(tmp_path):
+    for number in range(2):
+        files.save(tmp_path / f'raw/images/{number}.png', files.noise(number))
+        outline = Image.new('L', (SIDE, SIDE))
+        ImageDraw.Draw(outline).ellipse((7, 12, 30, 35), outline=255)
+        files.save(tmp_path / f'raw/outlines/{number}.png', np.asarray(outline),
+                   exif=files.turned(3))
+    convert(tmp_path, 'outline', 'outlines/')
+    rules = '--images', 'images/(.*)', '--masks', 'filled/outlines/(.*)', '--values', '0', '255'
+    refused(tmp_path, *rules, naming=['filled/outlines/', 'EXIF turns'])
 
 def test_a_file_without_a_label_is_named(tmp_path):
     write_animals(tmp_path, below='images', kinds=['cat'])

@@ -145,11 +145,11 @@ def test_slices_without_a_mask_are_counted(tmp_path):
         files.save(tmp_path / f'raw/masks/{number}.npy', np.stack([BLOB] * 5))
     refused(tmp_path, naming=['it has 6 images or slices, its mask 5'])
 
-def test_a_damaged_volume_is_told_in_plain_words(tmp_path):
+def test_a_damaged_volume_is_named(tmp_path):
     for number in range(2):
         files.write(tmp_path / f'raw/images/{number}.nii', 'no volume')
         files.write(tmp_path / f'raw/masks/{number}.nii', 'no volume')
-    refused(tmp_path, naming=['.nii', 'no NIfTI or Analyze file'])
+    refused(tmp_path, naming=['.nii', 'Cannot work out file type'])
 
 def test_masks_in_json_are_told_not_to_be_read(tmp_path):
     write_pairs(tmp_path, name='{}.png')

@@ -1,8 +1,9 @@
 """Pixels of masks: which numbers and colours are which class, in every kind of file."""
+import shutil
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from tests.support import files, folders, prepared, runs
 from tests.support.folders import (
@@ -218,31 +219,16 @@ def test_lossy_masks_of_colours_are_refused(tmp_path, name):
     refused(tmp_path, '--classes', *'abc', '--values', *NAMED,
             naming=['masks/?', 'lossy', 'PNG'])
 
-# --- outlines and frames -------------------------------------------------------------------------
-
-def test_an_outline_is_filled(tmp_path):
-    right = {}
-    for number in range(4):
-        box = 7 + number, 12, 30 + 4 * number, 35
-        outline, inside = (Image.new('L', (SIDE, SIDE)) for _ in range(2))
-        ImageDraw.Draw(outline).ellipse(box, outline=255)
-        ImageDraw.Draw(inside).ellipse(box, fill=1, outline=1)
-        files.save(tmp_path / f'raw/images/{number}.png', files.noise(number))
-        files.save(tmp_path / f'raw/masks/{number}.png', np.asarray(outline))
-        right[f'images/{number}.png'] = np.asarray(inside)
-    found = task(tmp_path, '--values', '0', '255', '--outline')
-    assert found.answer.keys() == right.keys()
-    for path, mask in found.answer.items():
-        assert np.array_equal(mask, right[path])
-
 # --- real masks ----------------------------------------------------------------------------------
 
 @real
 @pytest.mark.slow
 def test_real_outlines_of_heads_are_filled(tmp_path):
-    rules = '--images', r'(.*)\.png', '--masks', '(.*)_Annotation', '--values', '0', '255'
-    words = '--task', 'heads', *rules, '--outline'
-    assert prepared.prepare(TASKS / 'HC18', tmp_path / 'out', *words).code == 0
+    shutil.copytree(TASKS / 'HC18', tmp_path / 'raw')
+    assert runs.program('convert', 'outline', tmp_path / 'raw', '_Annotation').code == 0
+    rules = '--images', r'(.*HC)\.png', '--masks', 'filled/(.*)_Annotation', '--values', '0', '255'
+    words = '--task', 'heads', *rules
+    assert prepared.prepare(tmp_path / 'raw', tmp_path / 'out', *words).code == 0
     found = prepared.task(tmp_path / 'out')
     assert found.counts == dict(train=30, val=12, test=18)
     assert all(0.02 < mask.mean() < 0.7 for mask in found.answers['train'])

@@ -244,6 +244,7 @@ def test_filled_outlines_of_real_heads_have_the_areas_of_their_ellipses(tmp_path
     folder.mkdir(parents=True)
     for path in (heads / 'training_set').iterdir():
         (folder / path.name).symlink_to(path)
+    assert runs.program('convert', 'fhu', tmp_path / 'raw').code == 0
     must_prepare(tmp_path / 'raw', tmp_path / 'out', '--task', 'fhu')
     radius = {}
     for line in (heads / 'training_set_pixel_size_and_HC.csv').read_text().splitlines()[1:]:

@@ -96,7 +96,7 @@ def test_an_eleventh_modality_takes_a_name_a_window_and_a_function(tmp_path, mon
         return echoes, np.zeros((side, side, 2), np.uint8)
 
     names = *preparation.MODALITIES, 'Sonar'
-    window = preparation.Window((0, 50), None, 0, 'echoes in [0, 50]')
+    window = preparation.Window((0, 50), None, 0)
     monkeypatch.setattr(preparation, 'MODALITIES', names)
     monkeypatch.setitem(preparation.WINDOWS, 'Sonar', window)
     monkeypatch.setitem(simulated.PHANTOMS, 'Sonar', (2, sonar))
@@ -106,7 +106,7 @@ def test_an_eleventh_modality_takes_a_name_a_window_and_a_function(tmp_path, mon
     assert result.code == 0 and '11 sources' in result.out
     found = prepared.Prepared(tmp_path / 'out')
     meta = found.meta('phantom-sonar')
-    assert meta['count'] == 2 and 'echoes in [0, 50]' in meta['normalization']
+    assert meta['count'] == 2 and meta['limits'] == [0, 50]
     assert np.mean(found.images('phantom-sonar') > 127) > 0.6
 
 # --- their tasks ---------------------------------------------------------------------------------

@@ -1,5 +1,4 @@
 """Sources for pretraining: what lies below RAW becomes shards, and every file is accounted for."""
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -60,20 +59,20 @@ def everything(tmp_path_factory):
     raw, out = folder / 'raw', folder / 'out/medverse'
     write_photos(raw / 'photo/skin/deep')
     volume = write_scans(raw / 'CT/scans')
-    files.nifti(raw / 'MR/scans/a.nii.gz', volume, spacing=(1, 1, 5))
+    files.nifti(raw / 'MR/scans-MR/a.nii.gz', volume, spacing=(1, 1, 5))
     result = prepare(raw, out)
     assert result.code == 0, result.err
     return SimpleNamespace(raw=raw, out=out, result=result, found=Prepared(out))
 
 ACCOUNT = {     # of each source: its folder, and how many files, images, kept images and channels
     'skin': dict(folder='photo/skin', files=31, found=31, count=21, channels={1, 3}),
-    'scans-CT': dict(folder='CT/scans', files=6, found=13, count=7, channels={1}),
-    'scans-MR': dict(folder='MR/scans', files=1, found=6, count=6, channels={1})}
+    'scans': dict(folder='CT/scans', files=6, found=13, count=7, channels={1}),
+    'scans-MR': dict(folder='MR/scans-MR', files=1, found=6, count=6, channels={1})}
 
-def test_sources_of_one_name_get_their_modality_in_it(everything):
+def test_sources_have_the_names_and_modalities_of_their_folders(everything):
     assert sorted(path.name for path in everything.out.iterdir()) == sorted(ACCOUNT)
     assert everything.found.meta('scans-MR')['modality'] == 'MR'
-    assert everything.found.meta('scans-CT')['modality'] == 'CT'
+    assert everything.found.meta('scans')['modality'] == 'CT'
 
 def test_every_dropped_picture_is_named_with_its_reason(everything):
     reasons = everything.found.reasons('skin')
@@ -83,7 +82,7 @@ def test_every_dropped_picture_is_named_with_its_reason(everything):
         'labels.csv': 'other', '.DS_Store': 'other', '._00.jpg': 'other'}
 
 def test_every_dropped_volume_is_named_with_its_reason(everything):
-    assert everything.found.reasons('scans-CT') == {
+    assert everything.found.reasons('scans') == {
         'cut.nii.gz': 'corrupt', 'cut.npy': 'corrupt', 'nan.nii': 'blank', 'one_value.nii': 'blank'}
 
 @pytest.mark.parametrize('source', ACCOUNT)
@@ -127,7 +126,7 @@ def test_finished_sources_are_left_alone_and_told_in_the_same_table(everything):
 def test_another_size_than_before_is_refused(everything):
     before = files.contents(everything.out)
     result = prepare(everything.raw, everything.out, '--size', 32)
-    runs.ends(result, [everything.out / 'scans-CT', '--size', 'delete'])
+    runs.ends(result, [everything.out / 'scans', '--size', 'delete'])
     assert files.contents(everything.out) == before
 
 def test_shards_are_closed_when_they_are_full(tmp_path, monkeypatch):
@@ -141,28 +140,31 @@ def test_shards_are_closed_when_they_are_full(tmp_path, monkeypatch):
     assert [(len(shard), shard.shape[3]) for shard in shards] == [(3, 1), (2, 3), (1, 3)]
     assert {shard.shape[1:3] for shard in shards} == {(512, 512)}
 
-def test_a_finished_source_keeps_its_folder_when_a_namesake_comes(tmp_path):
+@pytest.mark.parametrize('first, second', [('CT', 'MR'), ('MR', 'CT')])
+def test_two_sources_of_one_name_stop_and_are_named(tmp_path, first, second):
     """Nothing is prepared twice, which would count double in training."""
-    for first, second in ('CT', 'MR'), ('MR', 'CT'):
-        raw, out = tmp_path / first / 'raw', tmp_path / first / 'out'
-        files.save(raw / first / 'hospital/0.png', files.texture(0))
-        assert prepare(raw, out).code == 0
-        files.save(raw / second / 'hospital/0.png', files.texture(1))
-        for _ in range(2):
-            assert prepare(raw, out).code == 0
-            found = Prepared(out)
-            assert {name: found.meta(name)['modality'] for name in found.names} == {
-                'hospital': first, f'hospital-{second}': second}
-            assert found.meta('hospital')['source'] == 'hospital'
-
-def test_of_two_finished_namesakes_the_one_that_remains_keeps_its_folder(tmp_path):
     raw, out = tmp_path / 'raw', tmp_path / 'out'
-    for number, modality in enumerate(('CT', 'MR')):
-        files.save(raw / modality / 'hospital/0.png', files.texture(number))
+    files.save(raw / first / 'hospital/0.png', files.texture(0))
     assert prepare(raw, out).code == 0
-    shutil.rmtree(raw / 'CT')
+    before = files.contents(out)
+    files.save(raw / second / 'hospital/0.png', files.texture(1))
+    both = [raw / 'CT/hospital', raw / 'MR/hospital', 'rename one of them']
+    runs.ends(prepare(raw, out), both)
+    assert files.contents(out) == before
+    (raw / second / 'hospital').rename(raw / second / 'clinic')
     assert prepare(raw, out).code == 0
-    assert Prepared(out).names == ['hospital-CT', 'hospital-MR']
+    assert {name: Prepared(out).meta(name)['modality'] for name in Prepared(out).names} == {
+        'hospital': first, 'clinic': second}
+
+def test_a_source_is_not_taken_for_a_finished_one_of_another_modality(tmp_path):
+    raw, out = tmp_path / 'raw', tmp_path / 'out'
+    files.save(raw / 'CT/hospital/0.png', files.texture(0))
+    assert prepare(raw, out).code == 0
+    before = files.contents(out)
+    (raw / 'MR').mkdir()
+    (raw / 'CT/hospital').rename(raw / 'MR/hospital')
+    runs.ends(prepare(raw, out), [raw / 'MR/hospital', out / 'hospital', 'CT', 'rename one'])
+    assert files.contents(out) == before
 
 # --- which files are taken -----------------------------------------------------------------------
 
@@ -253,7 +255,7 @@ def test_the_current_folder_may_be_out(photos):
     (['--source', 'hair'], ['hair', 'raw']),
     (['--task', 'mine', '--modality', 'cat'], ['--modality', 'cat', 'CT']),
     (['--task', 'mine', '--patient', '['], ['[', 'regular expression']),
-    (['--task', 'mine', '--split', '0.5', '0.2', '0.3'], ['--split', 'three'])])
+    (['--task', 'mine', '--split', '0.5', '0.5'], ['--split', '3 arguments'])])
 def test_an_option_that_cannot_be_meant_is_named(photos, options, named):
     runs.ends(prepare(photos.raw, photos.out, *options), named)
     assert not photos.out.exists()

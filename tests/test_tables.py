@@ -145,7 +145,7 @@ def test_a_column_that_is_not_there_is_named_beside_those_that_are(tmp_path):
             naming=['labels.csv', "'kind'", 'no breed'])
 
 @pytest.mark.parametrize('table, told', [
-    ('file\n0.png\n1.png\n', 'columns? of'),
+    ('file\n0.png\n1.png\n', r'columns \[.file.\], no'),
     ('file,kind\nx.png,cat\ny.png,dog\n', r'no image has a class.*x.png.*cat/0.png'),
     ('', 'column')], ids=['one column', 'nobody', 'empty'])
 def test_a_table_without_a_class_for_any_picture_is_refused(tmp_path, table, told):

@@ -149,7 +149,7 @@ def test_a_task_without_a_test_image_is_refused(tmp_path):
     refused(tmp_path, '--split', '.', '', '', naming=['all of the test images', '--split'])
 
 @pytest.mark.parametrize('words', [['--masks', 'nowhere/(.*)'], ['--values', '0', '1'],
-                                   ['--outline'], ['--objects']])
+                                   ['--objects']])
 def test_options_of_masks_do_not_make_a_classification_of_folders(tmp_path, words):
     write_pairs(tmp_path, count=4)
     (tmp_path / 'raw/masks').rename(tmp_path / 'raw/truth')

@@ -7,8 +7,11 @@ r"""What prepare_medverse.py does not read of some tasks of Table 3, as files th
     python -m tests.lab.convert yolo RAW/mine         the same of your own polygons and boxes
     python -m tests.lab.convert dias RAW/dias         darkest of the frames, as RAW/dias/darkest/**
     python -m tests.lab.convert dsca RAW/dsca 'images/(.*)/'
+    python -m tests.lab.convert fhu RAW/fhu           outlines, filled, as RAW/fhu/filled/**.png
+    python -m tests.lab.convert outline RAW/mine '_Annotation'      the same of your own outlines
 
-The last word is the rule of the frames: frames whose groups ( ) are the same text are one sequence.
+The last word is a rule, searched in paths: of the frames, of which those whose groups ( ) are the
+same text are one sequence, or of the masks that show a closed convex outline.
 In masks of polygons 0 is the background, and class n of a line is n + 1.
 The files that were there stay as they are.
 """
@@ -20,11 +23,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from prepare_medverse import PICTURES, read, search, to_uint8
+from prepare_medverse import PICTURES, list_names, read, search, to_uint8
 
 NODULES = {'1': 'malignant', '0': 'benign'}
 LESIONS = dict(enumerate(('BKL', 'NV', 'DF', 'MEL', 'VASC', 'BCC', 'AKIEC')))
 FRAMES = {'dias': '(.*)images/image_s(.*)_i', 'dsca': 'images/(.*)/'}
+OUTLINES = {'fhu': 'HC_Annotation', 'outline': '_Annotation'}
 
 def read_film(path):
     """A film of JSRT, 12 bits and high values dark, at half its side, as the masks of SCR are."""
@@ -118,11 +122,38 @@ def write_darkest(raw, rule):
         Image.fromarray(frame).save(path)
     return darkest
 
+def fill_outline(outline):
+    """Fill a closed convex outline, bool (H, W): a pixel is inside if the outline is on both sides of
+    it in its row, or in its column."""
+    inside = np.zeros_like(outline)
+    for axis in (0, 1):
+        before = np.logical_or.accumulate(outline, axis)
+        after = np.flip(np.logical_or.accumulate(np.flip(outline, axis), axis), axis)
+        inside |= before & after
+    return inside
+
+def write_filled(raw, rule):
+    """Write each outline that a rule finds, filled with 255, as RAW/filled/**.png."""
+    written = []
+    for name in list_names(raw):
+        path = raw / name
+        if not search(rule, name) or not path.is_file() or name.startswith('filled/'):
+            continue
+        mask = read(path)[0][0]
+        outline = mask.max(2) > 0 if mask.ndim == 3 else mask > 0
+        target = (raw / 'filled' / name).with_suffix('.png')
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as picture:       # whose EXIF stays, so that a turned mask is refused
+            filled = Image.fromarray(255 * np.uint8(fill_outline(outline)))
+            filled.save(target, exif=picture.getexif())
+        written.append(target)
+    return written
+
 def main():
     """Convert the data set that the first word names, in the folder of the second."""
     if len(sys.argv) < 3 or not Path(sys.argv[2]).is_dir():
         sys.exit('give a task and its folder: python -m tests.lab.convert yolo RAW (or scr, tn5000, '
-                 'slsc-c, slsc-s, dias, dsca)')
+                 'slsc-c, slsc-s, dias, dsca, fhu, outline)')
     name, raw = sys.argv[1], Path(sys.argv[2])
     if name == 'scr':
         written = write_films(raw)
@@ -134,8 +165,11 @@ def main():
         written = write_masks(raw)
     elif name in FRAMES:
         written = write_darkest(raw, [FRAMES[name], *sys.argv[3:]][-1])
+    elif name in OUTLINES:
+        written = write_filled(raw, [OUTLINES[name], *sys.argv[3:]][-1])
     else:
-        sys.exit(f'{name}: is none of scr, tn5000, slsc-c, slsc-s, yolo, dias and dsca')
+        sys.exit(f'{name}: is none of scr, tn5000, slsc-c, slsc-s, yolo, dias, '
+                 'dsca, fhu and outline')
     if not written:
         sys.exit(f'{raw}: holds nothing that is converted for {name}')
     print(f'{raw}: {len(written)} images of {name} converted; new files lie beside them, for '

@@ -44,17 +44,39 @@ phantom_task() {
     [ -e data/$1 ] || python -m tests.lab.phantoms --size 64 --out data/$1 --task "$@"
 }
 
+# link_sources: data/raw/<Modality>/<source> are links to those of REAL, each with a name of its own
+link_sources() {
+    local folder modality name
+    for folder in "$real"/pretrain/*/*/; do
+        [ -e "$folder" ] || continue
+        modality=$(basename "$(dirname "$folder")")
+        name=$(basename "$folder")
+        [ "$name" != totalsegmentator-tests ] || name=$name-$modality       # of CT and of MR
+        mkdir -p "data/raw/$modality"
+        ln -sfn "$(realpath "$folder")" "data/raw/$modality/$name"
+    done
+}
+
+# fill_heads: data/raw-hc18 is a link to the heads of REAL, and their outlines, filled
+fill_heads() {
+    mkdir -p data/raw-hc18
+    ln -sfn "$(realpath -m "$real/tasks/HC18")" data/raw-hc18/HC18
+    python -m tests.lab.convert outline data/raw-hc18
+}
+
 prepare() {
     if [ ! -e data/phantoms-64/done ]; then
-        python prepare_medverse.py --raw "$real/pretrain" --out data/real --size 128
+        link_sources
+        python prepare_medverse.py --raw data/raw --out data/real --size 128
         python -m tests.lab.phantoms --out data/phantoms-64 --size 64
         touch data/phantoms-64/done
     fi
     task covid-cxr --raw "$real/tasks/COVID-CXR-3class" --size 128
     task eye-disease --raw "$real/tasks/EyeDisease-4class" --size 128 --patient '\d+_|\w+_\d+'
     task pneumonia --raw "$real/tasks/PneumoniaMNIST/pneumoniamnist.npz" --size 128 --min_side 28
-    task hc18 --raw "$real/tasks/HC18" --size 128 --images '(.*)\.png' --masks '(.*)_Annotation' \
-        --classes background head --values 0 255 --outline
+    [ -e data/hc18 ] || fill_heads
+    task hc18 --raw data/raw-hc18 --size 128 --images '(.*)\.png' --masks 'filled/(.*)_Annotation' \
+        --classes background head --values 0 255
     phantom_task phantom-organs
     phantom_task phantom-vessels
     phantom_task phantom-lesion --count 1200

@@ -307,7 +307,7 @@ TASKS = [
     Task('fhu', link='ankit8467|hc18', classes=2, patients=(5, 1, 3), patient=r'/\d+',
          images=['training_set/training_set/00{1..9}_{,2}HC.png'],
          masks=['training_set/training_set/00$1_$2HC_Annotation.png'], answers='outline',
-         lone=['test_set/test_set/00{1..7}_HC.png']),
+         becomes=('', ''), lone=['test_set/test_set/00{1..7}_HC.png']),
     Task('autopet-org', link='SegAnyPET', classes=12, patients=(3, 1, 2), units='SUV',
          images=[STUDY + 'SUV.nii.gz'],
          masks=['AutoPET-OrganlabelsTr/PETCT_$1_$2_.nii.gz'],

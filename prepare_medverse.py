@@ -13,8 +13,8 @@ out, and why). A task has masks, class folders or a table. Rules are regular exp
 in paths in any case. An image and its mask pair if the groups ( ) of both rules find the same text:
 above, a/12 of a/12_truth.png. Without ( ) none pair. Later masks lie over earlier ones.
 """
-import argparse, contextlib, csv, errno, json, math, multiprocessing, os, pickle, re, shlex, shutil
-import signal, subprocess, sys, tempfile, threading
+import argparse, csv, json, os, pickle, re, shlex, sys
+import contextlib, errno, multiprocessing, shutil, signal, subprocess, tempfile, threading
 from collections import Counter, deque, namedtuple
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
@@ -272,10 +272,9 @@ def source_items(path, modality, size, min_side):
                         yield Item(None, reason='small' if small else 'blank', detail=sides)
                     else:
                         yield Item(resize(image, size), picture)
-        if has_ending(path, '.npz'):  # `read` left these out
-            for split in ('val', 'test'):
-                for _ in np.load(path)[f'{split}_labels']:
-                    yield Item(None, reason='held out', detail=f'{split}, for a task')
+        for split in ('val', 'test') if has_ending(path, '.npz') else ():  # `read` left these out
+            for _ in np.load(path)[f'{split}_labels']:
+                yield Item(None, reason='held out', detail=f'{split}, for a task')
         if not count:
             raise ValueError('it holds no image')
     except Exception as error:  # decoders fail on broken files in every way there is
@@ -320,13 +319,13 @@ def spilled_items(path):
 def in_order(pool, workers, folder, work, calls, title):
     """Yield the file of `spill` of each call (path, ...). At most two a worker are under way."""
     jobs, waiting = deque(), deque(calls)
-    for done in tqdm(range(len(calls)), title, unit='file'):
+    for path, *_ in tqdm(calls, title, unit='file'):
         try:
             while waiting and len(jobs) < 2 * workers:
                 jobs.append(pool.submit(spill, folder, work, *waiting.popleft()))
             yield jobs.popleft().result()
         except BrokenProcessPool:
-            sys.exit(f'a worker was killed at {calls[done][0]} or soon after: fewer --workers?')
+            sys.exit(f'a worker was killed at {path} or soon after: fewer --workers?')
 
 @contextlib.contextmanager
 def appearing(folder, pool):
@@ -365,8 +364,9 @@ def modality_of(name):
     word = re.sub('[^a-z]', '', name.lower())
     return {known.lower().replace('-', ''): known for known in (*MODALITIES, 'SUV')}.get(word, name)
 
-def find_sources(raw, wanted):
-    """{name: (row, its folder)} of Table 2, then of RAW/<Modality>/*. wanted: one name, or ''."""
+def find_sources(raw, out, wanted):
+    """{name below OUT: (row, its folder below RAW)} of Table 2, then of RAW/<Modality>/*.
+    A name of several modalities becomes <name>-<Modality>. wanted: one name, or '' for all."""
     found = [(row, home_of(row, raw)) for row in SOURCES if home_of(row, raw)]
     below_modality = [path for path in sorted(raw.glob('*/*'))
                       if modality_of(path.parent.name) in MODALITIES]
@@ -375,12 +375,15 @@ def find_sources(raw, wanted):
     used = {folder for _, home in found for folder in (home, home.parent)}
     if unused := {*raw.glob('*'), *below_modality} - used:
         print(f'warning: no data sets: {len(unused)} paths, as {min(unused)}', file=sys.stderr)
-    sources = {}
+    times, sources = Counter(row.name for row, _ in found), {}
     for row, home in found:
-        if row.name in sources:
-            sys.exit(f'{sources[row.name][1]} and {home} have the same name: rename one of them')
-        sources[row.name] = row, home
-    sources = {name: sources[name] for name in sources if wanted in ('', name)}
+        name = f'{row.name}-{row.modality}' if times[row.name] > 1 else row.name
+        if name in sources:
+            sys.exit(f'{sources[name][1]} and {home} have the same name: rename one of them')
+        if name != row.name and (out / row.name).exists():  # of a run before there were several
+            sys.exit(f'{out / row.name}: rename it to {row.name}-<its modality>, as in {name}')
+        if wanted in ('', row.name):
+            sources[name] = row, home
     if not sources:
         sys.exit(f'{raw}: has no {wanted or "RAW/<name>"}, no RAW/CT/<source>; is it too deep?')
     return sources
@@ -389,7 +392,7 @@ def prepare_sources(raw, out, o, pool):
     """Prepare every source below RAW, and print the account of their files."""
     # found: all images, and all files that are none. Each is kept, or dropped for one of REASONS.
     table = [('modality', 'source', 'files', 'found', 'kept', *REASONS)]
-    sources = find_sources(raw, o.source)
+    sources = find_sources(raw, out, o.source)
     for name, (row, home) in sources.items():
         if meta := prepare_source(row, home, out / name, o, pool):
             kept, dropped = meta['count'], [meta['dropped'].get(reason, 0) for reason in REASONS]
@@ -639,10 +642,9 @@ def split_samples(samples, raw, o, account):
     if others and not sum(shares):
         sys.exit(f'{raw}/{others[0]}: no rule of --split takes it; give shares, or --skip it')
     split_of.update(draw_splits(samples, others, shares, np.random.default_rng(o.seed)))
-    splits_of = {}  # {patient: his splits}
-    for name, split in split_of.items():
-        splits_of.setdefault(samples[name].patient, set()).add(split)
-    if torn := sorted(patient for patient, found in splits_of.items() if len(found) > 1):
+    pairs = {(samples[name].patient, split) for name, split in split_of.items()}
+    times = Counter(patient for patient, _ in pairs)
+    if torn := sorted(patient for patient in times if times[patient] > 1):
         print(f'warning: {len(torn)} patients in more than one split: {torn[:3]}', file=sys.stderr)
     how = 'its folders' if official else ', '.join(rules.values())
     splits = {split: sorted(name for name in split_of if split_of[name] == split)
@@ -660,7 +662,7 @@ def draw_splits(samples, names, shares, rng):
     for label in sorted({*labels.values()}):
         group = [patient for patient in labels if labels[patient] == label]
         spare = len(group) - (train_share > 0)  # training keeps at least one
-        test = min(math.ceil(len(group) * test_share / sum(shares)), spare)
+        test = min(int(np.ceil(len(group) * test_share / sum(shares))), spare)
         val = min(len(group) * val_share // sum(shares), spare - test)
         drawn = np.split(rng.permutation(group), (test, test + val))
         for split, patients in zip(('test', 'val', 'train'), drawn):
@@ -779,14 +781,17 @@ def write_split(folder, spilled, stem, size):
 def prepare_medmnist(path, folder, o, pool):
     """`prepare_task` of a MedMNIST file, whose images become files in folders of their classes."""
     with tempfile.TemporaryDirectory() as new:
-        file = np.load(path)
-        o.classes = o.classes or [str(n) for n in range(file['train_labels'].max() + 1)]
-        for split in SPLITS:
-            labels = file[f'{split}_labels'].squeeze(1)  # fails if an image has several labels
-            for index, image in enumerate(file[f'{split}_images']):
-                class_folder = Path(new, split, o.classes[labels[index]])
-                class_folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image).save(class_folder / f'{index:06d}.ppm')
+        try:
+            file = np.load(path)
+            o.classes = o.classes or [str(n) for n in range(file['train_labels'].max() + 1)]
+            for split in SPLITS:
+                labels = file[f'{split}_labels'].squeeze(1)  # fails if an image has several labels
+                for index, image in enumerate(file[f'{split}_images']):
+                    class_folder = Path(new, split, o.classes[labels[index]])
+                    class_folder.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(image).save(class_folder / f'{index:06d}.ppm')
+        except Exception as error:  # of whatever the file lacks
+            sys.exit(f'{path}: not one label of {len(o.classes)} --classes an image ({error!r})')
         prepare_task(Path(new), folder, o, pool)
 
 def prepare_task(raw, folder, o, pool):
@@ -980,6 +985,8 @@ def main():
         return
     if min(o.size, o.workers) < 1 or min(o.min_side, o.seed) < 0:
         sys.exit('--size and --workers take 1 or more; --min_side and --seed take 0 or more')
+    if any(re.fullmatch(r'\d*\.\d+', share) for share in o.split):  # else it would be a rule
+        sys.exit('--split: shares are whole numbers, such as 50 20 30')
     medmnist = o.task and has_ending(raw, '.npz') and raw.is_file()
     if not o.raw or not raw.is_dir() and not medmnist:
         sys.exit(f'--raw "{o.raw}": there is no such folder of <Modality>/<source>/** or of a task')

@@ -27,12 +27,6 @@ def task(folder, *words):
     """The Result of preparing folder/lungs.npz as a task."""
     return prepare(folder / 'lungs.npz', folder / 'out', '--task', 'lungs', *words)
 
-def fails(result, *naming):
-    """Assert that a preparation ended with a traceback that shows these words."""
-    assert result.code != 0
-    for words in naming:
-        assert words in result.err
-
 # --- as a task -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('channels', [(), (3,)], ids=['grey', 'colour'])
@@ -57,24 +51,24 @@ def test_without_names_the_classes_are_the_numbers(tmp_path):
 def test_another_number_of_classes_is_refused(tmp_path):
     write(tmp_path / 'lungs.npz')
     runs.ends(task(tmp_path, '--classes', *'abc'), ['no training image shows c'])
-    fails(task(tmp_path, '--classes', 'a'), 'o.classes[labels[index]]', 'list index out of range')
+    runs.ends(task(tmp_path, '--classes', 'a'), ['lungs.npz', 'not one label of 1 --classes'])
 
 def test_several_labels_of_an_image_are_refused(tmp_path):
     write(tmp_path / 'lungs.npz', columns=14)
-    fails(task(tmp_path), 'fails if an image has several labels')
+    runs.ends(task(tmp_path), ['lungs.npz', 'not one label of 2 --classes'])
 
 @pytest.mark.parametrize('content', [b'', b'no archive'], ids=['empty', 'text'])
-def test_a_file_that_is_no_archive_is_refused(tmp_path, content):
+def test_a_file_that_is_no_archive_is_named(tmp_path, content):
     files.write(tmp_path / 'lungs.npz', content)
-    fails(task(tmp_path), 'np.load(path)')
+    runs.ends(task(tmp_path), ['lungs.npz', 'one label'])
 
-def test_an_archive_of_other_arrays_is_refused(tmp_path):
+def test_an_archive_of_other_arrays_is_named(tmp_path):
     np.savez(tmp_path / 'lungs.npz', x=np.zeros(3))
-    fails(task(tmp_path), 'train_labels is not a file in the archive')
+    runs.ends(task(tmp_path), ['lungs.npz', 'one label', 'train_labels'])
 
 def test_images_without_labels_are_refused(tmp_path):
     write(tmp_path / 'lungs.npz', train_labels=np.zeros((11, 1), np.uint8))
-    fails(task(tmp_path), 'out of bounds')
+    runs.ends(task(tmp_path), ['lungs.npz', 'one label'])
     assert not list(tmp_path.glob('out*'))
 
 def test_images_in_two_splits_are_told(tmp_path):

@@ -59,20 +59,20 @@ def everything(tmp_path_factory):
     raw, out = folder / 'raw', folder / 'out/medverse'
     write_photos(raw / 'photo/skin/deep')
     volume = write_scans(raw / 'CT/scans')
-    files.nifti(raw / 'MR/scans-MR/a.nii.gz', volume, spacing=(1, 1, 5))
+    files.nifti(raw / 'MR/scans/a.nii.gz', volume, spacing=(1, 1, 5))
     result = prepare(raw, out)
     assert result.code == 0, result.err
     return SimpleNamespace(raw=raw, out=out, result=result, found=Prepared(out))
 
 ACCOUNT = {     # of each source: its folder, and how many files, images, kept images and channels
     'skin': dict(folder='photo/skin', files=31, found=31, count=21, channels={1, 3}),
-    'scans': dict(folder='CT/scans', files=6, found=13, count=7, channels={1}),
-    'scans-MR': dict(folder='MR/scans-MR', files=1, found=6, count=6, channels={1})}
+    'scans-CT': dict(folder='CT/scans', files=6, found=13, count=7, channels={1}),
+    'scans-MR': dict(folder='MR/scans', files=1, found=6, count=6, channels={1})}
 
-def test_sources_have_the_names_and_modalities_of_their_folders(everything):
+def test_sources_of_one_name_get_their_modality_in_it(everything):
     assert sorted(path.name for path in everything.out.iterdir()) == sorted(ACCOUNT)
     assert everything.found.meta('scans-MR')['modality'] == 'MR'
-    assert everything.found.meta('scans')['modality'] == 'CT'
+    assert everything.found.meta('scans-CT')['modality'] == 'CT'
 
 def test_every_dropped_picture_is_named_with_its_reason(everything):
     reasons = everything.found.reasons('skin')
@@ -82,7 +82,7 @@ def test_every_dropped_picture_is_named_with_its_reason(everything):
         'labels.csv': 'other', '.DS_Store': 'other', '._00.jpg': 'other'}
 
 def test_every_dropped_volume_is_named_with_its_reason(everything):
-    assert everything.found.reasons('scans') == {
+    assert everything.found.reasons('scans-CT') == {
         'cut.nii.gz': 'corrupt', 'cut.npy': 'corrupt', 'nan.nii': 'blank', 'one_value.nii': 'blank'}
 
 @pytest.mark.parametrize('source', ACCOUNT)
@@ -126,7 +126,7 @@ def test_finished_sources_are_left_alone_and_told_in_the_same_table(everything):
 def test_another_size_than_before_is_refused(everything):
     before = files.contents(everything.out)
     result = prepare(everything.raw, everything.out, '--size', 32)
-    runs.ends(result, [everything.out / 'scans', '--size', 'delete'])
+    runs.ends(result, [everything.out / 'scans-CT', '--size', 'delete'])
     assert files.contents(everything.out) == before
 
 def test_shards_are_closed_when_they_are_full(tmp_path, monkeypatch):
@@ -141,20 +141,29 @@ def test_shards_are_closed_when_they_are_full(tmp_path, monkeypatch):
     assert {shard.shape[1:3] for shard in shards} == {(512, 512)}
 
 @pytest.mark.parametrize('first, second', [('CT', 'MR'), ('MR', 'CT')])
-def test_two_sources_of_one_name_stop_and_are_named(tmp_path, first, second):
+def test_a_finished_source_is_renamed_by_hand_when_a_namesake_comes(tmp_path, first, second):
     """Nothing is prepared twice, which would count double in training."""
     raw, out = tmp_path / 'raw', tmp_path / 'out'
     files.save(raw / first / 'hospital/0.png', files.texture(0))
     assert prepare(raw, out).code == 0
     before = files.contents(out)
     files.save(raw / second / 'hospital/0.png', files.texture(1))
-    both = [raw / 'CT/hospital', raw / 'MR/hospital', 'rename one of them']
-    runs.ends(prepare(raw, out), both)
+    runs.ends(prepare(raw, out), [out / 'hospital', 'rename it to hospital-<'])
     assert files.contents(out) == before
-    (raw / second / 'hospital').rename(raw / second / 'clinic')
-    assert prepare(raw, out).code == 0
-    assert {name: Prepared(out).meta(name)['modality'] for name in Prepared(out).names} == {
-        'hospital': first, 'clinic': second}
+    (out / 'hospital').rename(out / f'hospital-{first}')
+    for _ in range(2):
+        assert prepare(raw, out).code == 0
+        found = Prepared(out)
+        assert {name: found.meta(name)['modality'] for name in found.names} == {
+            f'hospital-{first}': first, f'hospital-{second}': second}
+
+def test_two_folders_of_one_modality_and_name_are_named(tmp_path):
+    raw = tmp_path / 'raw'
+    files.save(raw / 'X-ray/hospital/0.png', files.texture(0))
+    files.save(raw / 'xray/hospital/0.png', files.texture(1))
+    both = [raw / 'X-ray/hospital', raw / 'xray/hospital', 'rename one of them']
+    runs.ends(prepare(raw, tmp_path / 'out'), both)
+    assert not (tmp_path / 'out').exists()
 
 def test_a_source_is_not_taken_for_a_finished_one_of_another_modality(tmp_path):
     raw, out = tmp_path / 'raw', tmp_path / 'out'
@@ -255,7 +264,8 @@ def test_the_current_folder_may_be_out(photos):
     (['--source', 'hair'], ['hair', 'raw']),
     (['--task', 'mine', '--modality', 'cat'], ['--modality', 'cat', 'CT']),
     (['--task', 'mine', '--patient', '['], ['[', 'regular expression']),
-    (['--task', 'mine', '--split', '0.5', '0.5'], ['--split', '3 arguments'])])
+    (['--task', 'mine', '--split', '0.5', '0.5'], ['--split', '3 arguments']),
+    (['--task', 'mine', '--split', '0.5', '0.2', '0.3'], ['--split', 'whole'])])
 def test_an_option_that_cannot_be_meant_is_named(photos, options, named):
     runs.ends(prepare(photos.raw, photos.out, *options), named)
     assert not photos.out.exists()

@@ -108,7 +108,7 @@ def test_a_line_of_a_list_that_names_two_images_is_refused(tmp_path):
     (['none.txt', 'train.txt', 'train.txt'], ['none.txt']),
     (['train.txt'] * 3, ['no rule of --split']),
     (['0', '0', '0'], ['no rule of --split']),
-    (['0.5', '0.2', '0.3'], ['no rule of --split', 'give shares']),
+    (['0.5', '0.2', '0.3'], ['--split', 'whole numbers']),
     (['70', '30'], ['--split', '3 arguments'])])
 def test_a_split_that_cannot_be_meant_is_refused(tmp_path, rules, named):
     write_animals(tmp_path)

@@ -44,19 +44,6 @@ phantom_task() {
     [ -e data/$1 ] || python -m tests.lab.phantoms --size 64 --out data/$1 --task "$@"
 }
 
-# link_sources: data/raw/<Modality>/<source> are links to those of REAL, each with a name of its own
-link_sources() {
-    local folder modality name
-    for folder in "$real"/pretrain/*/*/; do
-        [ -e "$folder" ] || continue
-        modality=$(basename "$(dirname "$folder")")
-        name=$(basename "$folder")
-        [ "$name" != totalsegmentator-tests ] || name=$name-$modality       # of CT and of MR
-        mkdir -p "data/raw/$modality"
-        ln -sfn "$(realpath "$folder")" "data/raw/$modality/$name"
-    done
-}
-
 # fill_heads: data/raw-hc18 is a link to the heads of REAL, and their outlines, filled
 fill_heads() {
     mkdir -p data/raw-hc18
@@ -66,8 +53,7 @@ fill_heads() {
 
 prepare() {
     if [ ! -e data/phantoms-64/done ]; then
-        link_sources
-        python prepare_medverse.py --raw data/raw --out data/real --size 128
+        python prepare_medverse.py --raw "$real/pretrain" --out data/real --size 128
         python -m tests.lab.phantoms --out data/phantoms-64 --size 64
         touch data/phantoms-64/done
     fi

@@ -30,11 +30,14 @@ def network_of(run):
     return path.absolute().parent.name if path.name == 'ckpt.pt' else path.stem
 
 def value_of(run, option):
-    """The value of an option as it was; -1 blocks are all of them."""
+    """The value of an option as it was. Of blocks no more than all are tuned; -1 once meant all."""
     if option == 'top_k':
         return run['config']['top_k']
     value = run['options'][option]
-    return run['config']['depth'] if value == -1 else value
+    if option == 'tune_blocks':
+        depth = run['config']['depth']
+        return depth if value == -1 else min(value, depth)
+    return value
 
 def other_settings(run, option):
     """All that must be the same in the runs of a panel, as text."""

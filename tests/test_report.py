@@ -71,7 +71,7 @@ def test_a_classification_is_told_by_its_score_and_nothing_counts_as_zero(tmp_pa
 @pytest.mark.parametrize('changes, column, values', [
     (dict(lr=9), 'lr', ['0.1', '9']),
     (dict(depth=12), 'depth', ['4', '12']),
-    (dict(options=dict(tune_blocks=0)), 'tune_blocks', ['-1', '0']),
+    (dict(options=dict(tune_blocks=0)), 'tune_blocks', ['0', '100']),
     (dict(options=dict(fraction=0.5)), 'fraction', ['0.5', '1.0']),
     (dict(options=dict(pool='mean')), 'pool', ['cls', 'mean']),
 ])

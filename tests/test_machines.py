@@ -34,17 +34,6 @@ for name in list(vars(mmap)):
     if name.startswith('MADV_'):
         delattr(mmap, name)
 '''
-NO_GLIBC = '''
-import ctypes
-import sys
-import data, finetune, prepare_medverse, pretrain
-sys.platform = 'win32'
-real = ctypes.CDLL
-def library(name, *more, **others):
-    assert name is not None, 'Windows knows no library of the whole program'
-    return real(name, *more, **others)
-ctypes.CDLL = library
-'''
 STOP_AT_5 = '''
 import data, signal
 seen, augment = [], data.augment
@@ -58,14 +47,14 @@ data.augment = augment_or_stop
 
 @pytest.fixture
 def elsewhere(tmp_path):
-    """elsewhere(name, *words, before) runs a script where fcntl, resource, madvise and mallopt are
-    hidden, also from all processes that it starts -> Result."""
+    """elsewhere(name, *words, before) runs a script where fcntl, resource and madvise are hidden,
+    also from all processes that it starts -> Result."""
     (tmp_path / 'hidden').mkdir()
     (tmp_path / 'hidden/sitecustomize.py').write_text(HIDDEN)
     path = os.pathsep.join([str(tmp_path / 'hidden'), str(runs.ROOT)])
 
     def run(name, *words, before=''):
-        process = runs.start(name, *words, before=NO_GLIBC + before, cwd=tmp_path,
+        process = runs.start(name, *words, before=before, cwd=tmp_path,
                              env=dict(PYTHONPATH=path))
         return runs.finish(process, timeout=300)
     return run

@@ -145,8 +145,8 @@ def batches(shards, seed, micros, batch, rank, world, epoch_micros, device):
     def load(micro):
         images = shards.gather(shards.batch_ids(seed, micro, batch, rank, world, epoch_micros))
         return images.pin_memory() if device.type == 'cuda' else images
-    for images in prefetch(load, micros):       # the host need not wait for a pinned copy
-        yield images.to(device, non_blocking=True)
+    for images in prefetch(load, micros):
+        yield images.to(device, non_blocking=True)      # the host need not wait for a pinned copy
 
 # --- augmentation ---------------------------------------------------------------------------------
 def crop_matrices(draws, w, h, flips=True):
@@ -169,7 +169,7 @@ def draw_crops(count, ratio, device):
     """Matrices (count, 2, 3) of random horizontal flips, rotations up to 15 degrees and crops.
     ratio: side of the output / side of the stored image. At least 0.2 of the area are kept."""
     *draws, area, aspect = torch.rand(6, count, device=device)
-    # With 0.5 * ratio^2 of the area, a crop has half as many stored pixels as the output.
+    # Nor may a crop have fewer than half as many stored pixels as the output: area >= ratio^2 / 2.
     smallest = min(max(0.2, 0.5 * ratio ** 2), 1)
     area = smallest + (1 - smallest) * area
     aspect = torch.exp((2 * aspect - 1) * math.log(4 / 3))

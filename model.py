@@ -101,8 +101,8 @@ class StackedLinear(nn.Module):
         ends = (counts.cumsum(0) * x.shape[1]).int()                # where its tokens end
         # This is one kernel in bfloat16 on an H100 or newer, and the host need not wait for it.
         y = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=ends)
-        # Of self.bias[expert], a CPU would sum the gradient in no fixed order. If the cast came
-        # before the selection, the gradient would be summed in bfloat16.
+        # index_select, as a CPU sums the gradient of self.bias[expert] in no fixed order. The cast
+        # comes last, or the gradient would be summed in bfloat16.
         bias = self.bias.index_select(0, expert)[:, None].to(x.dtype)
         return y.unflatten(0, x.shape[:2]) + bias
 
@@ -154,12 +154,11 @@ class DEX(nn.Module):
             # omega of Eq. 5. It is 1 if K = 1, and then the task teaches the gate nothing.
             top_weights = top_scores / top_scores.sum(-1, keepdim=True)
 
-        # Pair p of a unit and one of its experts is of unit p // K. StackedLinear wants the pairs
-        # in the order of their experts.
-        expert, pair = top_experts.flatten().sort(stable=True)          # both (M * K,)
-        unit = pair // self.top_k
+        # Flattened, choice p is one of unit p // K. StackedLinear wants the choices by expert.
+        expert, choice = top_experts.flatten().sort(stable=True)        # both (M * K,)
+        unit = choice // self.top_k
         rows = self.experts(units.index_select(0, unit), expert)        # (M * K, N, C)
-        rows = rows * top_weights.flatten().index_select(0, pair)[:, None, None]
+        rows = rows * top_weights.flatten().index_select(0, choice)[:, None, None]
         y = torch.zeros_like(units, dtype=rows.dtype).index_add(0, unit, rows)
         y = y.view_as(x)                                                # f^E of Eq. 2 and 5
         if not need_routing:
@@ -196,7 +195,7 @@ class Block(nn.Module):
             self.mlp = MLP(config)
 
     def forward(self, x, sigma=None, need_routing=False):
-        """x (B, N, C) -> (B, N, C), and what DEX.forward returns or, without experts, None."""
+        """x (B, N, C) -> (B, N, C), and DEX.forward's Routing or None."""
         x = x + self.attn(self.norm1(x))
         if not hasattr(self, 'dex'):
             return x + self.mlp(self.norm2(x)), None

@@ -195,7 +195,8 @@ def open_run(out, o, start, facts):
         raise SystemExit(f'{out}: holds a run; give --resume, --overwrite or another --out')
     whole = [line for line in lines if line.endswith('}\n')]    # a killed run may cut its last line
     kept = [line for line in whole if json.loads(line)['step'] < start]
-    log.truncate(len(''.join(kept)))        # JSON is ASCII, so characters are bytes
+    # Steps rise, so what is kept is the file's beginning. JSON is ASCII: characters are bytes.
+    log.truncate(len(''.join(kept)))
     if not start:
         for name in ('ckpt.pt', 'best.pt', 'results.json'):
             (out / name).unlink(missing_ok=True)
@@ -223,7 +224,7 @@ def save(path, content):
         raise SystemExit(f'{path}: could not be saved ({why}); what was there before is untouched')
 
 def resume(path, identity, model, optimizer):
-    """Load a run that began with the same `identity`, and return the rest of its checkpoint."""
+    """Load a run that began with the same `identity`, and return its checkpoint."""
     state, _, checkpoint = read_checkpoint(path)
     was = checkpoint.get('identity', {})
     changed = [f'{name} {was.get(name)!s:.40} (not {value!s:.40})'
@@ -281,11 +282,11 @@ def validate(model, shards, o, device, autocast):
     if weights is None:
         return entry
     tables = belongs @ F.one_hot(weights.argmax(2), weights.shape[2]).float()   # (L, modalities, R)
-    bits, most = zip(*map(mutual_information, tables))      # of each layer; most is the same in all
+    bits, bits_max = zip(*map(mutual_information, tables))      # of each layer; the same max in all
     first = weights.max(2).values                   # (L, V): omega of each image's first expert
     second = 1 - first.median(1).values             # (L,): what a median image leaves to others
     dead = (weights.sum(1) == 0).nonzero().tolist()         # named 2.3: layer from 1, expert from 0
-    return dict(entry, bits=bits, bits_max=most[0], second=second.tolist(),
+    return dict(entry, bits=bits, bits_max=bits_max[0], second=second.tolist(),
                 dead=[f'{layer + 1}.{expert}' for layer, expert in dead])
 
 # --- training -------------------------------------------------------------------------------------
@@ -362,7 +363,7 @@ def build_run(o, rank, world, local, device):
         header=dict(config=asdict(model.config), options=asdict(o), identity=identity),
         skipped=torch.tensor(skipped, device=device), signals=[])
     if rank == 0:
-        run.log = open_run(out, o, start, dict(model=asdict(model.config), steps=plan.steps))
+        run.log = open_run(out, o, start, dict(config=asdict(model.config), steps=plan.steps))
         announce(run)
     return run
 
@@ -465,7 +466,7 @@ def train(run):
         if run.rank == 0 and saving:
             save(run.out / 'ckpt.pt', dict(
                 run.header, model=model.state_dict(), optimizer=run.optimizer.state_dict(),
-                step=done, skipped=run.skipped.item()))     # step: so many are made
+                step=done, skipped=run.skipped.item()))     # a count; the log's step is an index
             saved_at = time.perf_counter()
         if stop:
             break

@@ -102,7 +102,7 @@ def test_config_json_has_the_options_of_the_checkpoint(finished, sources):
     config = json.loads((finished / 'config.json').read_text())
     assert config['options'] == file['options']
     assert config['options']['data'] == str(sources.folder) and config['options']['batch'] == 4
-    assert config['model'] == file['config']
+    assert config['config'] == file['config']
 
 def test_a_run_that_ends_starts_the_program_of_its_pictures(sources, tmp_path, skipped_pictures):
     before = skipped_pictures.count

@@ -550,7 +550,7 @@ def draw_run(out, device):
     if 'task' in run['options']:
         draw_finetuning(out, run['options'], device)
     else:
-        draw_pretraining(out, run['model'], device)
+        draw_pretraining(out, run.get('config') or run['model'], device)     # its older name
 
 def main():
     """Draw the pictures of each folder; one that fails does not keep the others from theirs."""

@@ -4,10 +4,9 @@ r"""Prepare images for pretraining (paper, C.1.1) and labelled tasks for fine-tu
     python prepare_medverse.py --raw RAW --out data/medverse
     python prepare_medverse.py --task fives --raw RAW/fives
     python prepare_medverse.py --task mine --raw MINE --images '(.*)\.png' --masks '(.*)_truth'
-    python prepare_medverse.py --task pneumonia --raw pneumoniamnist_64.npz
 
 RAW/<name>/** holds a data set of Table 2 as unpacked, RAW/<Modality>/<source>/** any other:
-pictures, NIfTI, DICOM series, .npy, .npz of MedMNIST, and videos (not for tasks). OUT/<source>/
+pictures, NIfTI, DICOM series, .npy, and videos (not for tasks). OUT/<source>/
 appears when complete: 00000.npy ... (uint8 (n, S, S, 1 or 3)), meta.json, dropped.csv (what is left
 out, and why). A task has masks, class folders or a table. Rules are regular expressions, searched
 in paths in any case. An image and its mask pair if the groups ( ) of both rules find the same text:
@@ -35,13 +34,14 @@ WINDOWS['PET'] = Window(None, (1, 99), 0.01)  # the paper's z-score of PET cance
 WINDOWS['SUV'] = Window((0, 20), None, 0.01)  # standardized uptake values: PET with suv in its path
 PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm')
 VIDEOS, VOLUMES = ('.avi', '.mp4'), ('.nii.gz', '.nii', '.img')  # volumes: NIfTI and Analyze
-IMAGES = (*PICTURES, *VIDEOS, *VOLUMES, '.npy', '.npz')
-UNREAD = ('.webp', '.jp2', '.jfif', '.heic', '.avif', '.tga', '.svs', '.mha', '.mhd', '.nrrd')
+IMAGES = (*PICTURES, *VIDEOS, *VOLUMES, '.npy')
+UNREAD = ('.webp', '.jp2', '.jfif', '.heic', '.avif', '.tga', '.svs', '.mha', '.mhd', '.nrrd',
+          '.npz')
 TOOLS = ('ffmpeg', 'ffprobe', 'dcm2niix')  # programs of others, for videos and DICOM
 ENDING = re.compile('(' + '|'.join(map(re.escape, IMAGES)) + ')$', re.IGNORECASE)
 ZEROS = re.compile(r'(^|(?<=/))0+(?=\d+$)')  # leading zeros of 007 and a/007, but not of a/x007
 HIDDEN = r'(^|/)\.[^/]'  # .git/1.png, a/._1.png; not '.', which is a DICOM series in RAW itself
-REASONS = ('corrupt', 'small', 'blank', 'duplicate', 'held out', 'other')  # why it is dropped
+REASONS = ('corrupt', 'small', 'blank', 'duplicate', 'other')  # why it is dropped
 SHARD = 256 << 20  # bytes of a full shard
 Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow refuses more than twice as many
 
@@ -119,8 +119,6 @@ def read(path, draft=0, grid=None):
     be decoded at a reduced size of at least this (px); grid: the NIfTI image of a NIfTI mask."""
     if has_ending(path, PICTURES):
         return read_pages(path, draft)
-    if has_ending(path, '.npz'):  # of MedMNIST; its other images are for validation and testing
-        return np.load(path)['train_images'][:, None]
     return [read_array(path)] if has_ending(path, '.npy') else read_volume(path, grid)
 
 def read_array(path):
@@ -260,7 +258,7 @@ def source_items(path, modality, size, min_side):
             files = series(path, new, modality) if path.is_dir() else [path]
             arrays = (array for file in files for array in read(file, max(2 * size, min_side)))
             for array in decode_video(path, size) if is_video else arrays:
-                picture = len(array) == 1 and has_ending(path, (*PICTURES, '.npy', '.npz'))
+                picture = len(array) == 1 and has_ending(path, (*PICTURES, '.npy'))
                 chosen = picture and array.dtype == np.uint8  # by somebody, as was its window
                 foreground = 0 if chosen else WINDOWS[modality].foreground
                 for image in to_uint8(array, modality):
@@ -272,9 +270,6 @@ def source_items(path, modality, size, min_side):
                         yield Item(None, reason='small' if small else 'blank', detail=sides)
                     else:
                         yield Item(resize(image, size), picture)
-        for split in ('val', 'test') if has_ending(path, '.npz') else ():  # `read` left these out
-            for _ in np.load(path)[f'{split}_labels']:
-                yield Item(None, reason='held out', detail=f'{split}, for a task')
         if not count:
             raise ValueError('it holds no image')
     except Exception as error:  # decoders fail on broken files in every way there is
@@ -424,7 +419,7 @@ def prepare_source(row, home, folder, o, pool):
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
     if not kept:  # the last row of dropped.csv gives an example of the reasons
         *_, last = (folder / 'dropped.csv').read_text(errors='replace').splitlines()
-        print(f'{home}: no image is kept of {len(wanted)} files, as {last}; it is left out')
+        print(f'{home}: no image is kept of {len(wanted)} files, as {last}; it is left out; {NOT_READ}')
         shutil.rmtree(folder)
     return meta if kept else None
 
@@ -442,7 +437,10 @@ def write_source(row, home, names, wanted, folder, o, pool):
     with open(folder / 'dropped.csv', 'w', encoding='utf-8', errors='surrogateescape') as file:
         log = csv.writer(file, lineterminator='\n')
         log.writerow(('path', 'slice', 'reason', 'detail'))
-        log.writerows((name, 0, 'other', 'no image by name, or no regular file') for name in others)
+        for name in others:
+            known = has_ending(home / name, UNREAD)
+            detail = NOT_READ if known else 'no image by name, or no regular file'
+            log.writerow((name, 0, 'other', detail))
         results = in_order(pool, o.workers, folder, source_items, calls, folder.stem)
         for name, result in zip(wanted, results):
             for index, item in enumerate(spilled_items(result)):
@@ -480,7 +478,8 @@ SPLITS = {'train': OFFICIAL.format('train(ing)?|(images|labels)Tr'),  # 01_train
           'val': OFFICIAL.format('val(id(ation)?)?'),
           'test': OFFICIAL.format('test(ing)?|(images|labels)Ts')}
 SHARES = ('50', '20', '30')  # of these splits, if a data set has none
-NOT_READ = 'not read: COCO, LabelMe, run lengths (draw PNG masks), YOLO (use tests.lab.convert)'
+NOT_READ = ('not read: COCO, LabelMe, run lengths (draw PNG masks), YOLO (use tests.lab.convert), '
+            '.npz (python -m tests.lab.convert medmnist FILE.npz TASK SOURCE)')
 
 def find_samples(raw, o, account):
     """{path of an image below RAW: its Sample}: by a table, by pairs with masks, or by folders.
@@ -502,7 +501,8 @@ def find_samples(raw, o, account):
     alone = [name for name in images if name not in samples]
     account.append((f'images {rule}', len(images), alone, False))  # as in imagesTs, without answers
     if unread := [name for name in wanted if has_ending(raw / name, UNREAD)]:
-        account.append((f'known formats of {rule}', len(images + unread), unread, True))
+        what = f'formats of {rule} ({NOT_READ})'
+        account.append((what, len(images + unread), unread, True))
     if not samples:
         unused = ', '.join(f'{what} {left[:1]}' for what, _, left, _ in account)
         sys.exit(f'{raw}: no image has a class or mask; first unused: {unused}; {NOT_READ}')
@@ -778,22 +778,6 @@ def write_split(folder, spilled, stem, size):
             hashes.add(hash(pixels.tobytes()))
     return len(images), shown, hashes
 
-def prepare_medmnist(path, folder, o, pool):
-    """`prepare_task` of a MedMNIST file, whose images become files in folders of their classes."""
-    with tempfile.TemporaryDirectory() as new:
-        try:
-            file = np.load(path)
-            o.classes = o.classes or [str(n) for n in range(file['train_labels'].max() + 1)]
-            for split in SPLITS:
-                labels = file[f'{split}_labels'].squeeze(1)  # fails if an image has several labels
-                for index, image in enumerate(file[f'{split}_images']):
-                    class_folder = Path(new, split, o.classes[labels[index]])
-                    class_folder.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(image).save(class_folder / f'{index:06d}.ppm')
-        except Exception as error:  # of whatever the file lacks
-            sys.exit(f'{path}: not one label of {len(o.classes)} --classes an image ({error!r})')
-        prepare_task(Path(new), folder, o, pool)
-
 def prepare_task(raw, folder, o, pool):
     """Write the labelled images below RAW to `folder` as data.Task reads them."""
     if folder.exists():
@@ -946,7 +930,7 @@ def parse(words):
     parser = argparse.ArgumentParser(description=__doc__, argument_default='', allow_abbrev=False,
         usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('--raw', help='folder of the downloads, or of one task, or a file of MedMNIST')
+    add('--raw', help='folder of the downloads, or of one task')
     add('--out', help='folder to write (default: data/medverse, or data/<task>)')
     add('--list', action='store_true', help='print the tables of data sets (?: layout unsure)')
     add('--source', help='prepare this one alone; --images and --skip replace its rules')
@@ -987,10 +971,10 @@ def main():
         sys.exit('--size and --workers take 1 or more; --min_side and --seed take 0 or more')
     if any(re.fullmatch(r'\d*\.\d+', share) for share in o.split):  # else it would be a rule
         sys.exit('--split: shares are whole numbers, such as 50 20 30')
-    medmnist = o.task and has_ending(raw, '.npz') and raw.is_file()
-    if not o.raw or not raw.is_dir() and not medmnist:
-        sys.exit(f'--raw "{o.raw}": there is no such folder of <Modality>/<source>/** or of a task')
-    prepare = prepare_medmnist if medmnist else prepare_task if o.task else prepare_sources
+    if not o.raw or not raw.is_dir():
+        sys.exit(f'--raw "{o.raw}": there is no such folder of <Modality>/<source>/** or of a task; '
+                 f'{NOT_READ}')
+    prepare = prepare_task if o.task else prepare_sources
     try:
         with ProcessPoolExecutor(o.workers, initializer=follow_parent) as pool:
             prepare(raw, out, o, pool)

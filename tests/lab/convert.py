@@ -9,21 +9,27 @@ r"""What prepare_medverse.py does not read of some tasks of Table 3, as files th
     python -m tests.lab.convert dsca RAW/dsca 'images/(.*)/'
     python -m tests.lab.convert fhu RAW/fhu           outlines, filled, as RAW/fhu/filled/**.png
     python -m tests.lab.convert outline RAW/mine '_Annotation'      the same of your own outlines
+    python -m tests.lab.convert medmnist FILE.npz TASK SOURCE       a file of MedMNIST as PNG
+    python -m tests.lab.convert medmnist FILE.npz TASK SOURCE normal pneumonia
 
 The last word is a rule, searched in paths: of the frames, of which those whose groups ( ) are the
 same text are one sequence, or of the masks that show a closed convex outline.
 In masks of polygons 0 is the background, and class n of a line is n + 1.
+Of MedMNIST, the folder TASK holds all images, as TASK/<train|val|test>/<class>/000001.png, where
+<class> is the number of the class, or the name that is given for it. The folder SOURCE holds the
+training images alone, for pretraining, so that no network sees the other images before its test.
 The files that were there stay as they are.
 """
 import csv
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from prepare_medverse import PICTURES, list_names, read, search, to_uint8
+from prepare_medverse import PICTURES, SPLITS, list_names, read, search, to_uint8
 
 NODULES = {'1': 'malignant', '0': 'benign'}
 LESIONS = dict(enumerate(('BKL', 'NV', 'DF', 'MEL', 'VASC', 'BCC', 'AKIEC')))
@@ -149,11 +155,76 @@ def write_filled(raw, rule):
         written.append(target)
     return written
 
+def read_medmnist(path, names):
+    """[(split, class, number in the split, image uint8 (H, W) or (H, W, 3))] of a file of MedMNIST.
+    A class is called by its number, or by its name if there are names."""
+    try:
+        file = np.load(path)
+        images = {split: file[f'{split}_images'] for split in SPLITS}
+        labels = {split: file[f'{split}_labels'] for split in SPLITS}
+        for split in SPLITS:
+            count = len(images[split])
+            if labels[split].size != count or len(labels[split]) != count:
+                raise ValueError(f'{split}_labels has the shape {labels[split].shape}')
+            if images[split].dtype != np.uint8 or images[split].shape[3:] not in ((), (3,)):
+                raise ValueError(f'{split}_images has the shape {images[split].shape}')
+        classes = 1 + max(int(labels[split].max()) for split in SPLITS)
+    except Exception as error:      # NumPy fails in many ways on what is no such file
+        sys.exit(f'{path}: is no file of MedMNIST with one label for each image ({error!r})')
+    width = len(str(classes - 1))       # with zeros before them, names are in the order of numbers
+    names = names or [f'{number:0{width}}' for number in range(classes)]
+    if len(names) != classes:
+        sys.exit(f'{path}: has {classes} classes, but {len(names)} names are given: {names}')
+    found = []
+    for split in SPLITS:
+        pairs = zip(images[split], labels[split].ravel().tolist())
+        found += [(split, names[label], number, image)
+                  for number, (image, label) in enumerate(pairs, 1)]
+    return found
+
+def write_medmnist(path, task, source, names):
+    """Write the images of a file of MedMNIST below `task`, and those for training in `source`, too.
+    Returns the paths below `task`."""
+    for folder in (task, source):
+        if folder.exists():
+            sys.exit(f'{folder}: is there; delete it, or give another folder')
+    images = read_medmnist(path, names)
+    written = []
+    try:
+        source.mkdir(parents=True)
+        for split, name, number, image in images:
+            target = task / split / name / f'{number:06d}.png'
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(target)
+            written.append(target)
+            if split == 'train':
+                shutil.copy(target, source)
+    except BaseException as error:      # on Ctrl-C, too, nothing half-written stays
+        shutil.rmtree(task, ignore_errors=True)
+        shutil.rmtree(source, ignore_errors=True)
+        if isinstance(error, OSError):
+            sys.exit(f'{path}: cannot be written as PNG ({error})')
+        raise
+    return written
+
+def convert_medmnist(words):
+    """Convert the file of MedMNIST that the words of the command line name."""
+    if len(words) < 3 or not Path(words[0]).is_file():
+        sys.exit('give a file and two new folders: '
+                 'python -m tests.lab.convert medmnist FILE.npz TASK SOURCE')
+    path, task, source = map(Path, words[:3])
+    written = write_medmnist(path, task, source, words[3:])
+    print(f'{path}: {len(written)} images are in {task}, for python prepare_medverse.py '
+          f'--task {path.stem} --raw {task}; those for training are also in {source}')
+
 def main():
     """Convert the data set that the first word names, in the folder of the second."""
+    if sys.argv[1:2] == ['medmnist']:
+        convert_medmnist(sys.argv[2:])
+        return
     if len(sys.argv) < 3 or not Path(sys.argv[2]).is_dir():
         sys.exit('give a task and its folder: python -m tests.lab.convert yolo RAW (or scr, tn5000, '
-                 'slsc-c, slsc-s, dias, dsca, fhu, outline)')
+                 'slsc-c, slsc-s, dias, dsca, fhu, outline, medmnist)')
     name, raw = sys.argv[1], Path(sys.argv[2])
     if name == 'scr':
         written = write_films(raw)
@@ -169,7 +240,7 @@ def main():
         written = write_filled(raw, [OUTLINES[name], *sys.argv[3:]][-1])
     else:
         sys.exit(f'{name}: is none of scr, tn5000, slsc-c, slsc-s, yolo, dias, '
-                 'dsca, fhu and outline')
+                 'dsca, fhu, outline and medmnist')
     if not written:
         sys.exit(f'{raw}: holds nothing that is converted for {name}')
     print(f'{raw}: {len(written)} images of {name} converted; new files lie beside them, for '

@@ -51,6 +51,12 @@ fill_heads() {
     python -m tests.lab.convert outline data/raw-hc18
 }
 
+# unpack_chests: data/raw-pneumonia/task has the images of REAL's file of MedMNIST as PNG
+unpack_chests() {
+    python -m tests.lab.convert medmnist "$real/tasks/PneumoniaMNIST/pneumoniamnist.npz" \
+        data/raw-pneumonia/task data/raw-pneumonia/source
+}
+
 prepare() {
     if [ ! -e data/phantoms-64/done ]; then
         python prepare_medverse.py --raw "$real/pretrain" --out data/real --size 128
@@ -59,7 +65,8 @@ prepare() {
     fi
     task covid-cxr --raw "$real/tasks/COVID-CXR-3class" --size 128
     task eye-disease --raw "$real/tasks/EyeDisease-4class" --size 128 --patient '\d+_|\w+_\d+'
-    task pneumonia --raw "$real/tasks/PneumoniaMNIST/pneumoniamnist.npz" --size 128 --min_side 28
+    [ -e data/raw-pneumonia/task ] || [ -e data/pneumonia ] || unpack_chests
+    task pneumonia --raw data/raw-pneumonia/task --size 128 --min_side 28
     [ -e data/hc18 ] || fill_heads
     task hc18 --raw data/raw-hc18 --size 128 --images '(.*)\.png' --masks 'filled/(.*)_Annotation' \
         --classes background head --values 0 255

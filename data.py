@@ -63,7 +63,7 @@ class Shards:
         if not start:
             raise SystemExit(f'{folder}: no prepared images; try python pretrain.py --demo, or '
                              f'python prepare_medverse.py --raw RAW --out {folder}')
-        self.side = sides.pop()     # the only one
+        self.side = self.shards[0][2][1]        # of a shape (n, S, S, c); all have one side
         counts = [shape[0] for *_, shape in self.shards]
         self.starts = np.cumsum([0, *counts])           # index of each shard's first image
         names, self.image_modality = np.unique(modality_of, return_inverse=True)
@@ -200,7 +200,7 @@ def augment(images, size):
     Nearly black crops are drawn again, up to three times."""
     ratio, stride = size / images.shape[-1], max(images.shape[-1] // 32, 1)
     theta = draw_crops(len(images), ratio, images.device)
-    for _ in range(3):      # 16 x 16 samples decide, and the host need not wait for them
+    for _ in range(3):      # 16 x 16 samples of 32 x 32 pixels decide, and the host need not wait
         glimpse = sample(images[..., ::stride, ::stride], 16, theta)
         black = glimpse.mean((1, 2, 3)) < 0.02
         again = draw_crops(len(images), ratio, images.device)

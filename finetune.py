@@ -41,13 +41,13 @@ class Options:
     task: str = 'phantom-vessels'   # folder below data that holds the prepared task
     data: str = 'data'              # folder of the tasks
     out: str = ''                   # folder of this run; empty: out/<task>-<method>-<seed>
-    init: str = ''                  # checkpoint, FILE.py, scratch; empty: out/pretrain or out/demo
+    init: str = ''                  # checkpoint, scratch, own FILE.py; empty: out/pretrain or demo
     resume: bool = False            # continue from out's checkpoint; start fresh if there is none
     overwrite: bool = False         # start anew although out holds a run
     predict: tuple = ()             # do not train, apply the run in --out to files or DICOM folders
     adapt: str = 'experts'          # experts (DEX-E) or director (DEX-D, a plain ViT)
     top_k: int = 0                  # activated experts; 0: as pretrained
-    tune_blocks: int = 100          # train only the last N blocks and the head, if there are more
+    tune_blocks: int = 100          # train the last N blocks and the head; all, if there are fewer
     pool: str = 'cls'               # what a classifier sees: cls (class token) or mean (of patches)
     size: int = 0                   # side of the images in pixels; 0: as stored
     model: str = 'tiny'             # from scratch only: tiny, small, base, large or huge
@@ -319,7 +319,7 @@ def main():
         raise SystemExit('finetune.py is one process: start it by python, not by torchrun')
     try:
         if o.predict:
-            from tests.lab.predict import predict   # only here, as it loads the preparation
+            from tests.lab.predict import predict   # late, as it loads prepare_medverse
             return predict(o)
         run = build_run(o)
         train(run)

@@ -101,8 +101,8 @@ class StackedLinear(nn.Module):
         ends = (counts.cumsum(0) * x.shape[1]).int()                # where its tokens end
         # This is one kernel in bfloat16 on an H100 or newer, and the host need not wait for it.
         y = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=ends)
-        # index_select, as a CPU sums the gradient of self.bias[expert] in no fixed order. The cast
-        # comes last, or the gradient would be summed in bfloat16.
+        # A CPU sums the gradient of index_select in a fixed order, but that of self.bias[expert] in
+        # none. The cast comes last, or the gradient would be summed in bfloat16.
         bias = self.bias.index_select(0, expert)[:, None].to(x.dtype)
         return y.unflatten(0, x.shape[:2]) + bias
 
@@ -154,7 +154,7 @@ class DEX(nn.Module):
             # omega of Eq. 5. It is 1 if K = 1, and then the task teaches the gate nothing.
             top_weights = top_scores / top_scores.sum(-1, keepdim=True)
 
-        # Flattened, choice p is one of unit p // K. StackedLinear wants the choices by expert.
+        # The choices of unit u are numbers u * K to u * K + K - 1. Sort them all by their experts.
         expert, choice = top_experts.flatten().sort(stable=True)        # both (M * K,)
         unit = choice // self.top_k
         rows = self.experts(units.index_select(0, unit), expert)        # (M * K, N, C)

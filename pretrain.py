@@ -33,7 +33,7 @@ from model import MAE, Config, layer_losses, load_weights, named_config, read_ch
 
 @dataclass
 class Options:
-    """By default the paper's run (C.2.1); what it does not say is as in the authors' code."""
+    """By default the paper's run (C.2.1), or what the authors' code does. Comments are --help."""
     data: str = 'data/medverse'     # folder of prepared sources
     out: str = 'out/pretrain'       # folder of this run
     init: str = ''                  # checkpoint to start from; empty: from scratch
@@ -91,16 +91,16 @@ def parse_options(defaults, words=None):
         description=inspect.getmodule(cls).__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, kind in cls.__annotations__.items():
-        reading = dict(type=kind)
+        how = dict(type=kind)
         if kind is bool:        # --bf16 or --no-bf16
-            reading = dict(action=argparse.BooleanOptionalAction)
+            how = dict(action=argparse.BooleanOptionalAction)
         elif kind is tuple:
-            reading = dict(nargs='+')
+            how = dict(nargs='+')
         default = getattr(defaults, name)
         text = comments[name].replace('%', '%%')
         if default not in ('', ()):
             text += f' (default: {default})'
-        parser.add_argument('--' + name, default=default, help=text, **reading)
+        parser.add_argument('--' + name, default=default, help=text, **how)
     values = vars(parser.parse_args(words))
     for name, value in values.items():
         if type(value) in (int, float) and not 0 <= value < math.inf:
@@ -238,7 +238,7 @@ def resume(path, identity, model, optimizer):
 def run_program(name, *words):
     """Run a program of tests/lab in a process of its own, which never outlives this one."""
     path = Path(__file__).resolve().parent / 'tests' / 'lab' / '__main__.py'
-    # Our end of the pipe closes when we die; __main__.py waits for that and ends, too.
+    # When we end, even by kill -9, the pipe closes. Then __main__.py ends the program.
     command = [sys.executable, path, name, *map(str, words)]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as program:
         program.wait()
@@ -274,8 +274,8 @@ def look_at_held_out(model, shards, o, device, autocast):
 def validate(model, shards, o, device, autocast):
     """The numbers of a validation; val_l_self is the mean over modalities, not over images."""
     losses, weights = look_at_held_out(model, shards, o, device, autocast)
-    present, numbers = np.unique(shards.image_modality[shards.val], return_inverse=True)
-    belongs = F.one_hot(torch.from_numpy(numbers)).T.float()        # (present modalities, V)
+    present, place = np.unique(shards.image_modality[shards.val], return_inverse=True)
+    belongs = F.one_hot(torch.from_numpy(place)).T.float()        # (present modalities, V)
     means = belongs @ losses / belongs.sum(1)
     names = [shards.modalities[modality] for modality in present]
     entry = dict(val_l_self=means.mean().item(), val=dict(zip(names, means.tolist())))
@@ -351,7 +351,7 @@ def build_run(o, rank, world, local, device):
     if world > 1:
         net = DistributedDataParallel(model, [local] if device.type == 'cuda' else None,
                                       gradient_as_bucket_view=True)
-        # DDP's constructor has sent rank 0's buffers; from then on gema moves all ranks' alike.
+        # The constructor has sent rank 0's buffers. From now on gema keeps them equal on all ranks.
         net.broadcast_buffers = False
     micros = range(start * o.accumulate, plan.steps * o.accumulate)
     batches = data.batches(shards, o.seed, micros, o.batch, rank, world,
@@ -382,10 +382,10 @@ def loss_terms(l_self, routing, world):
     if routing is None:
         zero = torch.zeros_like(l_self)
         return torch.stack([l_self, zero, zero]), 0
-    usage = routing.weights.detach().mean(1)
-    load, usage = mean_over_ranks(world, routing.activated.mean(1), usage)
+    micro_usage = routing.weights.detach().mean(1)
+    load, micro_usage = mean_over_ranks(world, routing.activated.mean(1), micro_usage)
     align, balance = layer_losses(routing.align, routing.scores.mean(1), load)
-    return torch.stack([l_self, align, balance]), usage
+    return torch.stack([l_self, align, balance]), micro_usage
 
 def accumulate_gradients(run, step, sigma, factors):
     """Gradients of a step's micro-batches for the sum of factors (3,) * TERMS.
@@ -398,11 +398,11 @@ def accumulate_gradients(run, step, sigma, factors):
         run.net.require_backward_grad_sync = micro == o.accumulate - 1      # DDP sends them once
         with run.autocast:      # sigma is a tensor, or each new value would compile anew
             l_self, routing, _, _ = run.net(images, torch.full((), sigma, device=run.device))
-        terms, usage = loss_terms(l_self, routing, run.world)
+        terms, micro_usage = loss_terms(l_self, routing, run.world)
         loss = sum(factor * term for factor, term in zip(factors, terms))       # Eq. 8
         (loss / o.accumulate).backward()
         losses = losses + terms.detach() / o.accumulate
-        batch_usage = batch_usage + usage / o.accumulate
+        batch_usage = batch_usage + micro_usage / o.accumulate
     return losses, batch_usage
 
 def validation_line(found):
@@ -418,7 +418,7 @@ def train(run):
     o, plan, model = run.o, run.plan, run.model
     trained = [p for p in model.parameters() if p.requires_grad]
     val_every = o.val_every or max(1, plan.steps // 10)
-    # Reading a number makes the host wait for a GPU, so do it about every ten micro-batches.
+    # Reading numbers makes the host wait for a GPU, so do it about every ten micro-batches.
     read_every = max(1, 10 // o.accumulate) if run.device.type == 'cuda' else 1
     catch_signals(run.signals)
     in_a_row = torch.zeros_like(run.skipped)
@@ -445,7 +445,7 @@ def train(run):
         done = step + 1
         validating = done in (1, plan.steps) or done % val_every == 0
         logging = validating or done % o.log_every == 0
-        if not logging and done % read_every != 0:      # what follows reads numbers
+        if not (logging or done % read_every == 0):     # from here on, numbers are read
             continue
         if logging:
             loss = sum(factor * term for factor, term in zip(factors, losses.tolist()))

@@ -136,7 +136,7 @@ def prefetch(load, items, threads=2, ahead=4):
         queue = [pool.submit(load, item) for item in islice(items, 1 + ahead)]
         while queue:
             yield queue.pop(0).result()
-            queue += [pool.submit(load, item) for item in islice(items, 1)]
+            queue += [pool.submit(load, item) for item in islice(items, 1)]     # the next, if any
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -150,7 +150,7 @@ def batches(shards, seed, micros, batch, rank, world, epoch_micros, device):
 
 # --- augmentation ---------------------------------------------------------------------------------
 def crop_matrices(draws, w, h, flips=True):
-    """Matrices (n, 2, 3) of input = flip(rotate(centre + sides * output)), coordinates in [-1, 1].
+    """Matrices (n, 2, 3) from output to input, in [-1, 1]: flip(rotate(centre + sides * output)).
     draws: four (n,) in [0, 1], for the centre's x and y, the rotation and the flip.
     w, h: sides (n,) of the crop, as shares of the image's. flips: whether half are mirrored."""
     u, v, turn, mirror = draws
@@ -169,7 +169,7 @@ def draw_crops(count, ratio, device):
     """Matrices (count, 2, 3) of random horizontal flips, rotations up to 15 degrees and crops.
     ratio: side of the output / side of the stored image. At least 0.2 of the area are kept."""
     *draws, area, aspect = torch.rand(6, count, device=device)
-    # Nor may a crop have fewer than half as many stored pixels as the output: area >= ratio^2 / 2.
+    # For each pixel of the output a crop has area / ratio^2 stored ones: let it be 0.5 or more.
     smallest = min(max(0.2, 0.5 * ratio ** 2), 1)
     area = smallest + (1 - smallest) * area
     aspect = torch.exp((2 * aspect - 1) * math.log(4 / 3))
@@ -197,10 +197,10 @@ def whole_view(images, size):
 
 def augment(images, size):
     """uint8 (B, 3, S, S) -> normalized random crops (B, 3, size, size).
-    Nearly black crops are drawn again, up to three times."""
+    Nearly black crops, by 16 x 16 samples, are drawn again up to three times."""
     ratio, stride = size / images.shape[-1], max(images.shape[-1] // 32, 1)
     theta = draw_crops(len(images), ratio, images.device)
-    for _ in range(3):      # 16 x 16 samples of 32 x 32 pixels decide, and the host need not wait
+    for _ in range(3):      # this draws for all images, so that the host need not wait for a GPU
         glimpse = sample(images[..., ::stride, ::stride], 16, theta)
         black = glimpse.mean((1, 2, 3)) < 0.02
         again = draw_crops(len(images), ratio, images.device)

@@ -92,7 +92,7 @@ def add_head(vit, meta, pool):
 def build_encoder(path, o, size):
     """The ViT that --init (`path`), --adapt, --top_k and --patch ask for, at `size` pixels."""
     if path.endswith('.py'):
-        if o.adapt == 'experts' or o.top_k or o.patch or o.tune_blocks < Options.tune_blocks:
+        if o.adapt == 'experts' or o.top_k or o.patch or o.tune_blocks != Options.tune_blocks:
             raise SystemExit(f'{path}: takes --adapt director; no --top_k, --patch, --tune_blocks')
         from tests.encoders.own import own_encoder      # a user's own file: not part of the method
         return own_encoder(path, size)
@@ -109,7 +109,7 @@ def build_encoder(path, o, size):
     return vit
 
 def method_name(vit, path):
-    """DEX-E with, DEX-D without experts, and the folder or file that it starts from: DEX-E-demo."""
+    """Name of a run's encoder, E with experts or D without, and of its start, as DEX-E-demo."""
     file = Path(path).absolute()
     start = file.parent.name if file.name == 'ckpt.pt' else file.stem
     return f'DEX-{"E" if vit.config.experts else "D"}-{start}'
@@ -229,13 +229,13 @@ def build_run(o):
         top_k=net.vit.config.top_k, pool=o.pool, config=asdict(net.vit.config),
         parameters=sum(p.numel() for p in net.parameters() if p.requires_grad))
     out = Path(o.out or f'out/{o.task}-{origin["method"]}-{o.seed}')
-    begun = dict(step=0, best=-1.0, skipped=0)
+    begun = dict(done=0, best=-1.0, skipped=0)
     if o.resume and (out / 'ckpt.pt').exists():
         begun = resume(out / 'ckpt.pt', identity, net, optimizer)
     if o.resume and (out / 'results.json').exists():
         print(f'{out}: this run is finished; its scores are in results.json')
         sys.exit()
-    log = open_run(out, o, begun['step'], identity)
+    log = open_run(out, o, begun['done'], identity)
     print(f'{out} on {device.type}:', *(f'{key} {value}' for key, value in identity.items()),
           f'pictures at any time: python -m tests.lab.pictures {out}', sep='\n  ')
     bf16 = o.bf16 and computes_bf16(device)
@@ -243,7 +243,7 @@ def build_run(o):
         o=o, out=out, device=device, task=task, net=net, optimizer=optimizer, log=log, plan=plan,
         autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16),
         header=dict(config=asdict(net.vit.config), meta=task.meta, pool=o.pool, **origin),
-        identity=identity, start=begun['step'], best=begun['best'], skipped=begun['skipped'])
+        identity=identity, start=begun['done'], best=begun['best'], skipped=begun['skipped'])
 
 def batches_left(run):
     """Yield images and answers of the steps that are left, on the device."""
@@ -283,7 +283,7 @@ def train(run):
         if signals or done == plan.steps or time.perf_counter() - saved_at > 60:
             save(run.out / 'ckpt.pt', dict(
                 run.header, model=net.state_dict(), optimizer=run.optimizer.state_dict(),
-                identity=run.identity, step=done, best=run.best, skipped=run.skipped))
+                identity=run.identity, done=done, best=run.best, skipped=run.skipped))
             saved_at = time.perf_counter()
         if signals:
             print(f'\n{run.out}: saved after {done} of {plan.steps} steps; go on with --resume')
@@ -319,7 +319,7 @@ def main():
         raise SystemExit('finetune.py is one process: start it by python, not by torchrun')
     try:
         if o.predict:
-            from tests.lab.predict import predict   # late, as it loads prepare_medverse
+            from tests.lab.predict import predict   # it loads prepare_medverse, training not
             return predict(o)
         run = build_run(o)
         train(run)

@@ -101,8 +101,8 @@ class StackedLinear(nn.Module):
         ends = (counts.cumsum(0) * x.shape[1]).int()                # where its tokens end
         # This is one kernel in bfloat16 on an H100 or newer, and the host need not wait for it.
         y = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=ends)
-        # A CPU sums the gradient of index_select in a fixed order, but that of self.bias[expert] in
-        # none. The cast comes last, or the gradient would be summed in bfloat16.
+        # self.bias[expert] would do the same, but a CPU sums its gradient in no fixed order.
+        # The cast comes after the selection, so that the gradient is summed in float32.
         bias = self.bias.index_select(0, expert)[:, None].to(x.dtype)
         return y.unflatten(0, x.shape[:2]) + bias
 
@@ -141,8 +141,8 @@ class DEX(nn.Module):
         """x (B, N, C) -> y (B, N, C), and the Routing or None.
         sigma: deviation of the gate's noise; None is no noise, as in validation and fine-tuning.
         need_routing: pretraining's losses need a Routing; the director is run for it alone."""
-        # With a choice for each token, a unit is an image of one token.
-        units = x.flatten(0, 1)[:, None] if self.by_token else x        # (M, N, C); N is 1 if so
+        # Experts are chosen for a unit: for an image, or for a token as if it were an image.
+        units = x.flatten(0, 1)[:, None] if self.by_token else x    # (M, N, C); by token (M, 1, C)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 ties would change the top K
             logits = self.gate(units[:, 0].float())     # (M, R), from the class (or only) token
             if sigma is not None:
@@ -154,7 +154,7 @@ class DEX(nn.Module):
             # omega of Eq. 5. It is 1 if K = 1, and then the task teaches the gate nothing.
             top_weights = top_scores / top_scores.sum(-1, keepdim=True)
 
-        # The choices of unit u are numbers u * K to u * K + K - 1. Sort them all by their experts.
+        # Unit u has the choices u * K to u * K + K - 1. StackedLinear needs them sorted by expert.
         expert, choice = top_experts.flatten().sort(stable=True)        # both (M * K,)
         unit = choice // self.top_k
         rows = self.experts(units.index_select(0, unit), expert)        # (M * K, N, C)
@@ -296,8 +296,8 @@ class MAE(ViT):
 
 def layer_losses(align, scores, load):
     """The layer sums of Eq. 8: (sum of alpha^l L_co^l) / L and (sum of L_bal^l) / L.
-    align (L,): alignment loss of each layer. scores (L, R): mean scores of this rank's units.
-    load (L, R): share of all ranks' units that activate each expert."""
+    align (L,): alignment loss of each layer. scores (L, R): mean scores of this rank's units, with
+    gradient. load (L, R): share of all ranks' units that activate each expert, which has none."""
     L, R = scores.shape
     alpha = 1 / torch.arange(L, 0, -1, device=align.device)     # alpha^l = 1 / (L - (l - 1))
     balance = R * (scores * load).sum(1)                        # Eq. 18, (L,)
@@ -360,6 +360,7 @@ def load_weights(model, state, path):
         if not any(part in name for part in optional):
             raise SystemExit(f'{path}: does not fit this network: {name} is missing or left over')
     def parts(names):
-        """The list of the optional parts that occur in names, or the word nothing."""
-        return [part for part in optional if any(part in name for name in names)] or 'nothing'
+        """The optional parts that occur in names, as text."""
+        found = [part for part in optional if any(part in name for name in names)]
+        return ', '.join(found) or 'nothing'
     print(f'{path}: loaded; left out: {parts(left_out)}; not in it, so new: {parts(new)}')

@@ -33,7 +33,7 @@ from model import MAE, Config, layer_losses, load_weights, named_config, read_ch
 
 @dataclass
 class Options:
-    """By default the paper's run (C.2.1), or what the authors' code does. Comments are --help."""
+    """The options; each comment is its --help. Defaults are the paper's (C.2.1) or the authors'."""
     data: str = 'data/medverse'     # folder of prepared sources
     out: str = 'out/pretrain'       # folder of this run
     init: str = ''                  # checkpoint to start from; empty: from scratch
@@ -195,7 +195,7 @@ def open_run(out, o, start, facts):
         raise SystemExit(f'{out}: holds a run; give --resume, --overwrite or another --out')
     whole = [line for line in lines if line.endswith('}\n')]    # a killed run may cut its last line
     kept = [line for line in whole if json.loads(line)['step'] < start]
-    # Steps rise, so what is kept is the file's beginning. JSON is ASCII: characters are bytes.
+    # Steps rise, so `kept` is the file's beginning, and JSON is ASCII, so a character is a byte.
     log.truncate(len(''.join(kept)))
     if not start:
         for name in ('ckpt.pt', 'best.pt', 'results.json'):
@@ -281,10 +281,10 @@ def validate(model, shards, o, device, autocast):
     entry = dict(val_l_self=means.mean().item(), val=dict(zip(names, means.tolist())))
     if weights is None:
         return entry
-    tables = belongs @ F.one_hot(weights.argmax(2), weights.shape[2]).float()   # (L, modalities, R)
-    bits, bits_max = zip(*map(mutual_information, tables))      # of each layer; the same max in all
-    first = weights.max(2).values                   # (L, V): omega of each image's first expert
-    second = 1 - first.median(1).values             # (L,): what a median image leaves to others
+    first = F.one_hot(weights.argmax(2), o.experts).float()     # (L, V, R): 1 at the first expert
+    counts = belongs @ first                                # (L, modalities, R), in images
+    bits, bits_max = zip(*map(mutual_information, counts))  # of each layer; the same max in all
+    second = weights.topk(min(2, o.experts)).values[:, :, -1].median(1).values      # (L,)
     dead = (weights.sum(1) == 0).nonzero().tolist()         # named 2.3: layer from 1, expert from 0
     return dict(entry, bits=bits, bits_max=bits_max[0], second=second.tolist(),
                 dead=[f'{layer + 1}.{expert}' for layer, expert in dead])
@@ -311,7 +311,7 @@ def build_network(o, plan, identity, device):
     path = Path(o.out, 'ckpt.pt')
     if o.resume and path.exists():
         checkpoint = resume(path, identity, model, optimizer)
-        return model, optimizer, checkpoint['step'], checkpoint['skipped']
+        return model, optimizer, checkpoint['done'], checkpoint['skipped']
     if o.init:
         state, theirs, _ = read_checkpoint(o.init)
         if theirs.heads != config.heads:        # no tensor's shape shows them
@@ -320,8 +320,7 @@ def build_network(o, plan, identity, device):
     return model, optimizer, 0, 0
 
 def compile_blocks(model):
-    """Compile block by block: one graph serves all of a kind, and DDP can send the gradients of one
-    block while those of the next are computed."""
+    """Compile each block by itself: all of a kind share a graph, and DDP sends block by block."""
     torch._dynamo.config.optimize_ddp = False       # it would split blocks where its buckets end
     for block in (*model.blocks, *model.decoder_blocks):
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
@@ -382,15 +381,15 @@ def loss_terms(l_self, routing, world):
     if routing is None:
         zero = torch.zeros_like(l_self)
         return torch.stack([l_self, zero, zero]), 0
-    micro_usage = routing.weights.detach().mean(1)
-    load, micro_usage = mean_over_ranks(world, routing.activated.mean(1), micro_usage)
+    activated, weights = routing.activated.mean(1), routing.weights.detach().mean(1)
+    load, usage = mean_over_ranks(world, activated, weights)
     align, balance = layer_losses(routing.align, routing.scores.mean(1), load)
-    return torch.stack([l_self, align, balance]), micro_usage
+    return torch.stack([l_self, align, balance]), usage
 
 def accumulate_gradients(run, step, sigma, factors):
-    """Gradients of a step's micro-batches for the sum of factors (3,) * TERMS.
+    """Gradients of a step's micro-batches, where a loss is the sum of the TERMS times factors (3,).
     Returns the terms (3,) and the usage (L, R), both as means over the micro-batches."""
-    o, losses, batch_usage = run.o, 0, 0
+    o, mean_terms, batch_usage = run.o, 0, 0
     for micro in range(o.accumulate):
         images = next(run.batches)
         seed_step(o.seed, step, micro * run.world + run.rank)
@@ -398,12 +397,12 @@ def accumulate_gradients(run, step, sigma, factors):
         run.net.require_backward_grad_sync = micro == o.accumulate - 1      # DDP sends them once
         with run.autocast:      # sigma is a tensor, or each new value would compile anew
             l_self, routing, _, _ = run.net(images, torch.full((), sigma, device=run.device))
-        terms, micro_usage = loss_terms(l_self, routing, run.world)
+        terms, usage = loss_terms(l_self, routing, run.world)
         loss = sum(factor * term for factor, term in zip(factors, terms))       # Eq. 8
         (loss / o.accumulate).backward()
-        losses = losses + terms.detach() / o.accumulate
-        batch_usage = batch_usage + micro_usage / o.accumulate
-    return losses, batch_usage
+        mean_terms = mean_terms + terms.detach() / o.accumulate
+        batch_usage = batch_usage + usage / o.accumulate
+    return mean_terms, batch_usage
 
 def validation_line(found):
     """What the terminal shows of a validation."""
@@ -430,11 +429,11 @@ def train(run):
         sigma, momentum = cosine(o.sigma, 0, progress), cosine(o.momentum, 1, progress)
         factors = (1, o.align, cosine(o.balance, 0, progress))      # of TERMS
         rate = learning_rate(step, plan.steps, plan.warmup, plan.peak)
-        losses, batch_usage = accumulate_gradients(run, step, sigma, factors)
+        terms, batch_usage = accumulate_gradients(run, step, sigma, factors)
         signalled = torch.full((), float(len(run.signals) > 0), device=run.device)
-        losses, signalled = mean_over_ranks(run.world, losses, signalled)
+        terms, signalled = mean_over_ranks(run.world, terms, signalled)
         stop = signalled > 0        # on all ranks, if one had a signal
-        losses_finite = losses.isfinite().all()                 # the same on every rank
+        losses_finite = terms.isfinite().all()                  # the same on every rank
         norm, finite = step_if_finite(run.optimizer, rate, trained, o.clip, losses_finite)
         if o.experts:
             for block, layer_usage in zip(model.blocks, batch_usage):
@@ -445,13 +444,13 @@ def train(run):
         done = step + 1
         validating = done in (1, plan.steps) or done % val_every == 0
         logging = validating or done % o.log_every == 0
-        if not (logging or done % read_every == 0):     # from here on, numbers are read
+        if not (logging or done % read_every == 0):     # below, numbers are read: to log, end, save
             continue
         if logging:
-            loss = sum(factor * term for factor, term in zip(factors, losses.tolist()))
+            loss = sum(factor * term for factor, term in zip(factors, terms.tolist()))
             speed = plan.global_batch * (done - logged) / (time.perf_counter() - logged_at)
             bar.set_postfix_str(f'loss {loss:.4f}, {speed:.0f} images/s')
-            entry = dict(step=step, loss=loss, **dict(zip(TERMS, losses.tolist())), lr=rate,
+            entry = dict(step=step, loss=loss, **dict(zip(TERMS, terms.tolist())), lr=rate,
                          momentum=momentum, sigma=sigma, grad_norm=norm.item(),
                          skipped=run.skipped.item(), images_per_second=speed)
             if run.rank == 0 and validating:
@@ -466,7 +465,7 @@ def train(run):
         if run.rank == 0 and saving:
             save(run.out / 'ckpt.pt', dict(
                 run.header, model=model.state_dict(), optimizer=run.optimizer.state_dict(),
-                step=done, skipped=run.skipped.item()))     # a count; the log's step is an index
+                done=done, skipped=run.skipped.item()))
             saved_at = time.perf_counter()
         if stop:
             break

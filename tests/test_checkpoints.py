@@ -22,10 +22,10 @@ def test_a_network_is_what_was_saved(tmp_path):
     """Also what GEMA moves, and what else is in the file."""
     saved, other = network(MAE, experts=3), network(MAE, seed=2, experts=3)
     saved.blocks[0].dex.usage.copy_(torch.tensor([0.5, 0.3, 0.2]))
-    torch.save(checkpoint(saved, step=7), tmp_path / 'ckpt.pt')
+    torch.save(checkpoint(saved, done=7), tmp_path / 'ckpt.pt')
     state, config, file = read_checkpoint(tmp_path / 'ckpt.pt')
     load_weights(other, state, 'ckpt.pt')
-    assert config == saved.config and file['step'] == 7
+    assert config == saved.config and file['done'] == 7
     assert equal(other.state_dict(), saved.state_dict())
 
 def test_a_plain_vit_becomes_the_director_and_every_expert():

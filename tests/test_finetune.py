@@ -288,7 +288,7 @@ def test_without_any_option_it_tunes_for_vessels_what_was_pretrained(
     result = runs.program('finetune', cwd=tmp_path)
     assert result.code == 128 + signal.SIGTERM, result.err
     out = tmp_path / 'out' / f'phantom-vessels-DEX-E-{taken}-0'
-    assert runs.weights(out / 'ckpt.pt', 'step') == 1
+    assert runs.weights(out / 'ckpt.pt', 'done') == 1
     assert runs.weights(out / 'ckpt.pt', 'identity')['init'] == f'out/{taken}/ckpt.pt'
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ def test_thirty_steps_compile_two_graphs(on_gpu):
 def test_a_signal_is_seen_within_ten_steps_whatever_is_logged(on_gpu, signal_at):
     signal_at(12, signal.SIGTERM)
     out = on_gpu('stopped', steps=100, log_every=1000, val_every=1000, code=143)
-    assert runs.weights(out / 'ckpt.pt', 'step') <= 22
+    assert runs.weights(out / 'ckpt.pt', 'done') <= 22
 
 def test_a_resumed_training_goes_on_with_the_same_numbers(on_gpu, signal_at):
     whole = on_gpu('whole', '--no-bf16', steps=12)

@@ -211,7 +211,7 @@ def test_machines_of_which_one_went_away_resume_to_the_same_numbers(
     processes.kill([gone.pid, *processes.descendants(gone.pid)])
     assert runs.finish(gone).code == -signal.SIGKILL
     assert runs.finish(machines[0]).code > 0
-    done = runs.weights(tmp_path / 'ckpt.pt', 'step')
+    done = runs.weights(tmp_path / 'ckpt.pt', 'done')
     assert 5 <= done < 16
     for machine in start_machines(sources.folder, tmp_path, '--resume'):
         succeeds(runs.finish(machine))
@@ -237,4 +237,4 @@ def test_on_a_gpu_a_signal_is_seen_soon_whatever_is_logged(
     at_batch(12 * accumulate, lambda images: run.signals.append(signal.SIGTERM))
     done = pretrain.train(run)
     assert 12 < done <= 12 + most
-    assert runs.weights(tmp_path / 'ckpt.pt', 'step') == done
+    assert runs.weights(tmp_path / 'ckpt.pt', 'done') == done

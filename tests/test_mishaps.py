@@ -32,7 +32,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
     signal_at(3, signal.SIGTERM)
     assert training.run(tmp_path).code == 143
     before, after = (weights(out / 'ckpt.pt', None) for out in (stopped, tmp_path))
-    assert (before['step'], after['step']) == (3, 4)
+    assert (before['done'], after['done']) == (3, 4)
     assert equal(before['model'], after['model'])
     assert equal(before['optimizer']['state'], after['optimizer']['state'])
     assert (before['skipped'], after['skipped']) == (0, 1)

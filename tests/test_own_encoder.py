@@ -166,7 +166,7 @@ def test_stopped_and_resumed_it_is_as_never_stopped(labelled, own_run, tmp_path,
     signal_at(0, signal.SIGTERM)
     result = runs.finetuning(labelled / task, tmp_path, **options)
     assert result.code == 128 + signal.SIGTERM
-    assert runs.weights(tmp_path / 'ckpt.pt', 'step') == 1
+    assert runs.weights(tmp_path / 'ckpt.pt', 'done') == 1
     tasks.tune(labelled / task, tmp_path, resume=True, **options)
     assert runs.results(tmp_path)['scores'] == runs.results(whole)['scores']
     assert runs.equal(runs.weights(tmp_path / 'ckpt.pt'), runs.weights(whole / 'ckpt.pt'))

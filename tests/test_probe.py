@@ -188,7 +188,7 @@ def write_checkpoint(path, seed, lr=0.1, **changes):
     config = Config(**tasks.ENCODER | changes)
     options = dict(seed=seed, out=str(path), lr=lr)
     path.parent.mkdir(parents=True)
-    torch.save(dict(model=MAE(config).state_dict(), config=vars(config), options=options, step=1),
+    torch.save(dict(model=MAE(config).state_dict(), config=vars(config), options=options, done=1),
                path)
     return path
 

@@ -133,7 +133,7 @@ def test_the_experiments_keep_the_networks_of_a_fifth_and_half_of_the_steps(
     stopped = tmp_path / 'stopped'
     assert runs.pretraining(sources.folder, stopped, steps=10).code == 143
     kept, there = [runs.weights(path, None) for path in (out / 'step-5.pt', stopped / 'ckpt.pt')]
-    assert kept['step'] == there['step'] == 5 and kept['config'] == there['config']
+    assert kept['done'] == there['done'] == 5 and kept['config'] == there['config']
     assert runs.equal(kept['model'], there['model'])
     assert runs.pretraining(sources.folder, stopped, steps=10, resume=True).code == 0
     assert runs.equal(runs.weights(out / 'ckpt.pt'), runs.weights(stopped / 'ckpt.pt'))

@@ -30,7 +30,7 @@ def reason(result, file):
 def assert_same_run(ours, theirs):
     """Two runs' folders hold the same weights, optimizer, counts, log and scores."""
     first, second = (weights(out / 'ckpt.pt', None) for out in (ours, theirs))
-    for name in ('step', 'skipped', 'model', 'optimizer'):
+    for name in ('done', 'skipped', 'model', 'optimizer'):
         assert equal(first[name], second[name]), name
     assert read_log(ours) == read_log(theirs)
     if (theirs / 'best.pt').exists():
@@ -50,7 +50,7 @@ def test_stopped_by_a_signal_and_resumed_a_run_equals_one_never_stopped(
     result = training.run(tmp_path)
     assert result.code == 128 + number
     assert '4 of 6 steps' in result.out and '--resume' in result.out
-    assert weights(tmp_path / 'ckpt.pt', 'step') == 4
+    assert weights(tmp_path / 'ckpt.pt', 'done') == 4
     assert training.run(tmp_path, resume=True).code == 0
     assert_same_run(tmp_path, whole)
 
@@ -73,7 +73,7 @@ def test_killed_and_resumed_a_pretraining_equals_one_never_stopped(sources, tmp_
     runs.wait_for(killed / 'ckpt.pt', process)
     runs.kill(process)
     assert process.returncode == -signal.SIGKILL
-    assert 0 < weights(killed / 'ckpt.pt', 'step') < 20
+    assert 0 < weights(killed / 'ckpt.pt', 'done') < 20
     for out in (killed, whole):
         assert runs.pretraining(sources.folder, out, resume=True, **options).code == 0
     assert_same_run(killed, whole)
@@ -246,7 +246,7 @@ def test_a_run_before_its_first_checkpoint_is_not_overwritten(sources, tmp_path,
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_both_and_saves(two_ranks):
     """Rank 1 had it in step 2. It leaves with 0, or torchrun would kill rank 0 while it saves."""
-    assert weights(two_ranks / 'stopped' / 'ckpt.pt', 'step') == 2
+    assert weights(two_ranks / 'stopped' / 'ckpt.pt', 'done') == 2
     assert [entry['step'] for entry in read_log(two_ranks / 'stopped')] == [0, 1]
     codes = [weights(two_ranks / f'stopped-rank{rank}.pt', 'code') for rank in (0, 1)]
     assert codes == [143, 0]

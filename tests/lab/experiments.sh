@@ -84,7 +84,7 @@ def train_and_keep(run):
         write_line(log, entry)
         step = entry["step"] + 1
         if "val" in entry and round(10 * step / run.plan.steps) in (2, 5):
-            network = dict(run.header, model=run.model.state_dict(), step=step)
+            network = dict(run.header, model=run.model.state_dict(), done=step)
             pretrain.save(run.out / f"step-{step}.pt", network)
     pretrain.write_line = write_and_keep
     return train(run)

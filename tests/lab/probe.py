@@ -172,7 +172,7 @@ def networks(paths):
     seen = set()
     for path in map(Path, paths):
         state, config, checkpoint = read_checkpoint(path)
-        options, step = checkpoint['options'], checkpoint['step']
+        options, step = checkpoint['options'], checkpoint.get('done', checkpoint.get('step'))
         seed = options['seed']
         kept = {name: value for name, value in options.items() if name not in NO_MATTER}
         run = json.dumps([kept, step, checkpoint['config']], sort_keys=True)

@@ -85,7 +85,7 @@ def write_pretrained(path, **changes):
     model = MAE(config)
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
-    torch.save(dict(model=model.state_dict(), config=vars(config), step=1), path)
+    torch.save(dict(model=model.state_dict(), config=vars(config), done=1), path)
     return path
 
 # --- runs --------------------------------------------------------------------------------------

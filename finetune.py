@@ -109,7 +109,7 @@ def build_encoder(path, o, size):
     return vit
 
 def method_name(vit, path):
-    """Name of a run's encoder, E with experts or D without, and of its start, as DEX-E-demo."""
+    """The name of encoder and start, as in DEX-E-demo: E has experts, D, any plain ViT, has none."""
     file = Path(path).absolute()
     start = file.parent.name if file.name == 'ckpt.pt' else file.stem
     return f'DEX-{"E" if vit.config.experts else "D"}-{start}'
@@ -319,7 +319,7 @@ def main():
         raise SystemExit('finetune.py is one process: start it by python, not by torchrun')
     try:
         if o.predict:
-            from tests.lab.predict import predict   # it loads prepare_medverse, training not
+            from tests.lab.predict import predict   # it alone needs prepare_medverse
             return predict(o)
         run = build_run(o)
         train(run)

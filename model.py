@@ -296,8 +296,8 @@ class MAE(ViT):
 
 def layer_losses(align, scores, load):
     """The layer sums of Eq. 8: (sum of alpha^l L_co^l) / L and (sum of L_bal^l) / L.
-    align (L,): alignment loss of each layer. scores (L, R): mean scores of this rank's units, with
-    gradient. load (L, R): share of all ranks' units that activate each expert, which has none."""
+    align (L,): alignment loss of each layer. scores (L, R): mean scores of this rank's units.
+    load (L, R): share of all ranks' units that activate each expert; it needs no gradient."""
     L, R = scores.shape
     alpha = 1 / torch.arange(L, 0, -1, device=align.device)     # alpha^l = 1 / (L - (l - 1))
     balance = R * (scores * load).sum(1)                        # Eq. 18, (L,)

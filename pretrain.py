@@ -320,7 +320,7 @@ def build_network(o, plan, identity, device):
     return model, optimizer, 0, 0
 
 def compile_blocks(model):
-    """Compile each block by itself: all of a kind share a graph, and DDP sends block by block."""
+    """Compile each block alone: equal ones share a graph, and DDP sends gradients block by block."""
     torch._dynamo.config.optimize_ddp = False       # it would split blocks where its buckets end
     for block in (*model.blocks, *model.decoder_blocks):
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)

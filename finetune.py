@@ -109,7 +109,7 @@ def build_encoder(path, o, size):
     return vit
 
 def method_name(vit, path):
-    """The name of encoder and start, as in DEX-E-demo: E has experts, D, any plain ViT, has none."""
+    """The name of encoder and start, such as DEX-E-demo: E has experts, D (any plain ViT) none."""
     file = Path(path).absolute()
     start = file.parent.name if file.name == 'ckpt.pt' else file.stem
     return f'DEX-{"E" if vit.config.experts else "D"}-{start}'

@@ -320,7 +320,7 @@ def build_network(o, plan, identity, device):
     return model, optimizer, 0, 0
 
 def compile_blocks(model):
-    """Compile each block alone: equal ones share a graph, and DDP sends gradients block by block."""
+    """Compile each block alone: equal ones share a graph, and DDP sends gradients as they come."""
     torch._dynamo.config.optimize_ddp = False       # it would split blocks where its buckets end
     for block in (*model.blocks, *model.decoder_blocks):
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)

@@ -168,14 +168,15 @@ def test_who_puts_the_file_below_raw_is_told_the_command(tmp_path):
     write(tmp_path / 'raw/X-ray/chest/lungs.npz')
     result = prepare(tmp_path / 'raw', tmp_path / 'out')
     assert result.code == 1
-    assert 'lungs.npz,0,other' in result.out and COMMAND in result.out
+    assert 'lungs.npz,0,other' in result.out
+    runs.ends(result, ['chest', COMMAND])
 
-def test_who_puts_the_file_beside_pictures_finds_the_command_in_the_account(tmp_path):
+def test_who_puts_the_file_beside_pictures_is_told_the_command(tmp_path):
     write(tmp_path / 'raw/X-ray/chest/lungs.npz')
     files.save(tmp_path / 'raw/X-ray/chest/0.png', files.texture(0))
-    assert prepare(tmp_path / 'raw', tmp_path / 'out').code == 0
-    row, = Prepared(tmp_path / 'out').dropped('chest')
-    assert row['path'] == 'lungs.npz' and COMMAND in row['detail']
+    result = prepare(tmp_path / 'raw', tmp_path / 'out')
+    assert result.code == 0 and COMMAND in result.out
+    assert Prepared(tmp_path / 'out').reasons('chest') == {'lungs.npz': 'other'}
 
 @pytest.mark.parametrize('pictures', [0, 6])
 def test_who_puts_the_file_into_the_folder_of_a_task_is_told_the_command(tmp_path, pictures):

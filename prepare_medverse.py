@@ -8,9 +8,8 @@ r"""Prepare images for pretraining (paper, C.1.1) and labelled tasks for fine-tu
 RAW/<name>/** holds a data set of Table 2 as unpacked, RAW/<Modality>/<source>/** any other:
 pictures, NIfTI, DICOM series, .npy, and videos (not for tasks). OUT/<source>/ appears when
 complete: 00000.npy ... (uint8 (n, S, S, 1 or 3)), meta.json, dropped.csv (what is left out, why).
-A task has masks, class folders or a table. Rules are regular expressions, searched in paths; upper
-and lower case are the same. An image and its mask pair if the groups ( ) of both rules find the
-same text: above, a/12 in a/12_truth.png. Without ( ) none pair.
+A task has masks, class folders or a table. Rules are regular expressions; case does not count. A
+mask belongs to the image in whose path the groups ( ) find the same text: a/12, in a/12_truth.png.
 """
 import argparse
 import contextlib
@@ -33,11 +32,11 @@ from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
 import nibabel as nib
 import numpy as np
-from PIL import Image, ImageOps, ImageSequence, TiffImagePlugin
+from PIL import Image, ImageOps, ImageSequence, TiffImagePlugin as Tiff
 from tqdm import tqdm
 
 MODALITIES = tuple('CT PET MR X-ray Ultrasound Fundus OCT Pathology Endoscope Photo'.split())
-DARK = 5  # a pixel (0 to 255) at or below this is background: the paper's 0.02 of the window
+DARK = 5  # a pixel up to this is background: 0.02 of 255, as in the paper
 # How images of more than 8 bits become 8. limits: the numbers that become 0 and 255; if None, they
 # are these percentiles. foreground: a slice is dropped if a smaller share of it is above DARK.
 Window = namedtuple('Window', 'limits percentiles foreground')
@@ -57,7 +56,7 @@ NOT_READ = ('not read: COCO, LabelMe, run lengths (draw PNG masks), YOLO (use te
 TOOLS = ('ffmpeg', 'ffprobe', 'dcm2niix')  # programs of others, for videos and DICOM
 ENDING = re.compile('(' + '|'.join(map(re.escape, IMAGE_ENDINGS)) + ')$', re.IGNORECASE)
 ZEROS = re.compile(r'(^|(?<=/))0+(?=\d+$)')  # leading zeros of 007 and a/007, but not of a/x007
-HIDDEN = r'(^|/)\.[^/]'  # .git/1.png and a/._1.png; but not '.', the path of RAW below itself
+HIDDEN = r'(^|/)\.[^/]'  # .git/1.png, a/._1.png; not '.', the path of RAW itself
 REASONS = ('corrupt', 'small', 'blank', 'duplicate', 'other')  # why an image or file is dropped
 SHARD = 256 << 20  # bytes of a full shard
 Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow refuses more than twice as many
@@ -172,7 +171,7 @@ def on_grid(mask, image):
     shape = (*image.shape, 1, 1)[:4]  # (x, y, z, time); a missing axis has length 1
     tolerance = nib.affines.voxel_sizes(image.affine).min() / 2  # mm
     for candidate in (mask, turned):
-        # With absolute values, no voxel is displaced more than one at the largest x, y and z.
+        # A bound: with absolute values, the voxel at the largest x, y and z is displaced most.
         drift = np.abs(image.affine - candidate.affine) @ (*shape[:3], 1)  # mm
         if (*candidate.shape, 1, 1)[:4] == shape and drift.max() <= tolerance:
             return candidate
@@ -190,10 +189,10 @@ def read_pages(path, draft):
         for page in frames:
             deep = page.mode[0] in 'IF'  # I;16, I and F; all other modes of Pillow have 8 bits
             tags = getattr(page, 'tag_v2', {})  # of TIFF
-            kind = tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0]  # 1: unsigned, 2: signed
-            bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))[0]
+            kind = tags.get(Tiff.SAMPLEFORMAT, (1,))[0]  # 1: unsigned, 2: signed
+            bits = tags.get(Tiff.BITSPERSAMPLE, (1,))[0]
             misread = (kind, bits) in ((2, 8), (1, 32))  # signed 8, unsigned 32
-            white_is_0 = deep and tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+            white_is_0 = deep and tags.get(Tiff.PHOTOMETRIC_INTERPRETATION) == 0
             cut_off = not deep and ';16' in str(page.tile)  # 8 of 16 bits are left
             if misread or white_is_0 or cut_off:  # Pillow gives wrong numbers for these
                 raise ValueError('its type of numbers is not read; save 8 bits, or grey 16')
@@ -202,8 +201,8 @@ def read_pages(path, draft):
             if not deep:
                 grey = page.mode in ('1', 'L', 'LA') and not animated
                 page = page.convert('L' if grey else 'RGB')
-            small_numbers = deep and image.format == 'PPM'  # Pillow would give 32 bits
-            pages.append(np.asarray(page, np.uint16 if small_numbers else None)[None])
+            is_16_bit = deep and image.format == 'PPM'  # Pillow would give 32 bits
+            pages.append(np.asarray(page, np.uint16 if is_16_bit else None)[None])
     return [np.concatenate(pages)] if len({page.shape for page in pages}) == 1 else pages
 
 def cut(volume, affine):
@@ -275,7 +274,7 @@ def source_items(path, modality, size, min_side):
                 arrays = decode_video(path, size)
             for array in arrays:
                 single = len(array) == 1 and has_ending(path, (*PICTURES, '.npy'))
-                chosen = single and array.dtype == np.uint8  # somebody did: keep it, even if dark
+                chosen = single and array.dtype == np.uint8  # a person did: keep it, even dark
                 foreground = 0 if chosen else WINDOWS[modality].foreground
                 for image in to_uint8(array, modality):
                     count += 1
@@ -345,7 +344,7 @@ def appearing(folder, pool):
     with open(part / 'lock', 'w') as lock:
         try:
             import fcntl
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it if we are killed
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free again if we are killed
         except ImportError:
             print(f'{folder}: not locked, as this system has no fcntl')
             lock.close()  # Windows neither deletes nor moves an open file
@@ -374,7 +373,7 @@ def modality_of(name):
     return {known.lower().replace('-', ''): known for known in (*MODALITIES, 'SUV')}.get(word, name)
 
 def find_sources(raw, out, wanted):
-    """{name below OUT: (row, its folder)} of Table 2 and RAW/<Modality>/*. wanted: '' takes all."""
+    """{name below OUT: (row, its folder)} of Table 2 and RAW/<Modality>/*. wanted: one, or ''."""
     found = [(row, home_of(row, raw)) for row in SOURCES if home_of(row, raw)]
     below_modality = [path for path in sorted(raw.glob('*/*'))
                       if modality_of(path.parent.name) in MODALITIES]
@@ -419,7 +418,7 @@ def prepare_source(row, home, folder, o, pool):
         meta = json.loads((folder / 'meta.json').read_text())
         if (meta['modality'], meta['size']) != (row.modality, o.size):
             sys.exit(f'{home} and {folder}, of {meta["modality"]} and --size {meta["size"]}: '
-                     'rename one of them, delete the second, or choose another --out')
+                     'rename one of them, or choose another --out')
         print(f'{folder}: finished before, of {meta["files"]} files (now {len(names)})')
         return meta
     rule, skip = o.images or row.images, o.skip or row.skip
@@ -479,7 +478,7 @@ Entry = namedtuple('Entry', 'what count left_over stops', defaults=(True,))
 # The rules without --images and --masks. They pair x/images/1.png and x/masks/1.png by the groups
 # x/ and 1, and imagesTr/1_0000.nii.gz and labelsTr/1.nii.gz of nnU-Net by '' and Tr/1.
 TAIL = r'(.*?)(?:_0000)?(?:\.nii)?\.\w+$'  # the second group, then the channel and the ending
-IMAGE_RULE = r'(.*)images(?:/|(?=T[rs]/))' + TAIL  # images/, or images with Tr/ or Ts/ behind it
+IMAGE_RULE = r'(.*)images(?:/|(?=T[rs]/))' + TAIL  # images/, imagesTr/, imagesTs/
 MASK_RULE = r'(.*)(?:masks/|labels(?=T[rs]/))' + TAIL
 OFFICIAL = r'(^|/)(\d+[ _-]?)?({})([ _-]?(set|data|dataset|images?|imgs))?[ _-]?\d*/'
 SPLITS = {'train': OFFICIAL.format('train(ing)?|(images|labels)Tr'),  # 01_train/, imagesTr/
@@ -493,7 +492,7 @@ def find_samples(raw, o, account):
     mask_rules = [] if o.labels else o.masks or [MASK_RULE]
     masks = {rule: by_groups(names, rule) for rule in mask_rules}
     mask_names = {name for name in names if any(search(rule, name) for rule in mask_rules)}
-    # With --labels a task is a table. Else files or options that only masks have mean masks.
+    # With --labels it is a table. Else files like masks, or options that only masks have, decide.
     has_masks = not o.labels and bool(mask_names or o.masks or o.objects or o.values)
     rule = o.images or (IMAGE_RULE if has_masks else '.')
     wanted = [name for name in names if name not in mask_names and search(rule, name)]
@@ -553,8 +552,9 @@ def by_folders(names, level):
         own[name] = folders[-1]
         above[name] = folders[-2] if len(folders) > 1 else ''
     classes = {*own.values()}
-    repeated = len({*zip(own.values(), above.values())}) > len(classes)  # as cat/a and dog/a
-    tiny = len(names) <= 3 * len(classes)  # folders of patients, not of classes, are so small
+    places = {*zip(own.values(), above.values())}
+    repeated = len(places) > len(classes)  # as a has two in cat/a and dog/a
+    tiny = len(names) <= 3 * len(classes)  # as folders of patients are
     if not level and (repeated or tiny) and len({*above.values()}) > 1:
         one, two = (dict(Counter(folder.values()).most_common(9)) for folder in (own, above))
         sys.exit(f'which folders are the classes? --level 1: {one}; --level 2: {two}')
@@ -633,7 +633,7 @@ def split_samples(samples, raw, o, account):
     rules = dict(zip(SPLITS, o.split or SHARES))
     there = [split for split in SPLITS if any(search(SPLITS[split], name) for name in samples)]
     by_folder = not o.split and 'train' in there and len(there) > 1
-    if by_folder:  # if no folder is for testing, 30% of the other images than for val are
+    if by_folder:  # without test/, 30% of what is not in val/ become the test
         rules = SPLITS if 'test' in there else SPLITS | {'train': '70', 'test': '30'}
     split_of = {}  # {path: split}
     shares = dict.fromkeys(SPLITS, 0)
@@ -696,9 +696,9 @@ def read_masks(path, image_path, values):
             lossy = picture.format in ('JPEG', 'MPO') or picture.info.get('compression') == 'jpeg'
             pixels = np.asarray(picture)
             palette = np.reshape(picture.getpalette() or [], (-1, 3))
-            coloured = (palette != palette[:, :1]).any()  # else it is a scale of greys, or none
+            coloured = (palette != palette[:, :1]).any()  # else it has greys, or none
             if coloured and not by_colour:
-                masks = [pixels]  # the numbers in the file are the classes, not their colours
+                masks = [pixels]  # its numbers are meant, not their colours
             if picture.mode in ('LA', 'RGBA'):  # what is transparent shows nothing
                 masks[0][pixels[..., -1] < 128] = 0
     masks = [classify(mask, values, by_colour, lossy) for mask in masks]
@@ -775,7 +775,7 @@ def lay_over(shape, layers, o):
         layer = np.where(layer == 1, np.uint8(number), layer)
         mask[layer > 0] = layer[layer > 0]
     mask[mask >= len(o.classes)] = 255  # values after those of the classes are not scored
-    return np.asarray(Image.fromarray(mask).resize((o.size, o.size), Image.Resampling.NEAREST))
+    return np.asarray(Image.fromarray(mask).resize((o.size, o.size), Image.NEAREST))
 
 def write_split(folder, spilled, stem, o, holders):
     """Write images.npy and STEM.npy; returns how many images, and how many show each class."""
@@ -834,7 +834,7 @@ def complete_options(o, labels):
     """Check --classes and --values, and set them and --sided if they are not given."""
     if len({''.join(label.lower().split()) for label in labels}) < len(labels):
         sys.exit(f'classes {labels}: some differ in case or blanks alone; give them one spelling')
-    named = [value or 'background' for value in o.values]  # an entry '' lists no value
+    named = [value or 'background' for value in o.values]  # '' lists no value: the background
     o.classes = o.classes or labels or (named if len(named) > 2 else ['background', 'foreground'])
     one_each = len(o.masks) > 1  # each rule gives one class, and its masks have two values
     if one_each and (len(o.classes) != len(o.masks) + 1 or len(o.values) not in (0, 2)):
@@ -864,7 +864,7 @@ def check_classes(raw, o, shown):
 
 # Tables 2 and 3. count: images in the paper. access: open, account or form; ?: layout not confirmed
 FIELDS = 'name modality content count access link'
-Source = namedtuple('Source', f'{FIELDS} images skip', defaults=('',) * 4 + ('.', ''))  # all images
+Source = namedtuple('Source', f'{FIELDS} images skip', defaults=('',) * 4 + ('.', ''))  # .: all
 Task = namedtuple('Task', f'{FIELDS} options')
 SOURCES = [Source(*line.split(' | ')) for line in r'''AutoPET-CT | CT | whole body | 558473 | form | autopet.grand-challenge.org/Dataset | /CT\.nii
 ImageCAS | CT | heart | 257496 | account | kaggle.com/datasets/xiaoweixumedicalai/imagecas | img\.nii

@@ -258,7 +258,7 @@ def decode_video(path, size):
         while len(frame := process.stdout.read(size * size * 3)) == size * size * 3:
             yield np.frombuffer(frame, np.uint8).reshape(1, size, size, 3)
     counts = subprocess.run(probe, capture_output=True, text=True).stdout.split() or ('N/A', '0')
-    stated, present = counts  # numbers of frames: in the header, if it tells, and in the file
+    stated, present = counts  # frames: in the header, if it tells, and in the file
     cut_off = stated.isdigit() and int(stated) > int(present)
     if process.returncode or cut_off:
         raise ValueError('ffmpeg cannot decode it to its end')
@@ -418,7 +418,7 @@ def prepare_source(row, home, folder, o, pool):
         meta = json.loads((folder / 'meta.json').read_text())
         if (meta['modality'], meta['size']) != (row.modality, o.size):
             sys.exit(f'{home} and {folder}, of {meta["modality"]} and --size {meta["size"]}: '
-                     'rename one of them, or choose another --out')
+                     'rename one, delete the second, or choose another --out')
         print(f'{folder}: finished before, of {meta["files"]} files (now {len(names)})')
         return meta
     rule, skip = o.images or row.images, o.skip or row.skip
@@ -712,7 +712,7 @@ def classify(mask, values, by_colour, lossy):
     """Classes uint8 (H, W) of a mask (H, W[, 3]). Entry k of `values` lists the pixels of class k:
     numbers or #colours, joined by +. * is all that no entry lists. Without *, a 255 that is not
     listed stays 255, which is not scored. lossy: the nearest listed number counts."""
-    to_colour = 0x010101 if by_colour else 1  # grey 7 as a colour: 7 * 0x010101 == 0x070707
+    to_colour = 0x010101 if by_colour else 1  # 7 as a colour: 7 * 0x010101 == 0x070707
     class_of = {}
     others = None  # the class of *, if there is one
     for place, entry in enumerate(values):
@@ -859,7 +859,7 @@ def check_classes(raw, o, shown):
              '--values, --split or the order of --masks')
     if len(o.classes) - len(unseen) < 2 or in_test_alone:
         sys.exit(f'{fault}; training must show two classes, and all that test images show')
-    if unseen and not o.partial and o.task not in TASKS:  # the classes of Table 3 are known
+    if unseen and not o.partial and o.task not in TASKS:  # Table 3 knows its classes
         sys.exit(f'{fault}, or allow it by --partial')
 
 # Tables 2 and 3. count: images in the paper. access: open, account or form; ?: layout not confirmed

@@ -1,5 +1,5 @@
-"""Files of MedMNIST: `convert` makes them class folders with their own splits, and sources that hold
-the images for validation and testing back. The preparation reads these as it reads any others."""
+"""Files of MedMNIST: `convert` makes them class folders with their own splits, and sources without
+the images for validation and testing. The preparation reads these as it reads any others."""
 import shutil
 
 import numpy as np
@@ -26,8 +26,8 @@ def write(path, side=64, channels=(), columns=1, **others):
 
 def convert(folder, *names, file=None):
     """The Result of converting folder/lungs.npz to folder/task and folder/raw/X-ray/lungs."""
-    file = file or folder / 'lungs.npz'
-    return runs.program('convert', 'medmnist', file, folder / 'task', folder / 'raw/X-ray/lungs', *names)
+    words = file or folder / 'lungs.npz', folder / 'task', folder / 'raw/X-ray/lungs', *names
+    return runs.program('convert', 'medmnist', *words)
 
 def converted(folder, *names, file=None):
     """Convert it, which must succeed."""
@@ -36,7 +36,7 @@ def converted(folder, *names, file=None):
     return result
 
 def refused(folder, naming, *names):
-    """Converting it ends in one sentence that names the file and these words, and leaves nothing."""
+    """Converting it ends in a sentence that names the file and these words, and leaves nothing."""
     before = sorted(folder.rglob('*'))
     runs.ends(convert(folder, *names), ['lungs.npz', *naming])
     assert sorted(folder.rglob('*')) == before

@@ -6,42 +6,58 @@ r"""Prepare images for pretraining (paper, C.1.1) and labelled tasks for fine-tu
     python prepare_medverse.py --task mine --raw MINE --images '(.*)\.png' --masks '(.*)_truth'
 
 RAW/<name>/** holds a data set of Table 2 as unpacked, RAW/<Modality>/<source>/** any other:
-pictures, NIfTI, DICOM series, .npy, and videos (not for tasks). OUT/<source>/
-appears when complete: 00000.npy ... (uint8 (n, S, S, 1 or 3)), meta.json, dropped.csv (what is left
-out, and why). A task has masks, class folders or a table. Rules are regular expressions, searched
-in paths in any case. An image and its mask pair if the groups ( ) of both rules find the same text:
-above, a/12 of a/12_truth.png. Without ( ) none pair. Later masks lie over earlier ones.
+pictures, NIfTI, DICOM series, .npy, and videos (not for tasks). OUT/<source>/ appears when
+complete: 00000.npy ... (uint8 (n, S, S, 1 or 3)), meta.json, dropped.csv (what is left out, why).
+A task has masks, class folders or a table. Rules are regular expressions; case does not count. A
+mask belongs to the image in whose path the groups ( ) find the same text: a/12, in a/12_truth.png.
 """
-import argparse, csv, json, os, pickle, re, shlex, sys
-import contextlib, errno, multiprocessing, shutil, signal, subprocess, tempfile, threading
-from collections import Counter, deque, namedtuple
+import argparse
+import contextlib
+import csv
+import errno
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
-
 import nibabel as nib
 import numpy as np
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageOps, ImageSequence, TiffImagePlugin as Tiff
 from tqdm import tqdm
 
 MODALITIES = tuple('CT PET MR X-ray Ultrasound Fundus OCT Pathology Endoscope Photo'.split())
+DARK = 5  # a pixel up to this is background: 0.02 of 255, as in the paper
 # How images of more than 8 bits become 8. limits: the numbers that become 0 and 255; if None, they
-# are these percentiles. foreground: a slice is dropped if a smaller share of it is above 0.02.
+# are these percentiles. foreground: a slice is dropped if a smaller share of it is above DARK.
 Window = namedtuple('Window', 'limits percentiles foreground')
 WINDOWS = dict.fromkeys((*MODALITIES, ''), Window(None, (0, 100), 0))  # '': no --modality is given
 WINDOWS['CT'] = Window((-200, 400), None, 0.05)  # Hounsfield units (HU)
 WINDOWS['MR'] = Window(None, (1, 99), 0.05)
 WINDOWS['PET'] = Window(None, (1, 99), 0.01)  # the paper's z-score of PET cancels in this scaling
 WINDOWS['SUV'] = Window((0, 20), None, 0.01)  # standardized uptake values: PET with suv in its path
+# pixels: uint8 (S, S, c), or None if dropped. single: no slice, so it may be a duplicate.
+Item = namedtuple('Item', 'pixels single reason detail', defaults=(False, '', ''))
 PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm')
 VIDEOS, VOLUMES = ('.avi', '.mp4'), ('.nii.gz', '.nii', '.img')  # volumes: NIfTI and Analyze
-IMAGES = (*PICTURES, *VIDEOS, *VOLUMES, '.npy')
-UNREAD = ('.webp', '.jp2', '.jfif', '.heic', '.avif', '.tga', '.svs', '.mha', '.mhd', '.nrrd',
-          '.npz')
+IMAGE_ENDINGS = (*PICTURES, *VIDEOS, *VOLUMES, '.npy')
+UNREAD_ENDINGS = tuple('.webp .jp2 .jfif .heic .avif .tga .svs .mha .mhd .nrrd .npz'.split())
+NOT_READ = ('not read: COCO, LabelMe, run lengths (draw PNG masks), YOLO (use tests.lab.convert), '
+            '.npz (python -m tests.lab.convert medmnist FILE.npz TASK SOURCE)')
 TOOLS = ('ffmpeg', 'ffprobe', 'dcm2niix')  # programs of others, for videos and DICOM
-ENDING = re.compile('(' + '|'.join(map(re.escape, IMAGES)) + ')$', re.IGNORECASE)
+ENDING = re.compile('(' + '|'.join(map(re.escape, IMAGE_ENDINGS)) + ')$', re.IGNORECASE)
 ZEROS = re.compile(r'(^|(?<=/))0+(?=\d+$)')  # leading zeros of 007 and a/007, but not of a/x007
-HIDDEN = r'(^|/)\.[^/]'  # .git/1.png, a/._1.png; not '.', which is a DICOM series in RAW itself
-REASONS = ('corrupt', 'small', 'blank', 'duplicate', 'other')  # why it is dropped
+HIDDEN = r'(^|/)\.[^/]'  # .git/1.png, a/._1.png; not '.', the path of RAW itself
+REASONS = ('corrupt', 'small', 'blank', 'duplicate', 'other')  # why an image or file is dropped
 SHARD = 256 << 20  # bytes of a full shard
 Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow refuses more than twice as many
 
@@ -63,12 +79,12 @@ def has_ending(path, endings):
 def is_image(home, name):
     """Whether a path of `list_names` is an image: a DICOM folder, or a known ending, not hidden."""
     path, hidden = home / name, search(HIDDEN, name)
-    return path.is_dir() or path.is_file() and has_ending(path, IMAGES) and not hidden
+    return path.is_dir() or path.is_file() and has_ending(path, IMAGE_ENDINGS) and not hidden
 
 def is_dicom(path):
     """Whether a file belongs to a DICOM series, by its name or by its mark."""
     # To open a named pipe would wait for ever. A DICOMDIR has the mark, but no image.
-    if not path.is_file() or has_ending(path, ('dicomdir', *IMAGES)):
+    if not path.is_file() or has_ending(path, ('dicomdir', *IMAGE_ENDINGS)):
         return False
     mark = b''
     with contextlib.suppress(OSError), open(path, 'rb') as file:
@@ -90,9 +106,8 @@ def list_names(home):
             paths.add(path.parent if is_dicom(path) else path)
     return [str(path.relative_to(home)) for path in sorted(paths)]
 
-# --- from files to images ---
 def series(folder, new, modality=''):
-    """Convert a DICOM folder to NIfTI in the folder `new`, and yield the files of this modality.
+    """Yield the NIfTI files of this modality in a DICOM folder, converted into the folder `new`.
     At the end, raise ValueError if there were images of others, or if dcm2niix failed."""
     command = ['dcm2niix', '-d', '0', '-z', 'n', '-o', new, folder]
     run = subprocess.run(command, capture_output=True, text=True, errors='replace')
@@ -108,43 +123,40 @@ def series(folder, new, modality=''):
     last = (run.stdout + run.stderr).strip().splitlines()[-1:]
     if not kinds:
         raise ValueError(f'of DICOM only MR, CT and PET are read, save PNG; dcm2niix: {last}')
-    others = sorted({*kinds.values()} - {wanted})
-    if others and modality:
+    if modality and (others := sorted({*kinds.values()} - {wanted})):
         raise ValueError(f'it has series of {", ".join(others)}, which are not of {modality}')
     if run.returncode:
-        raise ValueError(f'dcm2niix ended with error {run.returncode}; images may lack: {last}')
+        raise ValueError(f'dcm2niix ended with error {run.returncode}; some may be missing: {last}')
 
-def read(path, draft=0, grid=None):
+def read(path, draft=0, of_image=None):
     """All arrays of a file, (n, H, W) or (n, H, W, 3), upright, in its own units. draft: a JPEG may
-    be decoded at a reduced size of at least this (px); grid: the NIfTI image of a NIfTI mask."""
+    be decoded at a reduced size of at least this (px); of_image: of a NIfTI mask, its image."""
     if has_ending(path, PICTURES):
         return read_pages(path, draft)
-    return [read_array(path)] if has_ending(path, '.npy') else read_volume(path, grid)
-
-def read_array(path):
-    """The array of an .npy file, (n, H, W) or (n, H, W, 3)."""
+    if not has_ending(path, '.npy'):
+        return read_volume(path, of_image)
     array = np.load(path, mmap_mode='r')
     match array.shape:
         case (_, _) | (_, _, 3):  # one image
-            return array[None]
+            return [array[None]]
         case (_, _, _, 1):
-            return array[..., 0]
-        case (_, _, _, 3):
-            return array
-        case (n, _, width) if n != 3 and width != 4:  # else it may be colours
-            return array
+            return [array[..., 0]]
+        case (3, _, _) | (_, _, 4):
+            pass  # unclear: colours first, or with transparency?
+        case (_, _, _) | (_, _, _, 3):
+            return [array]
     raise ValueError(f'{array.shape} is unclear; save (H, W, 3), (n, H, W, 1) or (n, H, W, 3)')
 
-def read_volume(path, grid):
-    """`read` of NIfTI and Analyze: a volume for each time point."""
+def read_volume(path, of_image):
+    """`read` of NIfTI and Analyze: a list with an array (n, H, W[, 3]) for each time point."""
     image = nib.load(path)
     if not np.isfinite(image.affine).all():  # with NaN, `cut` would choose any axis
         raise ValueError('its affine is not finite')
     scaled = (image.dataobj.slope, image.dataobj.inter) != (1, 0)
     affine = image.affine
-    if grid is not None:
-        image, affine = on_grid(image, grid), grid.affine
-    voxels = np.asarray(image.dataobj, np.float32 if scaled else None)  # nibabel has float64
+    if of_image is not None:
+        image, affine = on_grid(image, of_image), of_image.affine  # cut along the image's axis
+    voxels = np.asarray(image.dataobj, np.float32 if scaled else None)  # nibabel would give float64
     if voxels.dtype == np.uint8:  # `to_uint8` takes uint8 for a picture, which needs no window
         voxels = np.uint16(voxels)
     if voxels.dtype.names:  # colours
@@ -156,10 +168,10 @@ def on_grid(mask, image):
     axes = [nib.io_orientation(either.affine) for either in (mask, image)]
     turn = nib.orientations.ornt_transform(*axes)
     turned = mask.as_reoriented(turn) if mask.ndim > 2 else mask
-    shape = (*image.shape, 1, 1)[:4]  # (x, y, z, time); an axis that lacks has length 1
+    shape = (*image.shape, 1, 1)[:4]  # (x, y, z, time); a missing axis has length 1
     tolerance = nib.affines.voxel_sizes(image.affine).min() / 2  # mm
     for candidate in (mask, turned):
-        # With absolute values, the far corner bounds how far any voxel is from its image's.
+        # A bound: with absolute values, the voxel at the largest x, y and z is displaced most.
         drift = np.abs(image.affine - candidate.affine) @ (*shape[:3], 1)  # mm
         if (*candidate.shape, 1, 1)[:4] == shape and drift.max() <= tolerance:
             return candidate
@@ -170,23 +182,27 @@ def read_pages(path, draft):
     pages = []
     # Given a path, Pillow 13 exchanges the sides of some TIFF that EXIF turns, so it gets a file.
     with open(path, 'rb') as file, Image.open(file) as image:
-        frames = ImageSequence.Iterator(image)
-        for page in [image] if image.format == 'MPO' else frames:  # others of an MPO are previews
+        # An MPO is a JPEG with previews or a second view behind it: its first page counts alone.
+        frames = [image] if image.format == 'MPO' else ImageSequence.Iterator(image)
+        # Pillow gives the first page of an animated GIF as grey, the others in colour.
+        animated = image.format == 'GIF' and image.is_animated
+        for page in frames:
             deep = page.mode[0] in 'IF'  # I;16, I and F; all other modes of Pillow have 8 bits
             tags = getattr(page, 'tag_v2', {})  # of TIFF
-            kind = tags.get(339, (1,))[0]  # of numbers: 1 is unsigned, 2 is signed
-            bits = tags.get(258, (1,))[0]
-            inverted = deep and tags.get(262) == 0  # white is 0
+            kind = tags.get(Tiff.SAMPLEFORMAT, (1,))[0]  # 1: unsigned, 2: signed
+            bits = tags.get(Tiff.BITSPERSAMPLE, (1,))[0]
+            misread = (kind, bits) in ((2, 8), (1, 32))  # signed 8, unsigned 32
+            white_is_0 = deep and tags.get(Tiff.PHOTOMETRIC_INTERPRETATION) == 0
             cut_off = not deep and ';16' in str(page.tile)  # 8 of 16 bits are left
-            if (kind, bits) in ((2, 8), (1, 32)) or inverted or cut_off:  # Pillow misreads these
+            if misread or white_is_0 or cut_off:  # Pillow gives wrong numbers for these
                 raise ValueError('its type of numbers is not read; save 8 bits, or grey 16')
             page.draft(None, (draft, draft) if draft else None)  # fast at 1/2, 1/4 or 1/8 of JPEG
             page = ImageOps.exif_transpose(page)
             if not deep:
-                mixed = image.format == 'GIF' and image.is_animated  # grey first, then in colour
-                page = page.convert('L' if page.mode in ('1', 'L', 'LA') and not mixed else 'RGB')
-            dtype = np.uint16 if deep and image.format == 'PPM' else None  # Pillow has 32 bits
-            pages.append(np.asarray(page, dtype)[None])
+                grey = page.mode in ('1', 'L', 'LA') and not animated
+                page = page.convert('L' if grey else 'RGB')
+            is_16_bit = deep and image.format == 'PPM'  # Pillow would give 32 bits
+            pages.append(np.asarray(page, np.uint16 if is_16_bit else None)[None])
     return [np.concatenate(pages)] if len({page.shape for page in pages}) == 1 else pages
 
 def cut(volume, affine):
@@ -195,11 +211,11 @@ def cut(volume, affine):
     turn = nib.io_orientation(affine)  # to x right, y anterior, z superior
     volume = np.atleast_3d(volume)
     volume = nib.apply_orientation(volume.reshape(*volume.shape[:3], -1), turn)  # 3 axes and time
-    spacing = np.empty(3)  # mm, of the turned axes
-    spacing[turn[:, 0].astype(int)] = nib.affines.voxel_sizes(affine)
+    spacing = nib.affines.voxel_sizes(affine)[turn[:, 0].argsort()]  # mm, of the turned axes
     spacing[np.array(volume.shape[:3]) == 1] = np.inf  # an axis of length 1 is the one cut across
     axis = 2 if spacing[2] >= 0.99 * spacing.max() else spacing.argmax()
-    slices = np.moveaxis(volume, (3, axis), (0, 1)).swapaxes(2, 3)  # (time, n, H, W), top is last
+    # Across z: rows are y, columns x. Across y: rows z, columns x. Across x: rows z, columns y.
+    slices = np.moveaxis(volume, (3, axis), (0, 1)).swapaxes(2, 3)  # (time, n, row, column)
     return slices[:, :, ::-1, ::-1]  # top is first; the patient's right, or front, is on the left
 
 def to_uint8(volume, modality):
@@ -211,7 +227,7 @@ def to_uint8(volume, modality):
     if modality == 'CT' and volume.dtype.kind == 'u':  # no HU, which are signed
         limits, percentiles = None, (0, 100)
         if 31000 < np.median(volume[volume > 0]) < 36000:  # HU + 32768, as in DeepLesion
-            limits = (32768 - 200, 32768 + 400)
+            limits = np.add(WINDOWS['CT'].limits, 32768)
     if limits is None:
         step = 2 * (volume.size // 2_000_000) + 1  # odd, since an even one sees only some columns
         sample = volume.flat[::step]
@@ -225,14 +241,13 @@ def to_uint8(volume, modality):
 
 def resize(image, size):
     """The whole image, uint8 (H, W[, 3]), low-passed, as (S, S, c); equal channels become one."""
-    if image.shape[:2] != (size, size):
-        image = Image.fromarray(image).resize((size, size), Image.BICUBIC, reducing_gap=3.0)
-    pixels = np.ascontiguousarray(image).reshape(size, size, -1)
+    image = Image.fromarray(image).resize((size, size), Image.BICUBIC, reducing_gap=3.0)
+    pixels = np.asarray(image).reshape(size, size, -1)
     return pixels[..., :1] if (pixels == pixels[..., :1]).all() else pixels
 
 def decode_video(path, size):
     """Yield every 30th frame (C.1.1) as uint8 (1, S, S, 3), while ffmpeg decodes the file."""
-    # A video may be a list of other files or addresses: allow this one. -xerror: stop at an error.
+    # A video may be a playlist of other files: allow this alone. -xerror: stop at an error.
     only_this = ['-v', 'fatal', '-protocol_whitelist', 'file',
                  '-format_whitelist', 'avi,mov,mp4,m4a,3gp,3g2,mj2', '-i', f'file:{path}']
     command = ['ffmpeg', '-xerror', *only_this, '-fps_mode', 'passthrough', '-pix_fmt', 'rgb24',
@@ -242,13 +257,11 @@ def decode_video(path, size):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         while len(frame := process.stdout.read(size * size * 3)) == size * size * 3:
             yield np.frombuffer(frame, np.uint8).reshape(1, size, size, 3)
-    counts = subprocess.run(probe, capture_output=True, text=True).stdout.split()
-    stated, present = counts or ('N/A', '0')  # nb_frames, which may be N/A, and nb_read_packets
-    if process.returncode or stated.isdigit() and int(stated) > int(present):  # it is cut off
+    counts = subprocess.run(probe, capture_output=True, text=True).stdout.split() or ('N/A', '0')
+    stated, present = counts  # frames: in the header, if it tells, and in the file
+    cut_off = stated.isdigit() and int(stated) > int(present)
+    if process.returncode or cut_off:
         raise ValueError('ffmpeg cannot decode it to its end')
-
-# pixels: uint8 (S, S, c), or None if it is dropped for a reason. picture: it is a file of its own.
-Item = namedtuple('Item', 'pixels picture reason detail', defaults=(False, '', ''))
 
 def source_items(path, modality, size, min_side):
     """In a worker: yield an Item, of `size` px, for each image of a file; one more if corrupt."""
@@ -257,19 +270,21 @@ def source_items(path, modality, size, min_side):
         with tempfile.TemporaryDirectory() as new:
             files = series(path, new, modality) if path.is_dir() else [path]
             arrays = (array for file in files for array in read(file, max(2 * size, min_side)))
-            for array in decode_video(path, size) if is_video else arrays:
-                picture = len(array) == 1 and has_ending(path, (*PICTURES, '.npy'))
-                chosen = picture and array.dtype == np.uint8  # by somebody, as was its window
+            if is_video:
+                arrays = decode_video(path, size)
+            for array in arrays:
+                single = len(array) == 1 and has_ending(path, (*PICTURES, '.npy'))
+                chosen = single and array.dtype == np.uint8  # a person did: keep it, even dark
                 foreground = 0 if chosen else WINDOWS[modality].foreground
                 for image in to_uint8(array, modality):
                     count += 1
                     small = min(image.shape[:2]) < min_side and not is_video
-                    dark = np.count_nonzero(image > 5) < foreground * image.size  # 5 is 0.02 of 255
+                    dark = np.count_nonzero(image > DARK) < foreground * image.size
                     if small or dark or np.ptp(image) < 8:
                         sides = f'{image.shape[1]} x {image.shape[0]} px'
                         yield Item(None, reason='small' if small else 'blank', detail=sides)
                     else:
-                        yield Item(resize(image, size), picture)
+                        yield Item(resize(image, size), single)
         if not count:
             raise ValueError('it holds no image')
     except Exception as error:  # decoders fail on broken files in every way there is
@@ -278,7 +293,7 @@ def source_items(path, modality, size, min_side):
         yield Item(None, reason='corrupt', detail=f'{type(error).__name__}: {error}')
 
 def find_twin(pixels, name, seen):
-    """Name of an earlier picture that uint8 (S, S, c) nearly repeats, or None; `seen` learns it.
+    """Name of an earlier picture that uint8 (S, S, c) nearly repeats. If None, it joins `seen`.
     Twins differ in at most one bit (is a cell darker than the next?) and 3 levels on average."""
     grey = Image.fromarray(pixels.squeeze()).convert('L')
     cells = np.int16(grey.resize((9, 8), Image.BOX))  # means of areas, (8, 9)
@@ -289,7 +304,6 @@ def find_twin(pixels, name, seen):
                 return twin
     seen.setdefault(bits, []).append((name, cells))
 
-# --- the engine: workers, results that wait on the disk, folders that appear when complete ---
 def follow_parent():
     """Start of a worker: Ctrl-C is for its parent alone, and it ends when its parent does."""
     def wait():
@@ -324,13 +338,13 @@ def in_order(pool, workers, folder, work, calls, title):
 
 @contextlib.contextmanager
 def appearing(folder, pool):
-    """Yield FOLDER.part, locked. It becomes FOLDER. On an error, end `pool`, then delete it."""
+    """Yield FOLDER.part, locked, which becomes FOLDER. On an error, stop the pool and delete it."""
     part = Path(f'{folder}.part')
     part.mkdir(parents=True, exist_ok=True)
     with open(part / 'lock', 'w') as lock:
         try:
             import fcntl
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed program gives it up
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free again if we are killed
         except ImportError:
             print(f'{folder}: not locked, as this system has no fcntl')
             lock.close()  # Windows neither deletes nor moves an open file
@@ -343,11 +357,10 @@ def appearing(folder, pool):
             (part / 'lock').unlink()
             os.replace(part, folder)
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # its workers may still write to `part`
             shutil.rmtree(part, ignore_errors=True)
             raise
 
-# --- sources for pretraining ---
 def home_of(row, raw):
     """The folder of a row, or None: for AutoPET-CT, RAW/AutoPET-CT or a shared RAW/AutoPET."""
     words = row.name.split('-')
@@ -360,16 +373,16 @@ def modality_of(name):
     return {known.lower().replace('-', ''): known for known in (*MODALITIES, 'SUV')}.get(word, name)
 
 def find_sources(raw, out, wanted):
-    """{name below OUT: (row, its folder below RAW)} of Table 2, then of RAW/<Modality>/*.
-    A name of several modalities becomes <name>-<Modality>. wanted: one name, or '' for all."""
+    """{name below OUT: (row, its folder)} of Table 2 and RAW/<Modality>/*. wanted: one, or ''."""
     found = [(row, home_of(row, raw)) for row in SOURCES if home_of(row, raw)]
     below_modality = [path for path in sorted(raw.glob('*/*'))
                       if modality_of(path.parent.name) in MODALITIES]
     found += [(Source(path.name, modality_of(path.parent.name)), path)
               for path in below_modality if path.is_dir()]
+    # The folder of a modality is used if one of its sources is. RAW itself does no harm here.
     used = {folder for _, home in found for folder in (home, home.parent)}
     if unused := {*raw.glob('*'), *below_modality} - used:
-        print(f'warning: no data sets: {len(unused)} paths, as {min(unused)}', file=sys.stderr)
+        print(f'warning: {len(unused)} paths are no data sets, as {min(unused)}', file=sys.stderr)
     times, sources = Counter(row.name for row, _ in found), {}
     for row, home in found:
         name = f'{row.name}-{row.modality}' if times[row.name] > 1 else row.name
@@ -385,8 +398,8 @@ def find_sources(raw, out, wanted):
 
 def prepare_sources(raw, out, o, pool):
     """Prepare every source below RAW, and print the account of their files."""
-    # found: all images, and all files that are none. Each is kept, or dropped for one of REASONS.
-    table = [('modality', 'source', 'files', 'found', 'kept', *REASONS)]
+    # Images in files + files that are no image = total = kept + dropped, for whatever reason.
+    table = [('modality', 'source', 'files', 'total', 'kept', *REASONS)]
     sources = find_sources(raw, out, o.source)
     for name, (row, home) in sources.items():
         if meta := prepare_source(row, home, out / name, o, pool):
@@ -395,23 +408,22 @@ def prepare_sources(raw, out, o, pool):
     for modality, name, *counts in table:
         print(f'{modality:<11}{name:<30}' + ''.join(f'{count:>10}' for count in counts))
     if left_out := [name for name in sources if not (out / name).exists()]:
-        sys.exit(f'left out, as told above: {", ".join(left_out)}')
-    print(f'{len(sources)} sources; what each left out, and why, is in its dropped.csv')
+        sys.exit(f'left out, as told above: {", ".join(left_out)}; {NOT_READ}')
+    print(f'{len(sources)} sources; what each left out, and why, is in its dropped.csv; {NOT_READ}')
 
 def prepare_source(row, home, folder, o, pool):
     """Write a source, the files below `home`, to `folder`. Returns its meta.json, or None."""
     names = list_names(home)
     if folder.exists():
         meta = json.loads((folder / 'meta.json').read_text())
-        if meta['modality'] != row.modality:
-            sys.exit(f'{home} and {folder}, of {meta["modality"]}: rename one of them')
-        if meta['size'] != o.size:
-            sys.exit(f'{folder}: has --size {meta["size"]}; delete it, or choose another --out')
+        if (meta['modality'], meta['size']) != (row.modality, o.size):
+            sys.exit(f'{home} and {folder}, of {meta["modality"]} and --size {meta["size"]}: '
+                     'rename one, delete the second, or choose another --out')
         print(f'{folder}: finished before, of {meta["files"]} files (now {len(names)})')
         return meta
-    images, skip = o.images or row.images, o.skip or row.skip
+    rule, skip = o.images or row.images, o.skip or row.skip
     wanted = [name for name in names
-              if search(images, name) and not search(skip, name) and is_image(home, name)]
+              if search(rule, name) and not search(skip, name) and is_image(home, name)]
     with appearing(folder, pool) as part:
         kept, dropped = write_source(row, home, names, wanted, part, o, pool)
         meta = {'source': folder.name, 'modality': row.modality, 'count': kept, 'size': o.size,
@@ -419,7 +431,7 @@ def prepare_source(row, home, folder, o, pool):
         (part / 'meta.json').write_text(json.dumps(meta, indent=1))
     if not kept:  # the last row of dropped.csv gives an example of the reasons
         *_, last = (folder / 'dropped.csv').read_text(errors='replace').splitlines()
-        print(f'{home}: no image is kept of {len(wanted)} files, as {last}; it is left out; {NOT_READ}')
+        print(f'{home}: no image is kept of {len(wanted)} files, as {last}; it is left out')
         shutil.rmtree(folder)
     return meta if kept else None
 
@@ -431,65 +443,58 @@ def write_source(row, home, names, wanted, folder, o, pool):
         calls.append((home / name, 'SUV' if suv else row.modality, o.size, o.min_side))
     others = sorted({*names} - {*wanted})
     dropped = dict.fromkeys(REASONS, 0) | {'other': len(others)}
-    kept = shards = 0
-    filling = {}  # {shape of images: (path of the shard that takes them, these images)}
+    kept = 0
+    paths = (folder / f'{number:05d}.npy' for number in range(100_000))
+    filling = defaultdict(lambda: (next(paths), []))  # {shape: (path of a shard, its images)}
     seen = {}  # what find_twin remembers
     with open(folder / 'dropped.csv', 'w', encoding='utf-8', errors='surrogateescape') as file:
         log = csv.writer(file, lineterminator='\n')
         log.writerow(('path', 'slice', 'reason', 'detail'))
-        for name in others:
-            known = has_ending(home / name, UNREAD)
-            detail = NOT_READ if known else 'no image by name, or no regular file'
-            log.writerow((name, 0, 'other', detail))
+        log.writerows((name, 0, 'other', 'no image by name, or no regular file') for name in others)
         results = in_order(pool, o.workers, folder, source_items, calls, folder.stem)
         for name, result in zip(wanted, results):
             for index, item in enumerate(spilled_items(result)):
                 # Neighbouring slices of a volume are alike by nature, and Table 2 keeps them.
-                if item.picture and (twin := find_twin(item.pixels, name, seen)):
+                if item.single and (twin := find_twin(item.pixels, name, seen)):
                     item = Item(None, reason='duplicate', detail=f'of {twin}')
                 if item.reason:
                     dropped[item.reason] += 1
                     log.writerow((name, index, item.reason, item.detail))
                     continue
                 kept += 1
-                shape = item.pixels.shape
-                if shape not in filling:
-                    filling[shape] = (folder / f'{shards:05d}.npy', [])
-                    shards += 1
-                path, images = filling[shape]
+                path, images = filling[item.pixels.shape]
                 images.append(item.pixels)
                 if len(images) * item.pixels.size >= SHARD:
                     np.save(path, images)
-                    del filling[shape]
+                    del filling[item.pixels.shape]
             result.unlink()
     for path, images in filling.values():
         np.save(path, images)
     return kept, dropped
 
-# --- labelled tasks: which images, with which answers ---
-# masks: for each rule of --masks, the paths of this image's masks. label: the name of its class.
+# Of a labelled image. masks: [(number of its rule of --masks, from 1; path)]. label: its class.
 Sample = namedtuple('Sample', 'masks label patient', defaults=((), '', ''))
+Entry = namedtuple('Entry', 'what count left_over stops', defaults=(True,))
 # The rules without --images and --masks. They pair x/images/1.png and x/masks/1.png by the groups
 # x/ and 1, and imagesTr/1_0000.nii.gz and labelsTr/1.nii.gz of nnU-Net by '' and Tr/1.
-IMAGES_BESIDE = r'(.*)images(?:/|(?=T[rs]/))(.*?)(?:_0000)?(?:\.nii)?\.\w+$'
-MASKS = r'(.*)(?:masks/|labels(?=T[rs]/))(.*?)(?:_0000)?(?:\.nii)?\.\w+$'
+TAIL = r'(.*?)(?:_0000)?(?:\.nii)?\.\w+$'  # the second group, then the channel and the ending
+IMAGE_RULE = r'(.*)images(?:/|(?=T[rs]/))' + TAIL  # images/, imagesTr/, imagesTs/
+MASK_RULE = r'(.*)(?:masks/|labels(?=T[rs]/))' + TAIL
 OFFICIAL = r'(^|/)(\d+[ _-]?)?({})([ _-]?(set|data|dataset|images?|imgs))?[ _-]?\d*/'
 SPLITS = {'train': OFFICIAL.format('train(ing)?|(images|labels)Tr'),  # 01_train/, imagesTr/
           'val': OFFICIAL.format('val(id(ation)?)?'),
           'test': OFFICIAL.format('test(ing)?|(images|labels)Ts')}
 SHARES = ('50', '20', '30')  # of these splits, if a data set has none
-NOT_READ = ('not read: COCO, LabelMe, run lengths (draw PNG masks), YOLO (use tests.lab.convert), '
-            '.npz (python -m tests.lab.convert medmnist FILE.npz TASK SOURCE)')
 
 def find_samples(raw, o, account):
-    """{path of an image below RAW: its Sample}: by a table, by pairs with masks, or by folders.
-    Adds to `account`: (what, how many, those left over, whether these stop the preparation)."""
+    """{path of an image below RAW: its Sample}. Each rule and list adds an Entry to `account`."""
     names = [name for name in list_names(raw) if not (search(HIDDEN, name) or search(o.skip, name))]
-    mask_rules = [] if o.labels else o.masks or [MASKS]
+    mask_rules = [] if o.labels else o.masks or [MASK_RULE]
     masks = {rule: by_groups(names, rule) for rule in mask_rules}
     mask_names = {name for name in names if any(search(rule, name) for rule in mask_rules)}
+    # With --labels it is a table. Else files like masks, or options that only masks have, decide.
     has_masks = not o.labels and bool(mask_names or o.masks or o.objects or o.values)
-    rule = o.images or (IMAGES_BESIDE if has_masks else '.')
+    rule = o.images or (IMAGE_RULE if has_masks else '.')
     wanted = [name for name in names if name not in mask_names and search(rule, name)]
     images = [name for name in wanted if is_image(raw, name)]
     if o.labels:
@@ -498,35 +503,36 @@ def find_samples(raw, o, account):
         samples = find_pairs(raw, rule, by_groups(images, rule), masks, account, o.objects)
     else:
         samples = by_folders(images, o.level)
-    alone = [name for name in images if name not in samples]
-    account.append((f'images {rule}', len(images), alone, False))  # as in imagesTs, without answers
-    if unread := [name for name in wanted if has_ending(raw / name, UNREAD)]:
-        what = f'formats of {rule} ({NOT_READ})'
-        account.append((what, len(images + unread), unread, True))
+    unread = [name for name in wanted if has_ending(raw / name, UNREAD_ENDINGS)]
+    left_over = unread + [name for name in images if name not in samples]
+    # Images without an answer do not stop it: imagesTs of nnU-Net has none. Formats not read do.
+    account.append(Entry(f'images {rule}', len(images + unread), left_over, stops=bool(unread)))
     if not samples:
-        unused = ', '.join(f'{what} {left[:1]}' for what, _, left, _ in account)
+        unused = ', '.join(f'{entry.what} {entry.left_over[:1]}' for entry in account)
         sys.exit(f'{raw}: no image has a class or mask; first unused: {unused}; {NOT_READ}')
     if o.patient:
         strangers = [name for name in samples if not search(o.patient, name)]
-        account.append((f'--patient {o.patient}', len(samples), strangers, True))
+        account.append(Entry(f'--patient {o.patient}', len(samples), strangers))
     for name, sample in samples.items():
         match = search(o.patient, name)
-        shown = match and match[1 if match.re.groups else 0]  # its first group, or all it found
-        samples[name] = sample._replace(patient=shown or sample.patient or name)
+        found = match and (match[1] if match.re.groups else match[0])
+        samples[name] = sample._replace(patient=found or sample.patient or name)
     return samples
 
 def find_pairs(raw, image_rule, images, masks, account, objects):
     """{image: Sample} of `images` {groups: paths} and `masks` {rule: {groups: paths}}."""
     for rule, found in masks.items():
         alone = [name for groups in found if groups not in images for name in found[groups]]
-        account.append((f'files {rule}', sum(map(len, found.values())), alone, True))
+        account.append(Entry(f'files {rule}', sum(map(len, found.values())), alone))
     samples = {}
     for groups, names in images.items():
-        its_masks = [found.get(groups, []) for found in masks.values()]  # a list for each rule
-        if len(names) > 1 or max(map(len, its_masks)) > 1 and not objects:
-            some = ', '.join([*names[:2], *sum(its_masks, [])][:3])
+        its_masks = [(number, path) for number, found in enumerate(masks.values(), 1)
+                     for path in found.get(groups, [])]
+        many_masks = len(its_masks) > len({number for number, _ in its_masks})  # of one rule
+        if len(names) > 1 or (many_masks and not objects):
+            some = ', '.join([*names[:2], *(path for _, path in its_masks)][:3])
             sys.exit(f'{some} cannot be a pair: all have {groups}; mend --masks, or add --objects')
-        if any(its_masks):
+        if its_masks:
             samples[names[0]] = Sample(its_masks)
     rules = {image_rule: images, **masks}
     if not samples or not all(rules.values()):
@@ -536,8 +542,9 @@ def find_pairs(raw, image_rule, images, masks, account, objects):
     return samples
 
 def by_folders(names, level):
-    """{image: Sample}. Its class is its folder (level 1), or the one above (2); splits are none."""
-    own, above = {}, {}  # {image: folder}
+    """{image: Sample}. level 1: the class is the folder, 2: the folder above it. Folders of splits
+    are left out. Level 0 is 1, but ends the program if 2 is as likely."""
+    own, above = {}, {}  # {image: its folder, or the folder above that}
     for name in names:
         folders = [folder for folder in Path(name).parent.parts
                    if not any(search(rule, f'{folder}/') for rule in SPLITS.values())]
@@ -545,20 +552,21 @@ def by_folders(names, level):
         own[name] = folders[-1]
         above[name] = folders[-2] if len(folders) > 1 else ''
     classes = {*own.values()}
-    repeated = len({*zip(above.values(), own.values())}) > len(classes)  # as cat/a and dog/a
-    tiny = len(names) <= 3 * len(classes)
+    places = {*zip(own.values(), above.values())}
+    repeated = len(places) > len(classes)  # as a has two in cat/a and dog/a
+    tiny = len(names) <= 3 * len(classes)  # as folders of patients are
     if not level and (repeated or tiny) and len({*above.values()}) > 1:
         one, two = (dict(Counter(folder.values()).most_common(9)) for folder in (own, above))
         sys.exit(f'which folders are the classes? --level 1: {one}; --level 2: {two}')
     class_of = above if level == 2 else own
     return {name: Sample(label=class_of[name]) for name in names if class_of[name]}
 
-def read_lines(raw, end):
-    """Lines of the text whose path below RAW ends so, in UTF-8, UTF-16 or Windows' code page."""
-    names = [name for name in list_names(raw) if f'/{name}'.endswith(f'/{end}')]
-    paths = [raw / name for name in names] or [raw / end]  # no name ends with ./table.csv
+def read_lines(raw, file):
+    """Lines of the only text below RAW whose path ends with `file`, in UTF-8, UTF-16 or cp1252."""
+    names = [name for name in list_names(raw) if f'/{name}'.endswith(f'/{file}')]
+    paths = [raw / name for name in names] or [raw / file]  # ./table.csv is in RAW itself
     if len(paths) > 1 or not paths[0].exists():
-        sys.exit(f'{end}: is not one file of {[*map(str, paths[:2])]}; give its path, as ./{end}')
+        sys.exit(f'{file}: is not one file of {[*map(str, paths[:2])]}; give its path, as ./{file}')
     content = paths[0].read_bytes()
     is_utf16 = content[:2] in (b'\xff\xfe', b'\xfe\xff')
     for code in ['utf-16'] if is_utf16 else ['utf-8-sig', 'cp1252', 'latin-1']:
@@ -567,7 +575,7 @@ def read_lines(raw, end):
 
 def look_up(what, entries, names, account):
     """{entry of a table or list: its image}. b/7 means a/b/7.png, or else the only a/b/007.png."""
-    by_tail = {}  # {end of a path, without ending and zeros: [(this end with zeros, path)]}
+    by_tail = {}  # {tail of a path: [(tail with zeros, path)]}. Of a/b/007.png: a/b/7, b/7 and 7
     for name in names:
         tail = ENDING.sub('', name)
         while tail:
@@ -587,12 +595,12 @@ def look_up(what, entries, names, account):
             guessed.append(f'{entry} is {meant[entry]}')
     if guessed:
         print(f'{len(guessed)} names are found as whole numbers: {", ".join(guessed[:3])}')
-    account.append((what, len(entries), [entry for entry in entries if entry not in meant], True))
+    account.append(Entry(what, len(entries), [entry for entry in entries if entry not in meant]))
     return meant
 
-def read_table(raw, names, account, end, *columns):
+def read_table(raw, names, account, file, *columns):
     """{image: Sample} by the columns of file, class and, if named, patient of a CSV."""
-    lines = read_lines(raw, end)
+    lines = read_lines(raw, file)
     regular = {}  # {separator of cells: how many lines have as many cells as the first}
     for mark in ',;\t':
         widths = [len(cells) for cells in csv.reader(lines[:99], delimiter=mark) if cells]
@@ -601,69 +609,70 @@ def read_table(raw, names, account, end, *columns):
     head = table.fieldnames or []
     columns = columns or head[:2]
     if len(columns) < 2 or not {*columns} <= {*head}:
-        sys.exit(f'{end}: has the columns {head}, no {", ".join({*columns} - {*head})}; {NOT_READ}')
-    print(f'{end}: file, class, patient are its columns {", ".join(columns)}; others are not read')
+        sys.exit(f'{file}: has columns {head}, no {", ".join({*columns} - {*head})}; {NOT_READ}')
+    print(f'{file}: file, class, patient are its columns {", ".join(columns)}; others are not read')
     rows = []
     for row in table:
         path, label, *patient = [(row[column] or '').strip() for column in columns]
         if path and label:
             rows.append((table.line_num, path, Sample((), label, *patient)))
-    meant = look_up(f'rows of {end}', [path for _, path, _ in rows], names, account)
+    meant = look_up(f'rows of {file}', [path for _, path, _ in rows], names, account)
     samples = {}
     for line, path, sample in rows:
         if re.fullmatch(r'\d+( \d+){3,}', sample.label):
-            sys.exit(f'{end}, line {line}: looks like run lengths; {NOT_READ}')
+            sys.exit(f'{file}, line {line}: looks like run lengths; {NOT_READ}')
         if path in meant:
             before = samples.setdefault(meant[path], sample)
             if before != sample:
-                sys.exit(f'{end}, line {line}: {path} has another answer above')
+                sys.exit(f'{file}, line {line}: {path} has another answer above')
     return samples
 
 def split_samples(samples, raw, o, account):
     """{split: paths} by --split: a number is a share of what the others leave, NAME.txt is a list,
     else it is a rule of images or their masks. The first split that takes an image keeps it."""
     rules = dict(zip(SPLITS, o.split or SHARES))
-    given = [split for split in SPLITS if any(search(SPLITS[split], name) for name in samples)]
-    official = not o.split and 'train' in given and len(given) > 1
-    if official:  # without images for testing, these are drawn from those for training
-        rules = SPLITS if 'test' in given else SPLITS | {'train': '70', 'test': '30'}
-    split_of = {}
+    there = [split for split in SPLITS if any(search(SPLITS[split], name) for name in samples)]
+    by_folder = not o.split and 'train' in there and len(there) > 1
+    if by_folder:  # without test/, 30% of what is not in val/ become the test
+        rules = SPLITS if 'test' in there else SPLITS | {'train': '70', 'test': '30'}
+    split_of = {}  # {path: split}
+    shares = dict.fromkeys(SPLITS, 0)
     for split, rule in rules.items():
+        if rule.isdigit():
+            shares[split] = int(rule)
+            continue
         if rule.endswith('.txt'):
             lines = [line.strip() for line in read_lines(raw, rule) if line.strip()]
             chosen = look_up(f'lines of {rule}', lines, samples, account).values()
         else:
-            chosen = [name for name, sample in samples.items() if not rule.isdigit()
-                      and any(search(rule, path) for path in (name, *sum(sample.masks, [])))]
+            chosen = [name for name, sample in samples.items() if search(rule, name)
+                      or any(search(rule, path) for _, path in sample.masks)]
         for name in chosen:
             split_of.setdefault(name, split)
     others = [name for name in samples if name not in split_of]
-    shares = [int(rule) if rule.isdigit() else 0 for rule in rules.values()]
-    if others and not sum(shares):
+    if others and not any(shares.values()):
         sys.exit(f'{raw}/{others[0]}: no rule of --split takes it; give shares, or --skip it')
     split_of.update(draw_splits(samples, others, shares, np.random.default_rng(o.seed)))
     pairs = {(samples[name].patient, split) for name, split in split_of.items()}
     times = Counter(patient for patient, _ in pairs)
     if torn := sorted(patient for patient in times if times[patient] > 1):
         print(f'warning: {len(torn)} patients in more than one split: {torn[:3]}', file=sys.stderr)
-    how = 'its folders' if official else ', '.join(rules.values())
-    splits = {split: sorted(name for name in split_of if split_of[name] == split)
-              for split in rules}
-    counts = ', '.join(f'{split} {len(names)}' for split, names in splits.items())
+    names_of = {split: sorted(n for n in samples if split_of[n] == split) for split in rules}
+    counts = ', '.join(f'{split} {len(names)}' for split, names in names_of.items())
+    how = 'its folders' if by_folder else ', '.join(rules.values())
     print(f'{raw}: {counts} files, split by {how}; {len(others)} of them drawn')
-    return splits
+    return names_of
 
 def draw_splits(samples, names, shares, rng):
     """{path: split} by shares of the patients of each class, rounded as in the paper's Table 3."""
-    train_share, val_share, test_share = shares
-    labels, split_of = {}, {}  # of each patient: the class of his first image, and his split
+    label_of, split_of = {}, {}  # of each patient: the class of his first image, and his split
     for name in names:
-        labels.setdefault(samples[name].patient, samples[name].label)
-    for label in sorted({*labels.values()}):
-        group = [patient for patient in labels if labels[patient] == label]
-        spare = len(group) - (train_share > 0)  # training keeps at least one
-        test = min(int(np.ceil(len(group) * test_share / sum(shares))), spare)
-        val = min(len(group) * val_share // sum(shares), spare - test)
+        label_of.setdefault(samples[name].patient, samples[name].label)
+    for label in sorted({*label_of.values()}):
+        group = [patient for patient in label_of if label_of[patient] == label]
+        spare = len(group) - (shares['train'] > 0)  # training keeps at least one
+        test = min(int(np.ceil(len(group) * shares['test'] / sum(shares.values()))), spare)
+        val = min(len(group) * shares['val'] // sum(shares.values()), spare - test)
         drawn = np.split(rng.permutation(group), (test, test + val))
         for split, patients in zip(('test', 'val', 'train'), drawn):
             split_of.update(dict.fromkeys(patients.tolist(), split))
@@ -671,62 +680,68 @@ def draw_splits(samples, names, shares, rng):
 
 def read_masks(path, image_path, values):
     """Masks uint8 (H, W) of a file, by `classify`, one for each slice of its image's file."""
-    if not has_ending(path, IMAGES):
+    if not has_ending(path, IMAGE_ENDINGS):
         raise ValueError(NOT_READ)
     if has_ending(image_path, VOLUMES) != has_ending(path, VOLUMES):
         raise ValueError('one of them is NIfTI, the other is not')
     for one in (image_path, path):  # programs differ in whether they turn a mask
         if has_ending(one, PICTURES) and Image.open(one).getexif().get(0x0112, 1) not in (0, 1):
             raise ValueError(f'EXIF turns {one}; save both without this tag')
-    grid = nib.load(image_path) if has_ending(image_path, VOLUMES) else None
-    masks, lossy = [mask for volume in read(path, grid=grid) for mask in volume], False
+    of_image = nib.load(image_path) if has_ending(image_path, VOLUMES) else None
+    masks = [mask for volume in read(path, of_image=of_image) for mask in volume]
+    by_colour = '#' in ''.join(values)  # numbers in masks and in `values` are colours, too
+    lossy = False
     if has_ending(path, PICTURES):
         with Image.open(path) as picture:
             lossy = picture.format in ('JPEG', 'MPO') or picture.info.get('compression') == 'jpeg'
             pixels = np.asarray(picture)
-            palette = np.reshape(picture.getpalette() or [], (-1, 3))  # its colours, or none
-            if np.ptp(palette, 1).any() and '#' not in ''.join(values):
-                masks = [pixels]  # the places of the colours in the palette are the classes
+            palette = np.reshape(picture.getpalette() or [], (-1, 3))
+            coloured = (palette != palette[:, :1]).any()  # else it has greys, or none
+            if coloured and not by_colour:
+                masks = [pixels]  # its numbers are meant, not their colours
             if picture.mode in ('LA', 'RGBA'):  # what is transparent shows nothing
-                masks[0] = masks[0].copy()
                 masks[0][pixels[..., -1] < 128] = 0
-    masks = [classify(mask, values, lossy) for mask in masks]
+    masks = [classify(mask, values, by_colour, lossy) for mask in masks]
     shown = {number for mask in masks for number in np.unique(mask).tolist()}
-    if shown - {0} == {255}:
-        raise ValueError('255 is its only foreground: values 0 1+255, or 0 1 255 and two --classes')
+    if shown - {0} == {255}:  # all of it would go unscored
+        raise ValueError('255 is its only foreground: class 1 by --values 0 1+255, or not scored '
+                         'by 0 1 255 and two --classes')
     return masks
 
-def classify(mask, values, lossy=False):
-    """Mask (H, W[, 3]) -> uint8 (H, W) of classes, which are places in `values`: of numbers or
-    #colours joined by +, or of * for all others. An unnamed 255 stays, and is not scored."""
-    by_colour = '#' in ''.join(values)
-    grey = 0x010101 if by_colour else 1  # colours are numbers 0xrrggbb; beside them 7 is #070707
-    class_of, default = {}, 255
+def classify(mask, values, by_colour, lossy):
+    """Classes uint8 (H, W) of a mask (H, W[, 3]). Entry k of `values` lists the pixels of class k:
+    numbers or #colours, joined by +. * is all that no entry lists. Without *, a 255 that is not
+    listed stays 255, which is not scored. lossy: the nearest listed number counts."""
+    to_colour = 0x010101 if by_colour else 1  # 7 as a colour: 7 * 0x010101 == 0x070707
+    class_of = {}
+    others = None  # the class of *, if there is one
     for place, entry in enumerate(values):
         if '*' in entry:
-            default = place
+            others = place
         for word in re.findall('[^+*]+', entry):
-            number = int(word[1:], 16) if word[0] == '#' else float(word) * grey
+            number = int(word[1:], 16) if word[0] == '#' else float(word) * to_colour
             class_of[number] = place
     mask = np.nan_to_num(mask, posinf=0, neginf=0)
     if mask.ndim == 2:
-        mask = mask * float(grey) if by_colour else mask
+        mask = mask * float(to_colour)  # float, as uint8 would overflow
     else:
         colours = mask @ np.int32((0x010000, 0x000100, 1))
-        if not by_colour and np.ptp(mask, 2).any() and len(np.unique(colours[colours > 0])) > 1:
+        several = len(np.unique(colours[colours > 0])) > 1  # one colour on black is clear
+        if several and np.ptp(mask, 2).any() and not by_colour:
             raise ValueError('it has several colours; name them in --values, as #ff0000')
         mask = colours if by_colour else mask.max(2)
     numbers, where = np.unique(mask, return_inverse=True)
     numbers = np.where(abs(numbers - np.rint(numbers)) < 1e-3, np.rint(numbers), numbers)
-    if lossy:  # the nearest counts, of the numbers named and 255
+    if lossy:
         known = np.unique([*class_of, 255])
         if by_colour or np.diff(known).min() < 32:
             raise ValueError('it is lossy, which blurs near values and colours; save it as PNG')
         numbers = known[abs(numbers[:, None] - known).argmin(1)]
-    unnamed = sorted({*numbers.tolist()} - {*class_of, 255 * grey})
-    if unnamed and default == 255:
-        some = [f'#{int(number):06x}' if by_colour else f'{number:g}' for number in unnamed[:3]]
+    unlisted = sorted({*numbers.tolist()} - {*class_of, 255 * to_colour})
+    if unlisted and others is None:
+        some = [f'#{int(number):06x}' if by_colour else f'{number:g}' for number in unlisted[:3]]
         raise ValueError(f'values or colours {", ".join(some)}, which --values does not name')
+    default = 255 if others is None else others
     classes = np.uint8([class_of.get(number, default) for number in numbers.tolist()])
     return classes[where].reshape(mask.shape)
 
@@ -737,8 +752,7 @@ def task_items(path, raw, sample, o):
             files = [*series(path, new, o.modality)] if path.is_dir() else [path]
             images = [image for file in files for array in read(file)
                       for image in to_uint8(array, o.modality)]
-            layers = [(number, read_masks(raw / mask_path, files[0], o.values))
-                      for number, paths in enumerate(sample.masks, 1) for mask_path in paths]
+            layers = [(n, read_masks(raw / mask, files[0], o.values)) for n, mask in sample.masks]
         for _, masks in layers:
             if len(masks) != len(images):
                 raise ValueError(f'it has {len(images)} images or slices, its mask {len(masks)}')
@@ -746,8 +760,9 @@ def task_items(path, raw, sample, o):
             here = [(number, masks[index]) for number, masks in layers]
             answer = lay_over(image.shape[:2], here, o) if here else o.classes.index(sample.label)
             yield resize(image, o.size), answer
-    except Exception as error:  # decoders fail in every way there is; the parent ends with this
-        partner = sample.label or ', '.join(sum(sample.masks, [])[:3])
+    except Exception as error:  # decoders fail on broken files in every way there is
+        partner = sample.label or ', '.join(mask_path for _, mask_path in sample.masks[:3])
+        # SystemExit travels to the parent, whose result() raises it there: the program ends.
         sys.exit(f'{path}: cannot be used with {partner} ({type(error).__name__}: {error})')
 
 def lay_over(shape, layers, o):
@@ -756,33 +771,35 @@ def lay_over(shape, layers, o):
     for number, layer in layers:
         if layer.shape != shape:
             raise ValueError(f'their sizes differ: {shape} and {layer.shape}')
+        # One rule: the layer shows all classes, and number is 1. Several: 1 is class `number`.
+        layer = np.where(layer == 1, np.uint8(number), layer)
         mask[layer > 0] = layer[layer > 0]
-        mask[layer == 1] = number  # the class of the rule, if there are several
     mask[mask >= len(o.classes)] = 255  # values after those of the classes are not scored
-    return np.asarray(Image.fromarray(mask).resize((o.size, o.size), Image.Resampling.NEAREST))
+    return np.asarray(Image.fromarray(mask).resize((o.size, o.size), Image.NEAREST))
 
-def write_split(folder, spilled, stem, size):
-    """Write images.npy and STEM.npy; return how many images, how many of each class, and hashes."""
+def write_split(folder, spilled, stem, o, holders):
+    """Write images.npy and STEM.npy; returns how many images, and how many show each class."""
     channels = [pixels.shape[2] for path in spilled for pixels, _ in spilled_items(path)]
-    shape = len(channels), size, size, max(channels, default=1)  # grey gets three beside colours
-    if shutil.disk_usage(folder).free < 2 * np.prod(shape):  # masks, too; maps crash if it is full
+    shape = len(channels), o.size, o.size, max(channels, default=1)  # 3 if any has colours
+    # On a full disk a write to a memory map kills the process. Masks need no more than the images.
+    if shutil.disk_usage(folder).free < 2 * np.prod(shape):
         raise OSError(errno.ENOSPC, 'No space left on device')
     images = np.lib.format.open_memmap(folder / 'images.npy', 'w+', np.uint8, shape)
     answers_shape, dtype = (shape[:1], np.int64) if stem == 'labels' else (shape[:3], np.uint8)
     answers = np.lib.format.open_memmap(folder / f'{stem}.npy', 'w+', dtype, answers_shape)
-    shown, hashes = Counter(), set()
+    shown = Counter()
     for n, (pixels, answer) in enumerate(item for path in spilled for item in spilled_items(path)):
         images[n], answers[n] = pixels, answer
         shown.update(np.unique(answer).tolist())
         if np.ptp(pixels):  # black slices are alike
-            hashes.add(hash(pixels.tobytes()))
-    return len(images), shown, hashes
+            holders.setdefault(hash(pixels.tobytes()), {})[folder.name] = True
+    return len(images), shown
 
 def prepare_task(raw, folder, o, pool):
     """Write the labelled images below RAW to `folder` as data.Task reads them."""
     if folder.exists():
         sys.exit(f'{folder}: this task is prepared; delete it, or choose another --out')
-    account, counts, shown = [], {}, {}  # counts and shown: of each split
+    account = []
     samples = find_samples(raw, o, account)
     labels = sorted({sample.label for sample in samples.values() if not sample.masks})
     complete_options(o, labels)
@@ -792,19 +809,17 @@ def prepare_task(raw, folder, o, pool):
     harm = [f'{what}: {len(left)} of {n} are left over, as {", ".join(left[:3])}'
             for what, n, left, stops in account if left and stops]
     if harm and not o.partial:
-        sys.exit(f'{raw}: {"; ".join(harm)}; mend this, --skip them, or allow it by --partial')
+        sys.exit(f'{raw}: {"; ".join(harm)}; --skip them, or allow it by --partial; {NOT_READ}')
     kind, stem = ('classification', 'labels') if labels else ('segmentation', 'masks')
-    holders = {}  # {hash of an image: the splits that it is in}
+    counts, shown = {}, {}  # {split: number of images}, {split: {class: images that show it}}
+    holders = {}  # {hash of an image: {split that it is in: True}}
     with appearing(folder, pool) as part:
         for split, names in splits.items():
             (part / split).mkdir()
             calls = [(raw / name, raw, samples[name], o) for name in names]
-            spilled = [*in_order(pool, o.workers, part, task_items, calls, split)]
-            counts[split], shown[split], hashes = write_split(part / split, spilled, stem, o.size)
-            for key in hashes:
-                holders.setdefault(key, []).append(split)
-            for path in spilled:
-                path.unlink()
+            with tempfile.TemporaryDirectory(dir=part, ignore_cleanup_errors=True) as new:
+                spilled = [*in_order(pool, o.workers, new, task_items, calls, split)]
+                counts[split], shown[split] = write_split(part / split, spilled, stem, o, holders)
         meta = {'kind': kind, 'classes': o.classes, 'modality': o.modality,
                 'size': o.size, 'counts': counts, 'sided': o.sided}
         (part / 'split.json').write_text(json.dumps(splits, indent=1))
@@ -819,10 +834,9 @@ def complete_options(o, labels):
     """Check --classes and --values, and set them and --sided if they are not given."""
     if len({''.join(label.lower().split()) for label in labels}) < len(labels):
         sys.exit(f'classes {labels}: some differ in case or blanks alone; give them one spelling')
-    if not o.classes:
-        named = [value or 'background' for value in o.values]
-        o.classes = labels or (named if len(named) > 2 else ['background', 'foreground'])
-    one_each = len(o.masks) > 1  # a mask a class, of an outside and an inside
+    named = [value or 'background' for value in o.values]  # '' lists no value: the background
+    o.classes = o.classes or labels or (named if len(named) > 2 else ['background', 'foreground'])
+    one_each = len(o.masks) > 1  # each rule gives one class, and its masks have two values
     if one_each and (len(o.classes) != len(o.masks) + 1 or len(o.values) not in (0, 2)):
         sys.exit('--classes: background and one for each mask; --values: outside and inside')
     inside = ['*'] if one_each or o.objects else map(str, range(1, len(o.classes)))
@@ -836,23 +850,23 @@ def check_classes(raw, o, shown):
     """Print how many images of each split show each class, and stop if training lacks one."""
     print(f'{"images that show":<26}' + ''.join(f'{split:>8}' for split in shown))
     for number, name in enumerate(o.classes):
-        print(f'{name:<26}' + ''.join(f'{images[number]:>8}' for images in shown.values()))
+        print(f'{name:<26}' + ''.join(f'{counts[number]:>8}' for counts in shown.values()))
     unseen = [name for number, name in enumerate(o.classes) if not shown['train'][number]]
     in_test_alone = {*shown['test']} - {*shown['train'], 255}
-    too_few = len(o.classes) - len(unseen) < 2
-    may_lack = o.partial or o.task in TASKS  # whose classes are known
-    if in_test_alone or too_few or not shown['test'] or unseen and not may_lack:
-        sys.exit(f'{raw}: training must show two classes, all of the test images and all of '
-                 f'--classes; no training image shows {", ".join(unseen[:3]) or "more"}; mend '
-                 '--classes, --values, --split or the order of --masks, or allow it by --partial')
+    if not shown['test']:
+        sys.exit(f'{raw}: there is no test image; mend --split')
+    fault = (f'{raw}: no training image shows {", ".join(unseen[:3]) or "more"}; mend --classes, '
+             '--values, --split or the order of --masks')
+    if len(o.classes) - len(unseen) < 2 or in_test_alone:
+        sys.exit(f'{fault}; training must show two classes, and all that test images show')
+    if unseen and not o.partial and o.task not in TASKS:  # Table 3 knows its classes
+        sys.exit(f'{fault}, or allow it by --partial')
 
-# --- the data sets of Table 2 and the tasks of Table 3 ---
-# count: images in the paper. access: open, account or form; ?: its layout is not confirmed.
+# Tables 2 and 3. count: images in the paper. access: open, account or form; ?: layout not confirmed
 FIELDS = 'name modality content count access link'
-Source = namedtuple('Source', f'{FIELDS} images skip', defaults=('', '', '', '', '.', ''))
+Source = namedtuple('Source', f'{FIELDS} images skip', defaults=('',) * 4 + ('.', ''))  # .: all
 Task = namedtuple('Task', f'{FIELDS} options')
-SOURCES = [Source(*line.split(' | ')) for line in r'''
-AutoPET-CT | CT | whole body | 558473 | form | autopet.grand-challenge.org/Dataset | /CT\.nii
+SOURCES = [Source(*line.split(' | ')) for line in r'''AutoPET-CT | CT | whole body | 558473 | form | autopet.grand-challenge.org/Dataset | /CT\.nii
 ImageCAS | CT | heart | 257496 | account | kaggle.com/datasets/xiaoweixumedicalai/imagecas | img\.nii
 TopBrain-CT | CT | brain | 5647 | open | zenodo.org/records/16623496 | imagesTr.*_ct/.*_0000\.nii
 AutoPET-PET | PET | whole body | 354826 | form | autopet.grand-challenge.org/Dataset | /PET\.nii
@@ -896,8 +910,7 @@ PitVis2023 | Endoscope | pituitary | 96272 | open | rdr.ucl.ac.uk 26531686 | vid
 Endoscapes-CVS | Endoscope | gall bladder | 55783 | open | github.com/CAMMA-public | (train|val|test)/.*jpg | (12_5|25)/
 PSI-AVA | Endoscope | prostate | 72160 | open | github.com/BCV-Uniandes/TAPIR | keyframes/.*\.jpg
 ISIC-2024 | Photo | skin | 401059 | open | challenge2024.isic-archive.com | \.jpg'''.strip().splitlines()]
-TASKS = {row.name: row for row in (Task(*line.split(' | ')) for line in r'''
-whs-ct | CT | heart structures | 5176 0 4096 | form | zmiclab.github.io/zxh/0/mmwhs | --images 'ct_.*/(.*)_image' --masks 'ct_.*/(.*)_label' --values 0 205 420+421 500 550 600 820 850 --classes background myocardium left-atrium left-ventricle right-atrium right-ventricle aorta pulmonary-artery
+TASKS = {row.name: row for row in (Task(*line.split(' | ')) for line in r'''whs-ct | CT | heart structures | 5176 0 4096 | form | zmiclab.github.io/zxh/0/mmwhs | --images 'ct_.*/(.*)_image' --masks 'ct_.*/(.*)_label' --values 0 205 420+421 500 550 600 820 850 --classes background myocardium left-atrium left-ventricle right-atrium right-ventricle aorta pulmonary-artery
 kipa22 | CT | kidney cancer structures | 13846 5864 5959 | account | kipa22.grand-challenge.org | --images '(.*)image/(.*)' --masks '(.*)label/(.*)' --classes background renal-vein kidney renal-artery tumour
 sisvse | Endoscope | surgical scene | 2718 336 1456 | form | sisvse.github.io | --split 2718 336 real_val_1/ --images 'images/real/(.*)\.jpg' --masks 'masks/real_.*_1/(.*)\.png' --patient '[^/_]+(?=_[^/]*$)' --classes 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31
 cholecseg8k | Endoscope | cholecystectomy | 4320 1120 2640 | account | kaggle.com/datasets/newslab/cholecseg8k | --images '(.*)_endo\.png' --masks '(.*)_endo_watershed_mask' --values 0+50+255 11 21 13 12 31 23 24 25 32 22 33 5 --patient 'video\d+' --classes background abdominal-wall liver gastrointestinal-tract fat grasper connective-tissue blood cystic-duct hook gallbladder hepatic-vein liver-ligament
@@ -924,7 +937,6 @@ autopet-org | PET | organs | 18076 6386 10465 | form | github.com/YichiZhang98/S
 slsc-s | Photo | skin lesion | 6675 1911 964 | open | huggingface.co/datasets/makhresearch (first: python -m tests.lab.convert slsc-s RAW/slsc-s) | --values 0 * --split train/ valid/ test/
 slsc-c | Photo | 7 skin diseases | 6675 1911 964 | open | huggingface.co/datasets/makhresearch (first: python -m tests.lab.convert slsc-c RAW/slsc-c) | --labels classes.csv --classes BKL NV DF MEL VASC BCC AKIEC --split train/ valid/ test/'''.strip().splitlines())}
 
-# --- the command ---
 def parse(words):
     """The options of a command line, each with its help. A text or list not given is empty."""
     parser = argparse.ArgumentParser(description=__doc__, argument_default='', allow_abbrev=False,
@@ -938,30 +950,29 @@ def parse(words):
     add('--min_side', type=int, default=32, help='drop images with a smaller side, px (32)')
     add('--workers', type=int, default=os.cpu_count(), help='processes (default: one a core)')
     add('--seed', type=int, default=0, help="of a task's split (default: 0)")
-    task = parser.add_argument_group('a labelled task, also over the rules of Table 3').add_argument
-    several = dict(nargs='+', default=[])
+    task = parser.add_argument_group('a labelled task, instead of what Table 3 says').add_argument
     task('--task', help='its name')
     task('--modality', type=modality_of, choices=(*MODALITIES, 'SUV'), help='window of volumes')
     task('--images', help='rule of the images (default, beside masks: (.*)images/(.*))')
-    task('--masks', **several, help='rule ((.*)masks/(.*)), or one for each class after the first')
+    task('--masks', nargs='+', help='rule ((.*)masks/(.*)), or one for each class after the first')
     task('--objects', action='store_true', help='several masks of an image are objects: unite them')
     task('--skip', help='rule of files, images or masks or both, to leave out')
-    task('--labels', **several, help='CSV, and its columns of file, class, patient (first two)')
+    task('--labels', nargs='+', help='CSV, and its columns of file, class, patient (first two)')
     task('--level', type=int, default=0, choices=(0, 1, 2), help='class: 1 the folder, 2 one above')
-    task('--classes', **several, help='names in order (default: background foreground or as found)')
-    task('--values', **several, help='of classes, as 0 420+421 #ff0000 *; unnamed 255: not scored')
+    task('--classes', nargs='+', help='names in order (default: background foreground or as found)')
+    task('--values', nargs='+', help='of classes, as 0 420+421 #ff0000 *; unnamed 255: not scored')
     task('--partial', action='store_true', help='go on without what has no partner or no image')
     task('--sided', action='store_true', help='classes tell left from right: mirror no image')
     task('--patient', help='rule: what it finds in a path is the patient (default: the path)')
-    task('--split', nargs=3, default=[], help='shares, rules or .txt (as folders say, or 50 20 30)')
+    task('--split', nargs=3, help='shares, rules or .txt (as folders say, or 50 20 30)')
     return parser.parse_args(words)
 
 def main():
     """Prepare a task, or every source below RAW."""
     o = parse(sys.argv[1:])
-    if o.task in TASKS:  # splits are drawn unless its row names them; the command line comes last
-        defaults = ['--modality', TASKS[o.task].modality, '--split', *SHARES]
-        o = parse([*defaults, *shlex.split(TASKS[o.task].options), *sys.argv[1:]])
+    if row := TASKS.get(o.task):  # with --split given, folders such as train/ do not decide
+        words = ['--modality', row.modality, '--split', *SHARES, *shlex.split(row.options)]
+        o = parse([*words, *sys.argv[1:]])
     raw, out = Path(o.raw), Path(o.out or f'data/{o.task or "medverse"}')
     if o.list:
         for row in (*SOURCES, *TASKS.values()):
@@ -972,12 +983,10 @@ def main():
     if any(re.fullmatch(r'\d*\.\d+', share) for share in o.split):  # else it would be a rule
         sys.exit('--split: shares are whole numbers, such as 50 20 30')
     if not o.raw or not raw.is_dir():
-        sys.exit(f'--raw "{o.raw}": there is no such folder of <Modality>/<source>/** or of a task; '
-                 f'{NOT_READ}')
-    prepare = prepare_task if o.task else prepare_sources
+        sys.exit(f'--raw "{o.raw}": is no folder of <Modality>/<source>/** or a task; {NOT_READ}')
     try:
         with ProcessPoolExecutor(o.workers, initializer=follow_parent) as pool:
-            prepare(raw, out, o, pool)
+            (prepare_task if o.task else prepare_sources)(raw, out, o, pool)
     except OSError as error:
         hint = f'; apt, brew or conda install {error.filename}' if error.filename in TOOLS else ''
         sys.exit(f'{out}: {error}{hint}; start again, finished sources stay')

@@ -1,5 +1,5 @@
-"""Files of MedMNIST: `convert` makes them class folders with their own splits, and sources that hold
-the images for validation and testing back. The preparation reads these as it reads any others."""
+"""Files of MedMNIST: `convert` makes them class folders with their own splits, and sources without
+the images for validation and testing. The preparation reads these as it reads any others."""
 import shutil
 
 import numpy as np
@@ -26,8 +26,8 @@ def write(path, side=64, channels=(), columns=1, **others):
 
 def convert(folder, *names, file=None):
     """The Result of converting folder/lungs.npz to folder/task and folder/raw/X-ray/lungs."""
-    file = file or folder / 'lungs.npz'
-    return runs.program('convert', 'medmnist', file, folder / 'task', folder / 'raw/X-ray/lungs', *names)
+    words = file or folder / 'lungs.npz', folder / 'task', folder / 'raw/X-ray/lungs', *names
+    return runs.program('convert', 'medmnist', *words)
 
 def converted(folder, *names, file=None):
     """Convert it, which must succeed."""
@@ -36,7 +36,7 @@ def converted(folder, *names, file=None):
     return result
 
 def refused(folder, naming, *names):
-    """Converting it ends in one sentence that names the file and these words, and leaves nothing."""
+    """Converting it ends in a sentence that names the file and these words, and leaves nothing."""
     before = sorted(folder.rglob('*'))
     runs.ends(convert(folder, *names), ['lungs.npz', *naming])
     assert sorted(folder.rglob('*')) == before
@@ -168,14 +168,15 @@ def test_who_puts_the_file_below_raw_is_told_the_command(tmp_path):
     write(tmp_path / 'raw/X-ray/chest/lungs.npz')
     result = prepare(tmp_path / 'raw', tmp_path / 'out')
     assert result.code == 1
-    assert 'lungs.npz,0,other' in result.out and COMMAND in result.out
+    assert 'lungs.npz,0,other' in result.out
+    runs.ends(result, ['chest', COMMAND])
 
-def test_who_puts_the_file_beside_pictures_finds_the_command_in_the_account(tmp_path):
+def test_who_puts_the_file_beside_pictures_is_told_the_command(tmp_path):
     write(tmp_path / 'raw/X-ray/chest/lungs.npz')
     files.save(tmp_path / 'raw/X-ray/chest/0.png', files.texture(0))
-    assert prepare(tmp_path / 'raw', tmp_path / 'out').code == 0
-    row, = Prepared(tmp_path / 'out').dropped('chest')
-    assert row['path'] == 'lungs.npz' and COMMAND in row['detail']
+    result = prepare(tmp_path / 'raw', tmp_path / 'out')
+    assert result.code == 0 and COMMAND in result.out
+    assert Prepared(tmp_path / 'out').reasons('chest') == {'lungs.npz': 'other'}
 
 @pytest.mark.parametrize('pictures', [0, 6])
 def test_who_puts_the_file_into_the_folder_of_a_task_is_told_the_command(tmp_path, pictures):

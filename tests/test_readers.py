@@ -50,7 +50,7 @@ def test_a_picture_of_8_bits_keeps_its_pixels(tmp_path, name):
     picture.save(tmp_path / name)
     item, = prepared.outcomes(tmp_path / name, 'Photo', SIDE)
     shown = np.float64(shown.reshape(SIDE, SIDE, -1))
-    assert (item.reason, item.picture) == ('', True)
+    assert (item.reason, item.single) == ('', True)
     assert item.pixels.dtype == np.uint8 and item.pixels.shape == shown.shape
     assert np.abs(item.pixels - shown).mean() <= tolerance
 
@@ -59,7 +59,7 @@ def test_grey_of_16_bits_is_stretched_from_its_lowest_to_its_highest_value(tmp_p
     files.save(tmp_path / name, GREY.astype(np.uint16) * 257)
     item, = prepared.outcomes(tmp_path / name, 'Photo', SIDE)
     stretched = (GREY - float(GREY.min())) / np.ptp(GREY) * 255
-    assert item.picture and np.abs(item.pixels[..., 0] - stretched).max() <= 0.51
+    assert item.single and np.abs(item.pixels[..., 0] - stretched).max() <= 0.51
 
 def test_a_bool_array_is_black_and_white(tmp_path):
     path = files.save(tmp_path / 'mask.npy', files.blob() > 0)
@@ -264,7 +264,7 @@ def test_every_30th_frame_of_a_video_is_an_image(tmp_path, name):
     frames[::30] = [files.texture(seed) for seed in range(3)]
     path = files.video(tmp_path / name, frames)
     found = prepared.outcomes(path, 'Endoscope', SIDE)
-    assert [(item.reason, item.picture) for item in found] == [('', False)] * 3
+    assert [(item.reason, item.single) for item in found] == [('', False)] * 3
     for seed, item in enumerate(found):
         assert np.abs(item.pixels.mean(2) - files.texture(seed)).mean() < 5
 

@@ -146,7 +146,7 @@ def test_a_class_that_no_training_image_shows_is_named(tmp_path):
 
 def test_a_task_without_a_test_image_is_refused(tmp_path):
     write_animals(tmp_path, 'train/{kind}')
-    refused(tmp_path, '--split', '.', '', '', naming=['all of the test images', '--split'])
+    refused(tmp_path, '--split', '.', '', '', naming=['no test image', '--split'])
 
 @pytest.mark.parametrize('words', [['--masks', 'nowhere/(.*)'], ['--values', '0', '1'],
                                    ['--objects']])

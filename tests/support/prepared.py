@@ -89,7 +89,7 @@ def to_uint8(volume, modality):
     return np.stack([*runs.module('prepare_medverse').to_uint8(volume, modality)])
 
 def outcomes(path, modality, size=SIZE, min_side=8):
-    """What becomes of each image of a file: pixels (or None), picture, reason ('' where it is kept)
+    """What becomes of each image of a file: pixels (or None), single, reason ('' where it is kept)
     and detail."""
     return [*runs.module('prepare_medverse').source_items(path, modality, size, min_side)]
 

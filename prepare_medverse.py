@@ -409,7 +409,7 @@ def prepare_sources(raw, out, o, pool):
         print(f'{modality:<11}{name:<30}' + ''.join(f'{count:>10}' for count in counts))
     if left_out := [name for name in sources if not (out / name).exists()]:
         sys.exit(f'left out, as told above: {", ".join(left_out)}; {NOT_READ}')
-    print(f'{len(sources)} sources; what each left out, and why, is in its dropped.csv; {NOT_READ}')
+    print(f'{len(sources)} sources; what each left out, and why, is in its dropped.csv')
 
 def prepare_source(row, home, folder, o, pool):
     """Write a source, the files below `home`, to `folder`. Returns its meta.json, or None."""

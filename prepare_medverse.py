@@ -45,7 +45,7 @@ WINDOWS['CT'] = Window((-200, 400), None, 0.05)  # Hounsfield units (HU)
 WINDOWS['MR'] = Window(None, (1, 99), 0.05)
 WINDOWS['PET'] = Window(None, (1, 99), 0.01)  # the paper's z-score of PET cancels in this scaling
 WINDOWS['SUV'] = Window((0, 20), None, 0.01)  # standardized uptake values: PET with suv in its path
-# pixels: uint8 (S, S, c), or None if dropped. single: no slice, so it may be a duplicate.
+# pixels: uint8 (S, S, c), or None if dropped. single: no slice; these are compared for duplicates.
 Item = namedtuple('Item', 'pixels single reason detail', defaults=(False, '', ''))
 PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm')
 VIDEOS, VOLUMES = ('.avi', '.mp4'), ('.nii.gz', '.nii', '.img')  # volumes: NIfTI and Analyze
@@ -171,7 +171,7 @@ def on_grid(mask, image):
     shape = (*image.shape, 1, 1)[:4]  # (x, y, z, time); a missing axis has length 1
     tolerance = nib.affines.voxel_sizes(image.affine).min() / 2  # mm
     for candidate in (mask, turned):
-        # A bound: with absolute values, the voxel at the largest x, y and z is displaced most.
+        # A mask's voxel p lies (A - B) p off its image's. With |A - B|, the last is off the most.
         drift = np.abs(image.affine - candidate.affine) @ (*shape[:3], 1)  # mm
         if (*candidate.shape, 1, 1)[:4] == shape and drift.max() <= tolerance:
             return candidate
@@ -274,7 +274,7 @@ def source_items(path, modality, size, min_side):
                 arrays = decode_video(path, size)
             for array in arrays:
                 single = len(array) == 1 and has_ending(path, (*PICTURES, '.npy'))
-                chosen = single and array.dtype == np.uint8  # a person did: keep it, even dark
+                chosen = single and array.dtype == np.uint8  # 8 bits somebody chose: kept if dark
                 foreground = 0 if chosen else WINDOWS[modality].foreground
                 for image in to_uint8(array, modality):
                     count += 1
@@ -326,7 +326,7 @@ def spilled_items(path):
             yield pickle.load(file)
 
 def in_order(pool, workers, folder, work, calls, title):
-    """Yield the file of `spill` of each call (path, ...). At most two a worker are under way."""
+    """Yield the file that `spill` writes for each call (path, ...). Few wait on the disk."""
     jobs, waiting = deque(), deque(calls)
     for path, *_ in tqdm(calls, title, unit='file'):
         try:
@@ -388,7 +388,7 @@ def find_sources(raw, out, wanted):
         name = f'{row.name}-{row.modality}' if times[row.name] > 1 else row.name
         if name in sources:
             sys.exit(f'{sources[name][1]} and {home} have the same name: rename one of them')
-        if name != row.name and (out / row.name).exists():  # of a run before there were several
+        if name != row.name and (out / row.name).exists():  # from when the name was of one alone
             sys.exit(f'{out / row.name}: rename it to {row.name}-<its modality>, as in {name}')
         if wanted in ('', row.name):
             sources[name] = row, home
@@ -398,7 +398,7 @@ def find_sources(raw, out, wanted):
 
 def prepare_sources(raw, out, o, pool):
     """Prepare every source below RAW, and print the account of their files."""
-    # Images in files + files that are no image = total = kept + dropped, for whatever reason.
+    # total: images, and files without any. Each is kept, or dropped for one of REASONS.
     table = [('modality', 'source', 'files', 'total', 'kept', *REASONS)]
     sources = find_sources(raw, out, o.source)
     for name, (row, home) in sources.items():
@@ -409,7 +409,7 @@ def prepare_sources(raw, out, o, pool):
         print(f'{modality:<11}{name:<30}' + ''.join(f'{count:>10}' for count in counts))
     if left_out := [name for name in sources if not (out / name).exists()]:
         sys.exit(f'left out, as told above: {", ".join(left_out)}; {NOT_READ}')
-    print(f'{len(sources)} sources; what each left out, and why, is in its dropped.csv')
+    print(f'{len(sources)} sources; what each left out, and why, is in its dropped.csv; {NOT_READ}')
 
 def prepare_source(row, home, folder, o, pool):
     """Write a source, the files below `home`, to `folder`. Returns its meta.json, or None."""
@@ -474,6 +474,7 @@ def write_source(row, home, names, wanted, folder, o, pool):
 
 # Of a labelled image. masks: [(number of its rule of --masks, from 1; path)]. label: its class.
 Sample = namedtuple('Sample', 'masks label patient', defaults=((), '', ''))
+# What a rule or list found, without what it could not use. stops: only --partial allows that.
 Entry = namedtuple('Entry', 'what count left_over stops', defaults=(True,))
 # The rules without --images and --masks. They pair x/images/1.png and x/masks/1.png by the groups
 # x/ and 1, and imagesTr/1_0000.nii.gz and labelsTr/1.nii.gz of nnU-Net by '' and Tr/1.
@@ -492,7 +493,7 @@ def find_samples(raw, o, account):
     mask_rules = [] if o.labels else o.masks or [MASK_RULE]
     masks = {rule: by_groups(names, rule) for rule in mask_rules}
     mask_names = {name for name in names if any(search(rule, name) for rule in mask_rules)}
-    # With --labels it is a table. Else files like masks, or options that only masks have, decide.
+    # Answers are a table if --labels is given, masks if files or options tell of them, or folders.
     has_masks = not o.labels and bool(mask_names or o.masks or o.objects or o.values)
     rule = o.images or (IMAGE_RULE if has_masks else '.')
     wanted = [name for name in names if name not in mask_names and search(rule, name)]
@@ -504,8 +505,7 @@ def find_samples(raw, o, account):
     else:
         samples = by_folders(images, o.level)
     unread = [name for name in wanted if has_ending(raw / name, UNREAD_ENDINGS)]
-    left_over = unread + [name for name in images if name not in samples]
-    # Images without an answer do not stop it: imagesTs of nnU-Net has none. Formats not read do.
+    left_over = unread + [name for name in images if name not in samples]  # as imagesTs: no harm
     account.append(Entry(f'images {rule}', len(images + unread), left_over, stops=bool(unread)))
     if not samples:
         unused = ', '.join(f'{entry.what} {entry.left_over[:1]}' for entry in account)
@@ -553,7 +553,7 @@ def by_folders(names, level):
         above[name] = folders[-2] if len(folders) > 1 else ''
     classes = {*own.values()}
     places = {*zip(own.values(), above.values())}
-    repeated = len(places) > len(classes)  # as a has two in cat/a and dog/a
+    repeated = len(places) > len(classes)  # as 1 in cat/1 and dog/1
     tiny = len(names) <= 3 * len(classes)  # as folders of patients are
     if not level and (repeated or tiny) and len({*above.values()}) > 1:
         one, two = (dict(Counter(folder.values()).most_common(9)) for folder in (own, above))
@@ -689,7 +689,7 @@ def read_masks(path, image_path, values):
             raise ValueError(f'EXIF turns {one}; save both without this tag')
     of_image = nib.load(image_path) if has_ending(image_path, VOLUMES) else None
     masks = [mask for volume in read(path, of_image=of_image) for mask in volume]
-    by_colour = '#' in ''.join(values)  # numbers in masks and in `values` are colours, too
+    by_colour = '#' in ''.join(values)  # if one value is a #colour, all are: 7 is #070707
     lossy = False
     if has_ending(path, PICTURES):
         with Image.open(path) as picture:
@@ -704,26 +704,26 @@ def read_masks(path, image_path, values):
     masks = [classify(mask, values, by_colour, lossy) for mask in masks]
     shown = {number for mask in masks for number in np.unique(mask).tolist()}
     if shown - {0} == {255}:  # all of it would go unscored
-        raise ValueError('255 is its only foreground: class 1 by --values 0 1+255, or not scored '
-                         'by 0 1 255 and two --classes')
+        raise ValueError('255 is its only foreground: if it is class 1, give --values 0 1+255; if '
+                         'it is not to be scored, give --values 0 1 255 and two --classes')
     return masks
 
 def classify(mask, values, by_colour, lossy):
     """Classes uint8 (H, W) of a mask (H, W[, 3]). Entry k of `values` lists the pixels of class k:
     numbers or #colours, joined by +. * is all that no entry lists. Without *, a 255 that is not
     listed stays 255, which is not scored. lossy: the nearest listed number counts."""
-    to_colour = 0x010101 if by_colour else 1  # 7 as a colour: 7 * 0x010101 == 0x070707
+    grey = 0x010101 if by_colour else 1  # 7 * grey is the colour #070707, or 7
     class_of = {}
     others = None  # the class of *, if there is one
     for place, entry in enumerate(values):
         if '*' in entry:
             others = place
         for word in re.findall('[^+*]+', entry):
-            number = int(word[1:], 16) if word[0] == '#' else float(word) * to_colour
+            number = int(word[1:], 16) if word[0] == '#' else float(word) * grey
             class_of[number] = place
     mask = np.nan_to_num(mask, posinf=0, neginf=0)
     if mask.ndim == 2:
-        mask = mask * float(to_colour)  # float, as uint8 would overflow
+        mask = mask * float(grey)  # float, as uint8 would overflow
     else:
         colours = mask @ np.int32((0x010000, 0x000100, 1))
         several = len(np.unique(colours[colours > 0])) > 1  # one colour on black is clear
@@ -737,7 +737,7 @@ def classify(mask, values, by_colour, lossy):
         if by_colour or np.diff(known).min() < 32:
             raise ValueError('it is lossy, which blurs near values and colours; save it as PNG')
         numbers = known[abs(numbers[:, None] - known).argmin(1)]
-    unlisted = sorted({*numbers.tolist()} - {*class_of, 255 * to_colour})
+    unlisted = sorted({*numbers.tolist()} - {*class_of, 255 * grey})
     if unlisted and others is None:
         some = [f'#{int(number):06x}' if by_colour else f'{number:g}' for number in unlisted[:3]]
         raise ValueError(f'values or colours {", ".join(some)}, which --values does not name')
@@ -771,7 +771,7 @@ def lay_over(shape, layers, o):
     for number, layer in layers:
         if layer.shape != shape:
             raise ValueError(f'their sizes differ: {shape} and {layer.shape}')
-        # One rule: the layer shows all classes, and number is 1. Several: 1 is class `number`.
+        # With several rules, 1 is the class of this one. With one rule it is class 1 anyway.
         layer = np.where(layer == 1, np.uint8(number), layer)
         mask[layer > 0] = layer[layer > 0]
     mask[mask >= len(o.classes)] = 255  # values after those of the classes are not scored
@@ -841,7 +841,7 @@ def complete_options(o, labels):
         sys.exit('--classes: background and one for each mask; --values: outside and inside')
     inside = ['*'] if one_each or o.objects else map(str, range(1, len(o.classes)))
     o.values = o.values or ['0', *inside]
-    # Names of classes that tell left from right, some as two of a pair, forbid to mirror images.
+    # If classes tell left from right, images must not be mirrored. l and r count as a pair alone.
     words = {*re.findall('[a-z]+', ' '.join(o.classes).lower())}
     tells = words & {'left', 'right', 'sinister', 'dexter'}
     o.sided = bool(o.sided or tells or {'l', 'r'} <= words or {'od', 'os'} <= words)
@@ -862,7 +862,7 @@ def check_classes(raw, o, shown):
     if unseen and not o.partial and o.task not in TASKS:  # Table 3 knows its classes
         sys.exit(f'{fault}, or allow it by --partial')
 
-# Tables 2 and 3. count: images in the paper. access: open, account or form; ?: layout not confirmed
+# Tables 2 and 3. count: images in the paper. access: open, account, form (?: layout unseen)
 FIELDS = 'name modality content count access link'
 Source = namedtuple('Source', f'{FIELDS} images skip', defaults=('',) * 4 + ('.', ''))  # .: all
 Task = namedtuple('Task', f'{FIELDS} options')
@@ -970,7 +970,7 @@ def parse(words):
 def main():
     """Prepare a task, or every source below RAW."""
     o = parse(sys.argv[1:])
-    if row := TASKS.get(o.task):  # with --split given, folders such as train/ do not decide
+    if row := TASKS.get(o.task):  # SHARES, too, so that no folders such as train/ are looked for
         words = ['--modality', row.modality, '--split', *SHARES, *shlex.split(row.options)]
         o = parse([*words, *sys.argv[1:]])
     raw, out = Path(o.raw), Path(o.out or f'data/{o.task or "medverse"}')

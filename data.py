@@ -1,7 +1,7 @@
 """Shards, batches and augmentation: everything between the prepared files and the model.
 
     data/medverse/<source>/00000.npy ...   uint8 (n, S, S, c), written by prepare_medverse.py
-    data/medverse/<source>/meta.json       its modality, counts and normalization
+    data/medverse/<source>/meta.json       its modality, counts and window
 Letters: B images of a batch, S side of an image in pixels, c colour channels as stored (1 or 3).
 """
 import functools

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from model import MAE, ViT, load_weights, read_checkpoint, resize_positions
-from tests.support import layouts, networks
+from tests.support import layouts
 from tests.support.networks import network
 from tests.support.runs import ends, equal
 

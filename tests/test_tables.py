@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from tests.support import files, folders
+from tests.support import files
 from tests.support.folders import refused, task, write_animals
 
 EIGHT = ['cat', 'dog'] * 4      # classes of the pictures of most tests here

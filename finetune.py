@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -28,20 +29,20 @@ from tqdm import tqdm
 
 import data
 from model import ViT, load_weights, named_config, read_checkpoint
-from pretrain import catch_signals, computes_bf16, end_if_diverged, learning_rate, make_optimizer
-from pretrain import open_run, parse_options, release_signals, resume, run_program, save, seed_step
-from pretrain import set_up_process, step_if_finite, write_line
+from pretrain import end_if_diverged, learning_rate, load_run, make_optimizer, on_signals
+from pretrain import parse_options, prepare_folder, run_program, save, seed_step, set_up_process
+from pretrain import step_if_finite, use_bf16, write_line
 from unetr import UNETR
 
 STARTS = ('out/pretrain/ckpt.pt', 'out/demo/ckpt.pt')    # without --init, the first that exists
 
 @dataclass
 class Options:
-    """The options, after Appendix C.2.2. Each comment is its --help."""
+    """Each field is an option, such as --task fives. The defaults follow Appendix C.2.2."""
     task: str = 'phantom-vessels'   # folder below data that holds the prepared task
     data: str = 'data'              # folder of the tasks
     out: str = ''                   # folder of this run; empty: out/<task>-<method>-<seed>
-    init: str = ''                  # checkpoint, scratch, own FILE.py; empty: out/pretrain or demo
+    init: str = ''                  # a checkpoint, scratch, or your own FILE.py; empty: see STARTS
     resume: bool = False            # continue from out's checkpoint; start fresh if there is none
     overwrite: bool = False         # start anew although out holds a run
     predict: tuple = ()             # do not train, apply the run in --out to files or DICOM folders
@@ -65,12 +66,10 @@ class Options:
     bf16: bool = True               # bfloat16 autocast, on CUDA only
 
     def __post_init__(self):
-        if self.batch < 1 or not (self.steps or self.epochs):
-            raise SystemExit('--batch, and --epochs or --steps, must be 1 or more')
+        if min(self.batch, self.steps or self.epochs) < 1 or not 0 < self.fraction <= 1:
+            raise SystemExit('--batch, --epochs, --steps: at least 1; --fraction: above 0, up to 1')
         if self.adapt not in ('experts', 'director') or self.pool not in ('cls', 'mean'):
             raise SystemExit('--adapt is experts or director, --pool is cls or mean')
-        if not 0 < self.fraction <= 1:
-            raise SystemExit('--fraction must be above 0 and at most 1')
 
 class Classifier(nn.Module):
     """A linear head on the class token or the mean patch: images (B, 3, S, S) -> (B, classes)."""
@@ -89,28 +88,26 @@ def add_head(vit, meta, pool):
         return UNETR(vit, len(meta['classes']))
     return Classifier(vit, len(meta['classes']), pool)
 
-def build_encoder(path, o, size):
-    """The ViT that --init (`path`), --adapt, --top_k and --patch ask for, at `size` pixels."""
-    if path.endswith('.py'):
-        if o.adapt == 'experts' or o.top_k or o.patch or o.tune_blocks != Options.tune_blocks:
-            raise SystemExit(f'{path}: takes --adapt director; no --top_k, --patch, --tune_blocks')
+def build_encoder(init, o, size):
+    """The ViT that --init, --adapt, --top_k and --patch ask for, at `size` pixels."""
+    if init.endswith('.py'):
         from tests.encoders.own import own_encoder      # a user's own file: not part of the method
-        return own_encoder(path, size)
+        return own_encoder(init, size, o)
     state, config = None, named_config(o.model, o.depth)        # from scratch
-    if path != 'scratch':
-        state, config, _ = read_checkpoint(path)
+    if init != 'scratch':
+        state, config, _ = read_checkpoint(init)
     experts = 0
     if o.adapt == 'experts':
-        experts = config.experts or 8   # a plain network gets 8 copies of its MLP, and a new gate
+        experts = config.experts or 8       # a plain network gets 8 copies of its MLP
     vit = ViT(replace(config, size=size, patch=o.patch or config.patch, experts=experts,
                       top_k=o.top_k or config.top_k))
     if state:
-        load_weights(vit, state, path)
+        load_weights(vit, state, init)
     return vit
 
-def method_name(vit, path):
-    """The name of encoder and start, such as DEX-E-demo: E has experts, D (any plain ViT) none."""
-    file = Path(path).absolute()
+def method_name(vit, init):
+    """DEX-E-<start> with experts, DEX-D-<start> without, such as DEX-E-demo of out/demo/ckpt.pt."""
+    file = Path(init).absolute()
     start = file.parent.name if file.name == 'ckpt.pt' else file.stem
     return f'DEX-{"E" if vit.config.experts else "D"}-{start}'
 
@@ -121,10 +118,10 @@ def segmentation_loss(logits, masks):
     valid = (masks != 255)[:, None]     # below, 255 becomes class 0, and is then multiplied by 0
     ce = F.cross_entropy(logits, masks, ignore_index=255, reduction='sum')
     ce = ce / valid.sum().clamp(min=1)
-    chance = logits.softmax(1) * valid                              # (B, classes, S, S)
+    probability = logits.softmax(1) * valid                         # (B, classes, S, S)
     truth = F.one_hot(masks.where(valid[:, 0], 0), logits.shape[1]).movedim(3, 1) * valid
-    both = (chance * truth).sum((0, 2, 3))
-    sizes = (chance + truth).sum((0, 2, 3))
+    both = (probability * truth).sum((0, 2, 3))
+    sizes = (probability + truth).sum((0, 2, 3))
     dice = (2 * both + 1) / (sizes + 1)
     return ce + 1 - dice[1:].mean()
 
@@ -149,12 +146,13 @@ def summary(scores):
     return dict(mean=scores.mean().tolist(), per_class=scores.tolist())
 
 def dice_scores(confusion):
-    """Dice of the foreground classes as three averages of images' confusions (n, ...).
-    dice, the headline: over the images with the class in truth or prediction. dice_empty_is_one:
-    over all images, 1 for those with the class in neither. dice_pooled: of all pixels together."""
-    dice = dice_of(confusion)[:, 1:]
-    return dict(dice=summary(dice.mean(0)), dice_empty_is_one=summary(dice.filled(1).mean(0)),
-                dice_pooled=summary(dice_of(confusion.sum(0))[1:]))
+    """Dice of each foreground class in three ways, from images' confusions (n, classes, classes).
+    dice, the headline: mean over images, without those that neither have nor predict the class.
+    dice_pooled: of all pixels together. dice_empty_is_one: as dice, but such images count as 1."""
+    of_images = dice_of(confusion)[:, 1:]           # (n, foreground), masked where in neither
+    of_pixels = dice_of(confusion.sum(0))[1:]       # (foreground,)
+    return dict(dice=summary(of_images.mean(0)), dice_pooled=summary(of_pixels),
+                dice_empty_is_one=summary(of_images.filled(1).mean(0)))
 
 def class_scores(confusion):
     """F1, accuracy and confusion of all images together, from their confusions (n, ...)."""
@@ -181,15 +179,10 @@ def evaluate(net, task, split, batch, device, autocast):
             logits = infer(net, images.to(device), truth.shape[1:])
         tables.append(confusions(logits.argmax(1), truth.to(device), len(task.classes)))
     confusion = torch.cat(tables).cpu().numpy()
-    return (dice_scores if task.segments else class_scores)(confusion), confusion
+    scores = dice_scores(confusion) if task.segments else class_scores(confusion)
+    return scores, confusion
 
 # --- training -------------------------------------------------------------------------------------
-def fingerprint(task, folder):
-    """A hash of a task's answers, meta.json and split.json."""
-    content = [answers.tobytes() for answers in task.answers.values()]
-    content += [path.read_bytes() for path in sorted(folder.glob('*.json'))]
-    return hashlib.sha256(b''.join(content)).hexdigest()
-
 def plan_steps(o, count):
     """Which of `count` images a run takes, and the steps of an epoch, the run and its warm-up."""
     ids = np.random.default_rng(o.seed).permutation(count)
@@ -199,51 +192,56 @@ def plan_steps(o, count):
     warmup = max(1, min(round(o.warmup_epochs * epoch_steps), steps // 2))
     return SimpleNamespace(ids=ids, epoch_steps=epoch_steps, steps=steps, warmup=warmup)
 
-def build_network(o, path, meta, device):
+def build_network(o, init, meta, device):
     """The network of the task with this meta.json, and the optimizer of what is trained."""
     torch.manual_seed(o.seed)
-    vit = build_encoder(path, o, o.size or meta['size'])
+    vit = build_encoder(init, o, o.size or meta['size'])
     net = add_head(vit, meta, o.pool).to(device)
-    if o.tune_blocks < vit.config.depth:    # only the last blocks and the head are trained
+    if o.tune_blocks < vit.config.depth:    # the norm before the head is frozen, too
         frozen = vit.blocks[:vit.config.depth - o.tune_blocks]
-        for part in (vit.cls_token, vit.patch_embed, vit.norm, *frozen):
+        for part in (vit.cls_token, vit.patch_embed, *frozen, vit.norm):
             part.requires_grad_(False)
     return net, make_optimizer(net, o.lr, o.weight_decay)
 
+def run_identity(run):
+    """What makes a run what it is: --resume refuses to go on if any of this has changed.
+    run.origin: the method's name, and the path and hash of --init."""
+    o, task, plan, config = run.o, run.task, run.plan, run.net.vit.config
+    content = [answers.tobytes() for answers in task.answers.values()]
+    content += [path.read_bytes() for path in sorted(Path(o.data, o.task).glob('*.json'))]
+    counts = {split: len(answers) for split, answers in task.answers.items()}
+    return dict(
+        task=o.task, classes=task.classes, counts=dict(counts, train=len(plan.ids)),
+        task_sha256=hashlib.sha256(b''.join(content)).hexdigest(), **run.origin,
+        seed=o.seed, steps=plan.steps, batch=o.batch, lr=o.lr, weight_decay=o.weight_decay,
+        warmup=plan.warmup, top_k=config.top_k, pool=o.pool, config=asdict(config),
+        parameters=sum(p.numel() for p in run.net.parameters() if p.requires_grad))
+
 def build_run(o):
-    """All that a fine-tuning works with, new or as --out's checkpoint has it."""
+    """All that a fine-tuning works with, new or of --out's checkpoint. Exits if it is finished."""
     *_, device = set_up_process(o.device)
-    folder = Path(o.data, o.task)
-    if o.task.startswith('phantom-') and not folder.exists():
-        run_program('phantoms', '--out', folder, '--task', o.task, '--size', 64)
-    task = data.Task(folder)
-    path = o.init or next(filter(os.path.exists, STARTS), STARTS[0])
-    plan = plan_steps(o, len(task.answers['train']))
-    net, optimizer = build_network(o, path, task.meta, device)
-    sha256 = None if path == 'scratch' else hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    origin = dict(method=method_name(net.vit, path), init=path, sha256=sha256)
-    identity = dict(        # --resume refuses to go on if any of this has changed
-        task=o.task, classes=task.classes, counts=dict(task.meta['counts'], train=len(plan.ids)),
-        answers_sha256=fingerprint(task, folder), **origin, seed=o.seed, steps=plan.steps,
-        batch=o.batch, lr=o.lr, weight_decay=o.weight_decay, warmup=plan.warmup,
-        top_k=net.vit.config.top_k, pool=o.pool, config=asdict(net.vit.config),
-        parameters=sum(p.numel() for p in net.parameters() if p.requires_grad))
-    out = Path(o.out or f'out/{o.task}-{origin["method"]}-{o.seed}')
+    init = o.init or next(filter(os.path.exists, STARTS), STARTS[0])
+    run = SimpleNamespace(o=o, device=device, task=data.Task(Path(o.data, o.task)))
+    run.plan = plan_steps(o, len(run.task.answers['train']))
+    run.net, run.optimizer = build_network(o, init, run.task.meta, device)
+    sha256 = None if init == 'scratch' else hashlib.sha256(Path(init).read_bytes()).hexdigest()
+    run.origin = dict(method=method_name(run.net.vit, init), init=init, sha256=sha256)
+    run.identity = run_identity(run)
+    run.out = Path(o.out or f'out/{o.task}-{run.origin["method"]}-{o.seed}')
+    run.autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(o.bf16, device))
     begun = dict(done=0, best=-1.0, skipped=0)
-    if o.resume and (out / 'ckpt.pt').exists():
-        begun = resume(out / 'ckpt.pt', identity, net, optimizer)
-    if o.resume and (out / 'results.json').exists():
-        print(f'{out}: this run is finished; its scores are in results.json')
+    if o.resume and (run.out / 'ckpt.pt').exists():
+        begun = load_run(run.out / 'ckpt.pt', run.identity, run.net, run.optimizer)
+    run.start, run.best, run.skipped = begun['done'], begun['best'], begun['skipped']
+    if o.resume and (run.out / 'results.json').exists():
+        print(f'{run.out}: this run is finished; its scores are in results.json')
         sys.exit()
-    log = open_run(out, o, begun['done'], identity)
-    print(f'{out} on {device.type}:', *(f'{key} {value}' for key, value in identity.items()),
-          f'pictures at any time: python -m tests.lab.pictures {out}', sep='\n  ')
-    bf16 = o.bf16 and computes_bf16(device)
-    return SimpleNamespace(
-        o=o, out=out, device=device, task=task, net=net, optimizer=optimizer, log=log, plan=plan,
-        autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16),
-        header=dict(config=asdict(net.vit.config), meta=task.meta, pool=o.pool, **origin),
-        identity=identity, start=begun['done'], best=begun['best'], skipped=begun['skipped'])
+    return run
+
+def network_state(run):
+    """The content of best.pt: all that a prediction needs."""
+    return dict(config=asdict(run.net.vit.config), meta=run.task.meta, pool=run.o.pool,
+                **run.origin, model=run.net.state_dict())
 
 def batches_left(run):
     """Yield images and answers of the steps that are left, on the device."""
@@ -261,7 +259,7 @@ def train(run):
     trained = [p for p in net.parameters() if p.requires_grad]
     loss_of = segmentation_loss if task.segments else F.cross_entropy
     signals, in_a_row, saved_at = [], 0, time.perf_counter()
-    catch_signals(signals)
+    on_signals(lambda number, frame: signals.append(number))
     bar = tqdm(range(run.start, plan.steps), initial=run.start, total=plan.steps, unit='step')
     for step, (images, answers) in zip(bar, batches_left(run)):
         seed_step(o.seed, step, 0)
@@ -282,8 +280,8 @@ def train(run):
             bar.set_postfix_str(f'loss {loss.item():.3f}{shown}')
         if signals or done == plan.steps or time.perf_counter() - saved_at > 60:
             save(run.out / 'ckpt.pt', dict(
-                run.header, model=net.state_dict(), optimizer=run.optimizer.state_dict(),
-                identity=run.identity, done=done, best=run.best, skipped=run.skipped))
+                network_state(run), optimizer=run.optimizer.state_dict(), identity=run.identity,
+                done=done, best=run.best, skipped=run.skipped))
             saved_at = time.perf_counter()
         if signals:
             print(f'\n{run.out}: saved after {done} of {plan.steps} steps; go on with --resume')
@@ -298,7 +296,7 @@ def end_epoch(run, step, loss):
     write_line(run.log, dict(step=step, loss=loss, val=score, skipped=run.skipped))
     if score is None or score > run.best:
         run.best = score
-        save(run.out / 'best.pt', dict(run.header, model=run.net.state_dict()))
+        save(run.out / 'best.pt', network_state(run))
     return score
 
 def score_test(run):
@@ -318,12 +316,18 @@ def main():
     if os.environ.get('WORLD_SIZE', '1') != '1':
         raise SystemExit('finetune.py is one process: start it by python, not by torchrun')
     try:
-        if o.predict:
-            from tests.lab.predict import predict   # it alone needs prepare_medverse
-            return predict(o)
+        if o.predict:       # by tests/lab/predict.py, which alone needs prepare_medverse
+            return run_program('predict', o.out, *o.predict, '--device', o.device)
+        if o.task.startswith('phantom-') and not Path(o.data, o.task).exists():
+            run_program('phantoms', '--out', f'{o.data}/{o.task}', '--task', o.task, '--size', 64)
         run = build_run(o)
+        run.log = prepare_folder(run.out, o, run.start)
+        facts = dict(run.identity, options=asdict(o))
+        save(run.out / 'config.json', json.dumps(facts, indent=1))
+        print(f'{run.out} on {run.device}: {len(run.plan.ids)} images, {run.plan.steps} steps, '
+              f'pictures at any time: python -m tests.lab.pictures {run.out}')
         train(run)
-        release_signals()       # all is saved
+        on_signals(signal.SIG_DFL)      # all is saved, so they may end the process at once
         score_test(run)
         if run.task.segments:
             run_program('pictures', run.out)

@@ -4,8 +4,7 @@ DEX is a ViT whose every MLP is replaced by a DEX module: R expert MLPs, of whic
 for the whole image, and one director MLP that follows the experts' average and pulls them together.
 `Config(experts=0)` is the plain ViT. Parameters are named as in MAE and timm.
 Letters, the same in all files: B images, N tokens (class token first), C their width, R experts,
-K activated experts, L layers (blocks), S and P sides of image and patch in pixels, M routed units
-(B images, or B * N tokens if routing is 'token').
+K activated experts, L layers (blocks), S and P sides of image and patch in pixels.
 """
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -34,7 +33,6 @@ class Config:
     mlp_ratio: int = 4          # hidden width of an MLP / C
     experts: int = 8            # R; 0 is the plain ViT
     top_k: int = 2              # K
-    routing: str = 'image'      # experts are chosen for an 'image', or for each 'token' (Fig. 8)
     mask_ratio: float = 0.75    # share of the patches that the masked autoencoder hides
     decoder_width: int = 512
     decoder_depth: int = 8
@@ -45,14 +43,12 @@ class Config:
             raise SystemExit(f'size {self.size} must be a multiple of patch {self.patch}')
         if self.experts and not 1 <= self.top_k <= self.experts:
             raise SystemExit(f'top_k {self.top_k} must lie between 1 and experts {self.experts}')
-        if self.routing not in ('image', 'token'):
-            raise SystemExit(f'routing {self.routing} must be image or token')
 
-def named_config(model, depth=0, **others):
+def named_config(name, depth=0, **others):
     """The Config of a row of SIZES, with another depth if it is given."""
-    if model not in SIZES:
-        raise SystemExit(f'--model {model}: there is no such size; choose from {", ".join(SIZES)}')
-    config = Config(**SIZES[model], **others)
+    if name not in SIZES:
+        raise SystemExit(f'--model {name}: there is no such size; choose from {", ".join(SIZES)}')
+    config = Config(**SIZES[name], **others)
     return replace(config, depth=depth or config.depth)
 
 class Linear(nn.Linear):
@@ -93,11 +89,11 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(linear.bias.detach().repeat(R, 1))
 
     def forward(self, x, expert):
-        """x (rows, N, in) -> (rows, N, out). expert (rows,), ascending: which of R a row takes."""
+        """x (n, N, in) -> (n, N, out). expert (n,): each image's expert, in ascending order."""
         if torch.is_autocast_enabled(x.device.type):
             # Autocast does not cover grouped_mm, so cast by hand.
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        counts = F.one_hot(expert, len(self.weight)).sum(0)         # (R,): each expert's rows
+        counts = F.one_hot(expert, len(self.weight)).sum(0)         # (R,): each expert's images
         ends = (counts.cumsum(0) * x.shape[1]).int()                # where its tokens end
         # This is one kernel in bfloat16 on an H100 or newer, and the host need not wait for it.
         y = F.grouped_mm(x.flatten(0, 1), self.weight.to(x.dtype).mT, offs=ends)
@@ -114,15 +110,15 @@ class Experts(nn.Module):
         self.fc2 = StackedLinear(mlp.fc2, R)
 
     def forward(self, x, expert):
-        """x (rows, N, C) -> (rows, N, C). expert (rows,), ascending: which MLP a row takes."""
+        """x (n, N, C) -> (n, N, C). expert (n,): each image's expert, in ascending order."""
         return self.fc2(F.gelu(self.fc1(x, expert)), expert)
 
 class Routing(NamedTuple):
-    """A DEX module's choice and alignment loss. ViT.forward stacks those of all L layers."""
-    align: torch.Tensor         # () alignment loss
-    scores: torch.Tensor        # (M, R) softmax scores s, with gradient
-    activated: torch.Tensor     # (M, R) indicator I of Eq. 18: 1 where the expert is activated
-    weights: torch.Tensor       # (M, R) omega of Eq. 5: 0 where the expert is not activated
+    """What a DEX module did, for pretraining's losses; ViT.forward stacks those of L modules."""
+    align: torch.Tensor         # () alignment loss; stacked, (L,)
+    scores: torch.Tensor        # (B, R) softmax scores s, with gradient; stacked, (L, B, R)
+    activated: torch.Tensor     # (B, R) indicator I of Eq. 18: 1 where the expert is activated
+    weights: torch.Tensor       # (B, R) omega of Eq. 5: 0 where the expert is not activated
 
 class DEX(nn.Module):
     """Director-Experts module (Sec. 3.2 and 3.3): K experts an image and a director for all.
@@ -130,38 +126,36 @@ class DEX(nn.Module):
     Hence all experts start as copies of the director."""
     def __init__(self, config):
         super().__init__()
-        R = config.experts
-        self.top_k, self.by_token = config.top_k, config.routing == 'token'
+        R, self.top_k = config.experts, config.top_k
         self.gate = Linear(config.width, R, bias=False)                 # pi of Eq. 2
         self.director = MLP(config).requires_grad_(False)               # moved by GEMA alone
         self.experts = Experts(self.director, R)
-        self.register_buffer('usage', torch.full((R,), 1 / R))          # c of Eq. 20
+        self.register_buffer('usage', torch.full((R,), 1 / R))          # c of Eq. 20, moved by gema
 
-    def forward(self, x, sigma=None, need_routing=False):
-        """x (B, N, C) -> y (B, N, C), and the Routing or None.
+    def forward(self, x, sigma=None, with_director=False):
+        """x (B, N, C) -> y (B, N, C), the experts' mixed output, and a Routing or None.
         sigma: deviation of the gate's noise; None is no noise, as in validation and fine-tuning.
-        need_routing: pretraining's losses need a Routing; the director is run for it alone."""
-        # Experts are chosen for a unit: for an image, or for a token as if it were an image.
-        units = x.flatten(0, 1)[:, None] if self.by_token else x    # (M, N, C); by token (M, 1, C)
+        with_director: also run the director, and return the Routing that pretraining needs."""
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 ties would change the top K
-            logits = self.gate(units[:, 0].float())     # (M, R), from the class (or only) token
+            logits = self.gate(x[:, 0].float())                 # (B, R), from the class token
             if sigma is not None:
                 # Eq. 21: the noise is shifted in favour of experts that are seldom used.
                 noise = torch.randn_like(logits) + 1 - self.usage / self.usage.sum()
                 logits = logits + sigma * noise
             scores = logits.softmax(-1)                         # s
-            top_scores, top_experts = scores.topk(self.top_k)   # both (M, K)
+            top_scores, top_experts = scores.topk(self.top_k)   # both (B, K)
             # omega of Eq. 5. It is 1 if K = 1, and then the task teaches the gate nothing.
             top_weights = top_scores / top_scores.sum(-1, keepdim=True)
 
-        # Unit u has the choices u * K to u * K + K - 1. StackedLinear needs them sorted by expert.
-        expert, choice = top_experts.flatten().sort(stable=True)        # both (M * K,)
-        unit = choice // self.top_k
-        rows = self.experts(units.index_select(0, unit), expert)        # (M * K, N, C)
-        rows = rows * top_weights.flatten().index_select(0, choice)[:, None, None]
-        y = torch.zeros_like(units, dtype=rows.dtype).index_add(0, unit, rows)
-        y = y.view_as(x)                                                # f^E of Eq. 2 and 5
-        if not need_routing:
+        # Flattened, top_experts holds the K choices of image 0, then those of image 1 ... Sorting
+        # brings an expert's choices together, as grouped_mm wants them. order: where they were.
+        expert, order = top_experts.flatten().sort(stable=True)         # both (B * K,)
+        image = order // self.top_k                                     # which image chose
+        weight = top_weights.flatten().index_select(0, order)           # with which omega
+        outputs = self.experts(x.index_select(0, image), expert)        # (B * K, N, C)
+        outputs = outputs * weight[:, None, None]
+        y = torch.zeros_like(x, dtype=outputs.dtype).index_add(0, image, outputs)   # f^E, Eq. 2, 5
+        if not with_director:
             return y, None
 
         target = self.director(x.detach())                                      # f^D, no gradient
@@ -173,14 +167,16 @@ class DEX(nn.Module):
     @torch.no_grad()
     def gema(self, batch_usage, momentum, finite):
         """Move the director (Eq. 7) and the usage (Eq. 20), once after the optimizer's step.
-        batch_usage (R,) is the mean omega of each expert in the global batch: Omega of Eq. 6, the
-        same quantity as c-hat of Eq. 19. If `finite`, a bool tensor, is False, nothing changes."""
-        # After a step that is not finite both rates are 0; its usage may be NaN, so it is replaced.
+        batch_usage (R,): each expert's mean omega in the global batch. It is both Omega of Eq. 6
+        and c-hat of Eq. 19. finite: bool tensor (); if it is False, nothing moves."""
+        director_rate = torch.where(finite, 1 - momentum, 0.0)
+        usage_rate = torch.where(finite, 0.01, 0.0)             # 1 - mu, mu = 0.99
+        # A rate of 0 does not stop NaN, as 0 * NaN is NaN. So the old usage takes its place.
         batch_usage = torch.where(finite, batch_usage, self.usage)
         for director, experts in zip(self.director.parameters(), self.experts.parameters()):
             average = (batch_usage @ experts.flatten(1)).view_as(director)
-            director.lerp_(average, (1 - momentum) * finite)            # Eq. 7
-        self.usage.lerp_(batch_usage, 0.01 * finite)                    # Eq. 20 with mu = 0.99
+            director.lerp_(average, director_rate)              # Eq. 7
+        self.usage.lerp_(batch_usage, usage_rate)               # Eq. 20
 
 class Block(nn.Module):
     """Pre-norm transformer block; with experts, a DEX module takes the place of the MLP."""
@@ -194,12 +190,12 @@ class Block(nn.Module):
         else:
             self.mlp = MLP(config)
 
-    def forward(self, x, sigma=None, need_routing=False):
+    def forward(self, x, sigma=None, with_director=False):
         """x (B, N, C) -> (B, N, C), and DEX.forward's Routing or None."""
         x = x + self.attn(self.norm1(x))
         if not hasattr(self, 'dex'):
             return x + self.mlp(self.norm2(x)), None
-        y, routing = self.dex(self.norm2(x), sigma, need_routing)
+        y, routing = self.dex(self.norm2(x), sigma, with_director)
         return x + y, routing
 
 def sincos_positions(width, side):
@@ -216,19 +212,19 @@ class ViT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        kernel = nn.Conv2d(3, config.width, config.patch, config.patch)
-        nn.init.xavier_uniform_(kernel.weight.flatten(1))       # it is a linear layer on patches
-        self.patch_embed = nn.ModuleDict({'proj': kernel})
+        projection = nn.Conv2d(3, config.width, config.patch, config.patch)
+        nn.init.xavier_uniform_(projection.weight.flatten(1))   # it is a linear layer on patches
+        self.patch_embed = nn.ModuleDict({'proj': projection})
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, config.width))
         positions = sincos_positions(config.width, config.size // config.patch)
         self.register_buffer('pos_embed', positions)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
 
-    def forward(self, images, sigma=None, visible=None, need_routing=False):
+    def forward(self, images, sigma=None, visible=None, with_director=False):
         """images (B, 3, S, S), normalized -> tokens (B, 1 + n, C), routing, outputs.
         visible: indices (B, n) of the patches to look at; None looks at all.
-        routing: the stacked Routing of all layers or, without experts or need_routing, None.
+        routing: the stacked Routing of all layers; None without experts or director.
         outputs: the list of all L blocks' outputs, before the last norm."""
         x = self.patch_embed['proj'](images).flatten(2).mT + self.pos_embed[:, 1:]
         if visible is not None:
@@ -237,12 +233,13 @@ class ViT(nn.Module):
         x = torch.cat([cls_token.expand(len(x), -1, -1), x], 1)
         outputs, routings = [], []
         for block in self.blocks:
-            x, routing = block(x, sigma, need_routing)
+            x, routing = block(x, sigma, with_director)
             outputs.append(x)
             routings.append(routing)
-        if routings[0] is None:     # and so are all
-            return self.norm(x), None, outputs
-        return self.norm(x), Routing(*map(torch.stack, zip(*routings))), outputs
+        stacked = None
+        if self.config.experts and with_director:
+            stacked = Routing(*[torch.stack(field) for field in zip(*routings)])
+        return self.norm(x), stacked, outputs
 
 class MAE(ViT):
     """Masked autoencoder on a ViT: L_self of Eq. 8."""
@@ -282,7 +279,7 @@ class MAE(ViT):
             mask_noise = torch.rand(len(images), count, device=images.device)
         visible = mask_noise.argsort(1)[:, :int(count * (1 - self.config.mask_ratio))]
         mask = torch.ones_like(mask_noise).scatter(1, visible, 0)
-        x, routing, _ = super().forward(images, sigma, visible, need_routing=True)
+        x, routing, _ = super().forward(images, sigma, visible, with_director=True)
 
         x = self.decoder_embed(x)
         tokens = self.mask_token.to(x.dtype).expand(*mask.shape, -1)
@@ -296,8 +293,9 @@ class MAE(ViT):
 
 def layer_losses(align, scores, load):
     """The layer sums of Eq. 8: (sum of alpha^l L_co^l) / L and (sum of L_bal^l) / L.
-    align (L,): alignment loss of each layer. scores (L, R): mean scores of this rank's units.
-    load (L, R): share of all ranks' units that activate each expert; it needs no gradient."""
+    align (L,): alignment loss of each layer.
+    scores (L, R): mean scores of this rank's images, whose gradients DDP averages over ranks.
+    load (L, R): share of all ranks' images that activate each expert; it has no gradient."""
     L, R = scores.shape
     alpha = 1 / torch.arange(L, 0, -1, device=align.device)     # alpha^l = 1 / (L - (l - 1))
     balance = R * (scores * load).sum(1)                        # Eq. 18, (L,)
@@ -308,7 +306,10 @@ def read_checkpoint(path):
     """A checkpoint of pretrain.py or finetune.py: (state dict, Config, the whole file)."""
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        state, config = checkpoint['model'], Config(**checkpoint['config'])
+        state, config = checkpoint['model'], dict(checkpoint['config'])
+        if config.pop('routing', 'image') != 'image':       # by an older commit
+            raise SystemExit(f'{path}: its experts are chosen for each token; pretrain it anew')
+        config = Config(**config)
     except OSError as error:
         raise SystemExit(f'{path}: {error.strerror}; pretrain (--demo), or give another --init')
     except Exception as error:  # torch raises a dozen types for a damaged zip or a pickle with code
@@ -330,37 +331,39 @@ def resize_kernel(kernel, patch):
     gain = (kernel.shape[2] / patch) ** 2
     return gain * F.interpolate(kernel.float(), size=(patch, patch), mode='bicubic', antialias=True)
 
+# Parameters with one of these in their names may be missing from a checkpoint, or left over.
+OPTIONAL = ('decoder_', 'mask_token', '.dex.gate', '.dex.usage', '.dex.experts')
+
+def parts_in(names):
+    """The OPTIONAL parts that occur in names, as text."""
+    found = [part for part in OPTIONAL if any(part in name for name in names)]
+    return ', '.join(found) or 'nothing'
+
 def load_weights(model, state, path):
     """Put a state dict, read from `path`, into a ViT or MAE; either may have experts or none.
-    Positions and patch kernels are resized. A plain MLP becomes the director and every expert; a
-    director becomes a plain MLP. A printed line names the parts that only one side has."""
-    config, fitting = model.config, {}
+    Positions and patch kernel are resized. A plain MLP becomes director and experts; in a plain
+    network a director becomes the MLP. Prints which OPTIONAL parts are left out or new."""
+    config, fitted = model.config, {}
     side = config.size // config.patch
     for name, value in state.items():
         if name.endswith('pos_embed'):
-            fitting[name] = resize_positions(value, side, side)
+            fitted[name] = resize_positions(value, side, side)
         elif name == 'patch_embed.proj.weight':
-            fitting[name] = resize_kernel(value, config.patch)
+            fitted[name] = resize_kernel(value, config.patch)
         elif config.experts and name.startswith('blocks.') and '.mlp.' in name:
             copies = value.expand(config.experts, *value.shape)
-            fitting[name.replace('.mlp.', '.dex.experts.')] = copies
-            fitting[name.replace('.mlp.', '.dex.director.')] = value
+            fitted[name.replace('.mlp.', '.dex.experts.')] = copies
+            fitted[name.replace('.mlp.', '.dex.director.')] = value
         elif not config.experts and '.dex.director.' in name:
-            fitting[name.replace('.dex.director.', '.mlp.')] = value
+            fitted[name.replace('.dex.director.', '.mlp.')] = value
         else:
-            fitting[name] = value
+            fitted[name] = value
     try:
-        new, left_out = model.load_state_dict(fitting, strict=False)
+        missing, unexpected = model.load_state_dict(fitted, strict=False)
     except RuntimeError as error:       # it names everything that has another shape
         raise SystemExit(f'{path}: does not fit this network: {error}')
-    optional = ['decoder_', 'mask_token', '.dex.gate', '.dex.usage']    # either side may lack these
-    if not config.experts:      # a plain network drops a file's experts
-        optional.append('.dex.experts')
-    for name in (*new, *left_out):
-        if not any(part in name for part in optional):
+    for name in (*missing, *unexpected):
+        if not any(part in name for part in OPTIONAL):
             raise SystemExit(f'{path}: does not fit this network: {name} is missing or left over')
-    def parts(names):
-        """The optional parts that occur in names, as text."""
-        found = [part for part in optional if any(part in name for name in names)]
-        return ', '.join(found) or 'nothing'
-    print(f'{path}: loaded; left out: {parts(left_out)}; not in it, so new: {parts(new)}')
+    left_out, new = parts_in(unexpected), parts_in(missing)
+    print(f'{path}: loaded; left out: {left_out}; not in it, so new: {new}')

@@ -11,7 +11,6 @@ import inspect
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -29,11 +28,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from model import MAE, Config, layer_losses, load_weights, named_config, read_checkpoint
+from model import MAE, layer_losses, load_weights, named_config, read_checkpoint
 
 @dataclass
 class Options:
-    """The options; each comment is its --help. Defaults are the paper's (C.2.1) or the authors'."""
+    """Each field is an option, such as --batch 64, --resume or --no-bf16. The defaults are the
+    paper's run (C.2.1) and, where it is silent, the authors' code."""
     data: str = 'data/medverse'     # folder of prepared sources
     out: str = 'out/pretrain'       # folder of this run
     init: str = ''                  # checkpoint to start from; empty: from scratch
@@ -42,11 +42,10 @@ class Options:
     demo: bool = False              # a small model on phantoms, which are made if there are none
     model: str = 'base'             # tiny, small, base, large or huge
     depth: int = 0                  # blocks of the encoder; 0: as the model has
-    size: int = Config.size         # side of the training images in pixels
-    patch: int = Config.patch       # side of a patch in pixels
-    experts: int = Config.experts   # R experts in every block; 0: the plain masked autoencoder
-    top_k: int = Config.top_k       # K experts activated for an image
-    routing: str = Config.routing   # image: one choice for a whole image; token: one for each token
+    size: int = 256                 # side of the training images in pixels
+    patch: int = 16                 # side of a patch in pixels
+    experts: int = 8                # R experts in every block; 0: the plain masked autoencoder
+    top_k: int = 2                  # K experts activated for an image
     batch: int = 224                # images per process and micro-batch
     accumulate: int = 1             # micro-batches per optimizer step
     epochs: int = 100               # passes over the training images
@@ -65,7 +64,7 @@ class Options:
     log_every: int = 10             # steps between lines of log.jsonl
     val_every: int = 0              # steps between validations; 0: ten a run
     val_share: float = 0.05         # share of each source held out: its tail, 1 to 200 images
-    save_minutes: float = 15.0      # between checkpoints
+    save_minutes: float = 15.0      # minutes between checkpoints
 
     def __post_init__(self):
         if min(self.batch, self.accumulate, self.log_every, self.steps or self.epochs) < 1:
@@ -75,21 +74,19 @@ class Options:
 
 DEMO = dict(data='data/phantoms-64', out='out/demo', model='tiny', depth=4, size=64, patch=8,
             batch=64, steps=400, lr=8e-3, val_share=0.2, val_every=100)
-TERMS = ('l_self', 'align', 'balance')      # of the loss (Eq. 8), in this order
-MAX_SKIPPED = 10    # steps in a row that are not finite end a training
-# Only these options may change at --resume. The product GPUs * accumulate must stay the same;
-# another split of it (4 * 1 for 2 * 2) changes rounding and the balance loss a little.
+# Only these options may change at --resume. So may the number of GPUs, if GPUs * accumulate stays
+# the same; rounding and the balance loss then change a little.
 MAY_CHANGE = ('data', 'out', 'init', 'resume', 'overwrite', 'accumulate', 'device', 'bf16',
               'log_every', 'val_every', 'save_minutes')
 
 # --- shared with finetune.py ----------------------------------------------------------------------
 def parse_options(defaults, words=None):
-    """`defaults` with what the command line, or `words`, changes. Help is each field's comment."""
+    """`defaults` with what the command line, or `words`, changes. --help shows the source."""
     cls = type(defaults)
-    comments = dict(re.findall(r'^    (\w+): .*?  # (.*)$', inspect.getsource(cls), re.M))
+    fields, _, _ = inspect.getsource(cls).partition('\n\n')     # up to the first blank line
     parser = argparse.ArgumentParser(
-        description=inspect.getmodule(cls).__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=inspect.getmodule(cls).__doc__, epilog=fields, usage=argparse.SUPPRESS,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, kind in cls.__annotations__.items():
         how = dict(type=kind)
         if kind is bool:        # --bf16 or --no-bf16
@@ -97,10 +94,7 @@ def parse_options(defaults, words=None):
         elif kind is tuple:
             how = dict(nargs='+')
         default = getattr(defaults, name)
-        text = comments[name].replace('%', '%%')
-        if default not in ('', ()):
-            text += f' (default: {default})'
-        parser.add_argument('--' + name, default=default, help=text, **how)
+        parser.add_argument('--' + name, default=default, help=argparse.SUPPRESS, **how)
     values = vars(parser.parse_args(words))
     for name, value in values.items():
         if type(value) in (int, float) and not 0 <= value < math.inf:
@@ -125,9 +119,9 @@ def set_up_process(device_name):
         dist.init_process_group('nccl' if gpu else 'gloo', device_id=device if gpu else None)
     return rank, world, local, device
 
-def computes_bf16(device):
-    """Whether the device is a GPU that computes in bfloat16 natively."""
-    return device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+def use_bf16(on, device):
+    """Whether to compute in bfloat16: if --bf16 is on, on a GPU that does so natively."""
+    return on and device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
 
 def cosine(start, end, progress):
     """Half a cosine from start (progress 0) to end (progress 1)."""
@@ -135,8 +129,9 @@ def cosine(start, end, progress):
 
 def learning_rate(step, steps, warmup, peak):
     """Linear from above 0 to the peak in `warmup` steps, then half a cosine towards 0."""
-    progress = max(0, step - warmup) / max(1, steps - warmup)
-    return peak * min((step + 1) / warmup, cosine(1, 0, progress))
+    if step < warmup:
+        return peak * ((step + 1) / warmup)
+    return peak * cosine(1, 0, (step - warmup) / max(1, steps - warmup))
 
 def seed_step(seed, step, place):
     """Seed torch for the micro-batch at this place of a step: its crops, masks and noise."""
@@ -163,25 +158,17 @@ def step_if_finite(optimizer, lr, parameters, clip, losses_finite=True):
     return norm, finite
 
 def end_if_diverged(out, in_a_row):
-    """End the program after MAX_SKIPPED steps in a row that were not finite."""
-    if in_a_row >= MAX_SKIPPED:
-        raise SystemExit(f'{out}: {MAX_SKIPPED} steps in a row not finite; check images and --lr')
+    """End the program after ten steps in a row that were not finite."""
+    if in_a_row >= 10:
+        raise SystemExit(f'{out}: 10 steps in a row are not finite; check the images and --lr')
 
-def catch_signals(signals):
-    """Have SIGTERM and SIGINT (Ctrl-C) join the list `signals` instead of ending the process."""
+def on_signals(handler):
+    """Set the handler of SIGTERM and SIGINT (Ctrl-C)."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: signals.append(number))
+        signal.signal(number, handler)
 
-def release_signals():
-    """Let SIGTERM and SIGINT end the process again."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
-
-def open_run(out, o, start, facts):
-    """Open a run's log.jsonl, cut to the steps before `start`, and write config.json. With start 0
-    the files of an older run are deleted. Until this process ends the log is locked for others."""
-    out.mkdir(parents=True, exist_ok=True)
-    log = open(out / 'log.jsonl', 'a+', newline='\n')
+def lock(log, out):
+    """Lock an open log until this process ends. Exits if another process holds it."""
     try:
         import fcntl
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -189,18 +176,24 @@ def open_run(out, o, start, facts):
         print(f'{out}: cannot be locked on this system; start no second training in it')
     except BlockingIOError:
         raise SystemExit(f'{out}: another process trains here, perhaps of a killed torchrun')
+
+def prepare_folder(out, o, start):
+    """Make the folder of a run ready to go on at step `start`: lock it, and delete what is later.
+    Returns the log. Exits if there is a run, and neither --resume nor --overwrite is given."""
+    out.mkdir(parents=True, exist_ok=True)
+    log = open(out / 'log.jsonl', 'a+', newline='\n')
+    lock(log, out)
     log.seek(0)
     lines = log.readlines()
     if lines and not (o.resume or o.overwrite):
         raise SystemExit(f'{out}: holds a run; give --resume, --overwrite or another --out')
     whole = [line for line in lines if line.endswith('}\n')]    # a killed run may cut its last line
     kept = [line for line in whole if json.loads(line)['step'] < start]
-    # Steps rise, so `kept` is the file's beginning, and JSON is ASCII, so a character is a byte.
-    log.truncate(len(''.join(kept)))
+    # Steps rise, so the kept lines are the file's first.
+    log.truncate(sum(len(line.encode()) for line in kept))
     if not start:
         for name in ('ckpt.pt', 'best.pt', 'results.json'):
             (out / name).unlink(missing_ok=True)
-    save(out / 'config.json', json.dumps(dict(facts, options=asdict(o)), indent=1))
     return log
 
 def write_line(log, entry):
@@ -223,8 +216,8 @@ def save(path, content):
         why = error.__context__ or error    # torch hides 'no space left on device' behind its own
         raise SystemExit(f'{path}: could not be saved ({why}); what was there before is untouched')
 
-def resume(path, identity, model, optimizer):
-    """Load a run that began with the same `identity`, and return its checkpoint."""
+def load_run(path, identity, model, optimizer):
+    """Load a run and return its checkpoint. Exits if a setting of `identity` has changed."""
     state, _, checkpoint = read_checkpoint(path)
     was = checkpoint.get('identity', {})
     changed = [f'{name} {was.get(name)!s:.40} (not {value!s:.40})'
@@ -243,7 +236,7 @@ def run_program(name, *words):
     with subprocess.Popen(command, stdin=subprocess.PIPE) as program:
         program.wait()
     if program.returncode:
-        raise SystemExit(f'tests.lab.{name}: has not finished; the reason is above')
+        raise SystemExit(f'tests.lab.{name}: ended with {program.returncode}; the reason is above')
 
 # --- validation -----------------------------------------------------------------------------------
 def mutual_information(counts):
@@ -258,7 +251,7 @@ def mutual_information(counts):
 @torch.compiler.set_stance('force_eager')       # its shapes are not worth compiling for
 def look_at_held_out(model, shards, o, device, autocast):
     """L_self (V,) of the V held-out images and, with experts, their weights omega (L, V, R).
-    The images are seen whole, without gate noise, under the same masks each time."""
+    The images are seen whole, without gate noise, and with the same patches hidden each time."""
     generator = torch.Generator().manual_seed(o.seed)
     mask_noise = torch.rand(len(shards.val), (o.size // o.patch) ** 2, generator=generator)
     losses, weights = [], []
@@ -267,50 +260,48 @@ def look_at_held_out(model, shards, o, device, autocast):
         with autocast:
             l_self, routing, _, _ = model(images, mask_noise=noise.to(device))
         losses.append(l_self.cpu())
-        if routing is not None:     # (L, M, R) -> (L, B, R): mean over an image's units
-            weights.append(routing.weights.unflatten(1, (len(ids), -1)).mean(2).cpu())
+        if routing is not None:
+            weights.append(routing.weights.cpu())
     return torch.cat(losses), (torch.cat(weights, 1) if weights else None)
 
 def validate(model, shards, o, device, autocast):
     """The numbers of a validation; val_l_self is the mean over modalities, not over images."""
     losses, weights = look_at_held_out(model, shards, o, device, autocast)
-    present, place = np.unique(shards.image_modality[shards.val], return_inverse=True)
-    belongs = F.one_hot(torch.from_numpy(place)).T.float()        # (present modalities, V)
-    means = belongs @ losses / belongs.sum(1)
-    names = [shards.modalities[modality] for modality in present]
-    entry = dict(val_l_self=means.mean().item(), val=dict(zip(names, means.tolist())))
+    modality = torch.from_numpy(shards.image_modality[shards.val])      # (V,), an index each
+    present = modality.unique().tolist()
+    val = {shards.modalities[m]: losses[modality == m].mean().item() for m in present}
+    entry = dict(val_l_self=sum(val.values()) / len(val), val=val)
     if weights is None:
         return entry
-    first = F.one_hot(weights.argmax(2), o.experts).float()     # (L, V, R): 1 at the first expert
-    counts = belongs @ first                                # (L, modalities, R), in images
-    bits, bits_max = zip(*map(mutual_information, counts))  # of each layer; the same max in all
-    second = weights.topk(min(2, o.experts)).values[:, :, -1].median(1).values      # (L,)
-    dead = (weights.sum(1) == 0).nonzero().tolist()         # named 2.3: layer from 1, expert from 0
-    return dict(entry, bits=bits, bits_max=bits_max[0], second=second.tolist(),
-                dead=[f'{layer + 1}.{expert}' for layer, expert in dead])
+    first = F.one_hot(weights.argmax(2), o.experts)     # (L, V, R): 1 at the first expert
+    counts = torch.stack([first[:, modality == m].sum(1) for m in present], 1)  # (L, present, R)
+    bits, bits_max = zip(*map(mutual_information, counts))      # bits_max is the same in all layers
+    # Median weight of an image's second expert; it is 0 if K = 1.
+    second = weights.topk(min(2, o.experts)).values[:, :, -1].median(1).values
+    dead = (weights.sum(1) == 0).sum(1)     # experts that no image activates
+    return dict(entry, bits=bits, bits_max=bits_max[0], second=second.tolist(), dead=dead.tolist())
 
 # --- training -------------------------------------------------------------------------------------
 def plan_steps(o, shards, world):
-    """Images of a step, steps of an epoch and of all, and the learning rate's warm-up and peak."""
+    """Images in a step; steps in an epoch, in the run and its warm-up; peak of the rate (C.2.1)."""
     global_batch = o.batch * o.accumulate * world
     epoch_steps = len(shards.train) // global_batch
     if not epoch_steps or not len(shards.val):
         raise SystemExit(f'{o.data}: {len(shards.train)} images, too few for {global_batch} a step')
     steps = o.steps or o.epochs * epoch_steps
-    return SimpleNamespace(
-        global_batch=global_batch, epoch_steps=epoch_steps, steps=steps,
-        warmup=max(1, round(o.warmup * steps)), peak=o.lr * global_batch / 512)     # C.2.1
+    return SimpleNamespace(global_batch=global_batch, epoch_steps=epoch_steps, steps=steps,
+                           warmup=max(1, round(o.warmup * steps)), peak=o.lr * global_batch / 512)
 
 def build_network(o, plan, identity, device):
     """Model and optimizer from scratch, --init or out's checkpoint; steps done and skipped."""
     torch.manual_seed(o.seed)
     config = named_config(o.model, o.depth, size=o.size, patch=o.patch, experts=o.experts,
-                          top_k=o.top_k, routing=o.routing)
+                          top_k=o.top_k)
     model = MAE(config).to(device)
     optimizer = make_optimizer(model, plan.peak, o.weight_decay)
     path = Path(o.out, 'ckpt.pt')
     if o.resume and path.exists():
-        checkpoint = resume(path, identity, model, optimizer)
+        checkpoint = load_run(path, identity, model, optimizer)
         return model, optimizer, checkpoint['done'], checkpoint['skipped']
     if o.init:
         state, theirs, _ = read_checkpoint(o.init)
@@ -320,76 +311,62 @@ def build_network(o, plan, identity, device):
     return model, optimizer, 0, 0
 
 def compile_blocks(model):
-    """Compile each block alone: equal ones share a graph, and DDP sends gradients as they come."""
+    """Compile each block alone: blocks share a graph, and DDP can send gradients block by block."""
     torch._dynamo.config.optimize_ddp = False       # it would split blocks where its buckets end
     for block in (*model.blocks, *model.decoder_blocks):
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
 
-def announce(run):
-    """Say what will happen, before it does."""
-    millions = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
-    print(f'{run.out} on {run.world} x {run.device.type}, {"bfloat16" if run.bf16 else "float32"}: '
-          f'{millions:.1f} M parameters, {len(run.shards.train)} + {len(run.shards.val)} images, '
-          f'{run.plan.steps} steps of {run.plan.global_batch}, learning rate up to '
-          f'{run.plan.peak:.2e}\npictures at any time: python -m tests.lab.pictures {run.out}')
-
 def build_run(o, rank, world, local, device):
-    """All that a training works with, new or of --out's checkpoint. Exits if that is finished."""
-    out, shards = Path(o.out), data.Shards(o.data, o.val_share)
-    plan = plan_steps(o, shards, world)
-    identity = {name: value for name, value in vars(o).items() if name not in MAY_CHANGE}
-    identity.update(steps=plan.steps, global_batch=plan.global_batch, images=len(shards.train))
-    model, optimizer, start, skipped = build_network(o, plan, identity, device)
-    if start == plan.steps:
-        print(f'{out}: this run is finished, all {start} steps')
+    """All that a training works with, new or resumed. Exits if it is finished."""
+    run = SimpleNamespace(o=o, out=Path(o.out), rank=rank, world=world, device=device, signals=[])
+    run.log = None      # main opens it, on rank 0 alone
+    run.shards = data.Shards(o.data, o.val_share)
+    run.plan = plan_steps(o, run.shards, world)
+    run.identity = {name: value for name, value in vars(o).items() if name not in MAY_CHANGE}
+    run.identity.update(steps=run.plan.steps, global_batch=run.plan.global_batch,
+                        images=len(run.shards.train))
+    run.model, run.optimizer, run.start, skipped = build_network(o, run.plan, run.identity, device)
+    if run.start == run.plan.steps:
+        print(f'{run.out}: this run is finished, all {run.start} steps')
         sys.exit()
-    bf16 = o.bf16 and computes_bf16(device)
-    if bf16:
-        compile_blocks(model)
-    net = model
+    run.skipped = torch.tensor(skipped, device=device)
+    run.bf16 = use_bf16(o.bf16, device)
+    run.autocast = torch.autocast(device.type, torch.bfloat16, enabled=run.bf16)
+    if run.bf16:
+        compile_blocks(run.model)
+    run.net = run.model     # what the loop calls: the model, or DDP around it
     if world > 1:
-        net = DistributedDataParallel(model, [local] if device.type == 'cuda' else None,
-                                      gradient_as_bucket_view=True)
-        # The constructor has sent rank 0's buffers. From now on gema keeps them equal on all ranks.
-        net.broadcast_buffers = False
-    micros = range(start * o.accumulate, plan.steps * o.accumulate)
-    batches = data.batches(shards, o.seed, micros, o.batch, rank, world,
-                           plan.epoch_steps * o.accumulate, device)
-    run = SimpleNamespace(
-        o=o, rank=rank, world=world, device=device, out=out, shards=shards, plan=plan, bf16=bf16,
-        model=model, net=net, optimizer=optimizer, batches=batches, start=start,
-        autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16),
-        header=dict(config=asdict(model.config), options=asdict(o), identity=identity),
-        skipped=torch.tensor(skipped, device=device), signals=[])
-    if rank == 0:
-        run.log = open_run(out, o, start, dict(config=asdict(model.config), steps=plan.steps))
-        announce(run)
+        run.net = DistributedDataParallel(run.model, [local] if device.type == 'cuda' else None,
+                                          gradient_as_bucket_view=True)
+        # gema keeps buffers equal. (As an option of the constructor this warns in torch 2.13.)
+        run.net.broadcast_buffers = False
+    micros = range(run.start * o.accumulate, run.plan.steps * o.accumulate)
+    run.batches = data.batches(run.shards, o.seed, micros, o.batch, rank, world,
+                               run.plan.epoch_steps * o.accumulate, device)
     return run
 
-def mean_over_ranks(world, *tensors):
-    """Means of tensors over all ranks, by one all-reduce for all of them."""
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
+def mean_over_ranks(world, tensor):
+    """The mean of a tensor over all ranks; it may be overwritten."""
     if world > 1:
-        dist.all_reduce(flat)
-    parts = (flat / world).split([tensor.numel() for tensor in tensors])
-    return [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
+        dist.all_reduce(tensor)
+    return tensor / world
 
 def loss_terms(l_self, routing, world):
-    """This rank's TERMS of Eq. 8, (3,), and the usage of the experts, (L, R); 0 if there are none.
-    The usage, Omega of Eq. 6, is each expert's mean omega over all ranks' images."""
+    """The terms of Eq. 8 on this rank, by name, and the experts' usage (L, R) on all ranks: each
+    expert's mean omega, Omega of Eq. 6. Without experts all but l_self is 0."""
     l_self = l_self.mean()
     if routing is None:
         zero = torch.zeros_like(l_self)
-        return torch.stack([l_self, zero, zero]), 0
+        return dict(l_self=l_self, align=zero, balance=zero), zero
     activated, weights = routing.activated.mean(1), routing.weights.detach().mean(1)
-    load, usage = mean_over_ranks(world, activated, weights)
+    load, usage = mean_over_ranks(world, torch.stack([activated, weights]))     # I and Omega
     align, balance = layer_losses(routing.align, routing.scores.mean(1), load)
-    return torch.stack([l_self, align, balance]), usage
+    return dict(l_self=l_self, align=align, balance=balance), usage
 
 def accumulate_gradients(run, step, sigma, factors):
-    """Gradients of a step's micro-batches, where a loss is the sum of the TERMS times factors (3,).
-    Returns the terms (3,) and the usage (L, R), both as means over the micro-batches."""
-    o, mean_terms, batch_usage = run.o, 0, 0
+    """Add up the gradients of a step's micro-batches. The loss is the sum of factor * term.
+    Returns the terms and the experts' usage (L, R), both means over micro-batches and ranks."""
+    o, mean_terms, batch_usage = run.o, dict.fromkeys(factors, 0), 0
     for micro in range(o.accumulate):
         images = next(run.batches)
         seed_step(o.seed, step, micro * run.world + run.rank)
@@ -398,42 +375,43 @@ def accumulate_gradients(run, step, sigma, factors):
         with run.autocast:      # sigma is a tensor, or each new value would compile anew
             l_self, routing, _, _ = run.net(images, torch.full((), sigma, device=run.device))
         terms, usage = loss_terms(l_self, routing, run.world)
-        loss = sum(factor * term for factor, term in zip(factors, terms))       # Eq. 8
+        loss = sum(factors[name] * term for name, term in terms.items())        # Eq. 8
         (loss / o.accumulate).backward()
-        mean_terms = mean_terms + terms.detach() / o.accumulate
-        batch_usage = batch_usage + usage / o.accumulate
-    return mean_terms, batch_usage
+        for name, term in terms.items():
+            mean_terms[name] += term.detach() / o.accumulate
+        batch_usage += usage / o.accumulate
+    means = mean_over_ranks(run.world, torch.stack([*mean_terms.values()]))
+    return dict(zip(mean_terms, means)), batch_usage
 
-def validation_line(found):
-    """What the terminal shows of a validation."""
+def log_validation(run, entry):
+    """Validate, show the result, and add its numbers to an entry of the log."""
+    found = validate(run.model, run.shards, run.o, run.device, run.autocast)
     text = f'validation: L_self {found["val_l_self"]:.3f}'
     if 'bits' in found:
         bits = ' '.join(f'{value:.2f}' for value in found['bits'])
-        text += f'; bits: {bits} of {found["bits_max"]:.2f}; dead experts: {len(found["dead"])}'
-    return text
+        text += f'; bits: {bits} of {found["bits_max"]:.2f}; dead experts: {sum(found["dead"])}'
+    tqdm.write(text)
+    entry.update(found)
 
 def train(run):
     """Make the steps that are left: losses, AdamW, GEMA. Returns how many steps are done."""
     o, plan, model = run.o, run.plan, run.model
     trained = [p for p in model.parameters() if p.requires_grad]
     val_every = o.val_every or max(1, plan.steps // 10)
-    # Reading numbers makes the host wait for a GPU, so do it about every ten micro-batches.
-    read_every = max(1, 10 // o.accumulate) if run.device.type == 'cuda' else 1
-    catch_signals(run.signals)
+    # A check makes the host wait for a GPU: check about every ten micro-batches.
+    check_every = max(1, 10 // o.accumulate) if run.device.type == 'cuda' else 1
+    on_signals(lambda number, frame: run.signals.append(number))
     in_a_row = torch.zeros_like(run.skipped)
-    logged, logged_at, saved_at = run.start, time.perf_counter(), time.perf_counter()
+    done_at_log, log_time, save_time = run.start, time.perf_counter(), time.perf_counter()
     bar = tqdm(range(run.start, plan.steps), initial=run.start, total=plan.steps, unit='step',
                disable=run.rank > 0)
     for step in bar:
         progress = step / plan.steps
         sigma, momentum = cosine(o.sigma, 0, progress), cosine(o.momentum, 1, progress)
-        factors = (1, o.align, cosine(o.balance, 0, progress))      # of TERMS
+        factors = dict(l_self=1, align=o.align, balance=cosine(o.balance, 0, progress))
         rate = learning_rate(step, plan.steps, plan.warmup, plan.peak)
         terms, batch_usage = accumulate_gradients(run, step, sigma, factors)
-        signalled = torch.full((), float(len(run.signals) > 0), device=run.device)
-        terms, signalled = mean_over_ranks(run.world, terms, signalled)
-        stop = signalled > 0        # on all ranks, if one had a signal
-        losses_finite = terms.isfinite().all()                  # the same on every rank
+        losses_finite = torch.stack([*terms.values()]).isfinite().all()     # equal on all ranks
         norm, finite = step_if_finite(run.optimizer, rate, trained, o.clip, losses_finite)
         if o.experts:
             for block, layer_usage in zip(model.blocks, batch_usage):
@@ -442,33 +420,36 @@ def train(run):
         in_a_row = torch.where(finite, 0, in_a_row + 1)
 
         done = step + 1
-        validating = done in (1, plan.steps) or done % val_every == 0
+        last = done == plan.steps
+        validating = done == 1 or last or done % val_every == 0
         logging = validating or done % o.log_every == 0
-        if not (logging or done % read_every == 0):     # below, numbers are read: to log, end, save
-            continue
+        checking = logging or done % check_every == 0   # diverged? signalled? time to save?
         if logging:
-            loss = sum(factor * term for factor, term in zip(factors, terms.tolist()))
-            speed = plan.global_batch * (done - logged) / (time.perf_counter() - logged_at)
+            terms = {name: term.item() for name, term in terms.items()}
+            loss = sum(factors[name] * term for name, term in terms.items())
+            speed = plan.global_batch * (done - done_at_log) / (time.perf_counter() - log_time)
             bar.set_postfix_str(f'loss {loss:.4f}, {speed:.0f} images/s')
-            entry = dict(step=step, loss=loss, **dict(zip(TERMS, terms.tolist())), lr=rate,
-                         momentum=momentum, sigma=sigma, grad_norm=norm.item(),
-                         skipped=run.skipped.item(), images_per_second=speed)
+            entry = dict(step=step, loss=loss, **terms, lr=rate, momentum=momentum, sigma=sigma,
+                         grad_norm=norm.item(), skipped=run.skipped.item(),
+                         images_per_second=speed)
             if run.rank == 0 and validating:
-                found = validate(model, run.shards, o, run.device, run.autocast)
-                tqdm.write(validation_line(found))
-                entry.update(found)
+                log_validation(run, entry)
             if run.rank == 0:
                 write_line(run.log, entry)
-            logged, logged_at = done, time.perf_counter()
-        end_if_diverged(run.out, in_a_row)
-        saving = stop or done == plan.steps or time.perf_counter() - saved_at > 60 * o.save_minutes
-        if run.rank == 0 and saving:
-            save(run.out / 'ckpt.pt', dict(
-                run.header, model=model.state_dict(), optimizer=run.optimizer.state_dict(),
-                done=done, skipped=run.skipped.item()))
-            saved_at = time.perf_counter()
-        if stop:
-            break
+            done_at_log, log_time = done, time.perf_counter()
+        if checking:
+            end_if_diverged(run.out, in_a_row)
+            signalled = torch.full((), float(len(run.signals) > 0), device=run.device)
+            stop = mean_over_ranks(run.world, signalled).item() > 0     # on all ranks at once
+            minutes = (time.perf_counter() - save_time) / 60
+            if run.rank == 0 and (stop or last or minutes > o.save_minutes):
+                save(run.out / 'ckpt.pt', dict(
+                    config=asdict(model.config), options=asdict(o), identity=run.identity,
+                    model=model.state_dict(), optimizer=run.optimizer.state_dict(),
+                    done=done, skipped=run.skipped.item()))
+                save_time = time.perf_counter()
+            if stop:
+                break
     return done
 
 def main():
@@ -483,20 +464,29 @@ def main():
         if world > 1:
             dist.barrier()
         run = build_run(o, rank, world, local, device)
-        done, steps = train(run), run.plan.steps
+        steps = run.plan.steps
+        if rank == 0:
+            run.log = prepare_folder(run.out, o, run.start)
+            facts = dict(config=asdict(run.model.config), steps=steps, options=asdict(o))
+            save(run.out / 'config.json', json.dumps(facts, indent=1))
+            millions = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
+            print(f'{o.out} on {world} x {device.type}, {"bfloat16" if run.bf16 else "float32"}: '
+                  f'{millions:.1f} M parameters, {len(run.shards.train)} images, {steps} steps of '
+                  f'{run.plan.global_batch}; pictures: python -m tests.lab.pictures {o.out}')
+        done = train(run)
     except OSError as error:        # a full disk, for example
         raise SystemExit(f'{error}; the last checkpoint is whole')
     except KeyboardInterrupt:       # before the first step, when there is nothing to save
         raise SystemExit(130)
     if world > 1:
         dist.destroy_process_group()
-    if rank > 0:    # with another status than 0, torchrun would kill rank 0 while it saves
+    if rank > 0:    # if one rank fails, torchrun kills rank 0, which may still be saving
         return
     if done < steps:
         print(f'{o.out}: stopped after {done} of {steps} steps; go on with --resume')
-        number = run.signals[0] if run.signals else signal.SIGTERM      # another rank had it
-        sys.exit(128 + number)
-    release_signals()       # all is saved
+        # It may be another rank that had the signal.
+        sys.exit(128 + (run.signals[0] if run.signals else signal.SIGTERM))
+    on_signals(signal.SIG_DFL)      # all is saved, so they may end the process at once
     print(f'{o.out}: all {steps} steps; ckpt.pt is the network, *.png are its pictures')
     run_program('pictures', o.out)
 

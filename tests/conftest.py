@@ -38,12 +38,14 @@ def signal_handlers():
 @pytest.fixture(scope='session', autouse=True)
 def skipped_pictures():
     """Trainings in this process end without the program of their pictures, which takes seconds; it
-    runs where `wanted` is set. `count` is how often it did not."""
+    runs where `wanted` is set. `count` is how often it did not. Predictions run in this process."""
     state, run = SimpleNamespace(wanted=False, count=0), pretrain.run_program
 
     def run_unless_pictures(name, *words):
         if name == 'pictures' and not state.wanted:
             state.count += 1
+        elif name == 'predict':
+            runs.module('predict').main([*map(str, words)])
         else:
             run(name, *words)
 

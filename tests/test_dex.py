@@ -22,7 +22,7 @@ every_number = pytest.mark.parametrize('top_k', [1, 2, 4])      # of four expert
 def test_a_dex_module_equals_a_loop_over_images_and_experts(top_k, routing):
     """Output (Eq. 2 and 5), alignment loss (Eq. 3 and 15), scores, choice and weights."""
     dex, x = networks.dex(top_k, routing), torch.randn(5, 3, 8)
-    y, ours = dex(x, need_routing=True)
+    y, ours = dex(x, with_director=True)
     expected, decisions = naive.dex(dex, x)
     close(y, expected)
     for value, theirs in zip(ours, decisions, strict=True):
@@ -38,7 +38,7 @@ def test_gradients_of_a_dex_module_are_those_of_the_loop(top_k, routing):
     assert len(inputs) == 6     # the gate's weights, and weights and biases of the experts' layers
     direction = torch.randn(5, 3, 8)
     found = []
-    for y, (alignment, scores, _, _) in (dex(x, need_routing=True), naive.dex(dex, x)):
+    for y, (alignment, scores, _, _) in (dex(x, with_director=True), naive.dex(dex, x)):
         loss = (y * direction).sum() + 3 * alignment + (scores * torch.arange(4)).sum()
         found.append(torch.autograd.grad(loss, inputs))
     for ours, theirs in zip(*found):
@@ -48,7 +48,7 @@ def test_gradients_of_a_dex_module_are_those_of_the_loop(top_k, routing):
 def test_inference_gives_the_output_of_training_without_noise(routing):
     dex, x = networks.dex(routing=routing), torch.randn(5, 3, 8)
     y, nothing = dex(x)
-    assert nothing is None and torch.equal(y, dex(x, need_routing=True)[0])
+    assert nothing is None and torch.equal(y, dex(x, with_director=True)[0])
 
 def test_all_experts_activated_are_the_dense_weighted_sum():
     dex, x = networks.dex(top_k=4), torch.randn(5, 3, 8)
@@ -59,14 +59,15 @@ def test_all_experts_activated_are_the_dense_weighted_sum():
 def test_the_class_token_alone_chooses_an_images_experts():
     dex, x = networks.dex(), torch.randn(20, 3, 8)
     others = torch.cat([x[:, :1], torch.randn(20, 2, 8)], 1)
-    for ours, theirs in zip(dex(x, need_routing=True)[1][1:], dex(others, need_routing=True)[1][1:]):
+    one, other = [dex(images, with_director=True)[1][1:] for images in (x, others)]
+    for ours, theirs in zip(one, other):
         assert torch.equal(ours, theirs)
 
 @pytest.mark.parametrize('top_k, learns', [(1, False), (2, True)])
 def test_one_activated_expert_gives_the_gate_no_task_gradient(top_k, learns):
     """Its weight is 1 whatever the gate says; with two, the gate learns from the task."""
     dex = networks.dex(top_k)
-    y, _ = dex(torch.randn(6, 3, 8), need_routing=True)
+    y, _ = dex(torch.randn(6, 3, 8), with_director=True)
     y.square().sum().backward()
     assert bool(dex.gate.weight.grad.abs().max() > 1e-4) == learns
 
@@ -74,7 +75,7 @@ def test_an_expert_without_images_has_a_gradient_of_zero():
     dex, x = networks.dex(), torch.rand(5, 3, 8)
     with torch.no_grad():
         dex.gate.weight[3] = -9
-    y, (alignment, _, activated, _) = dex(x, need_routing=True)
+    y, (alignment, _, activated, _) = dex(x, with_director=True)
     (y.square().mean() + alignment).backward()
     assert activated[:, 3].sum() == 0
     for parameter in dex.experts.parameters():
@@ -100,7 +101,7 @@ def test_stacked_experts_equal_a_loop_over_rows(dtype, error):
         assert (value - theirs).norm() < error * theirs.norm()
 
 @pytest.mark.parametrize('name, value', [
-    ('top_k', 0), ('top_k', -1), ('top_k', 9), ('routing', 'pixel')])
+    ('top_k', 0), ('top_k', -1), ('top_k', 9)])
 def test_an_impossible_choice_of_experts_is_refused(name, value):
     """Of eight experts."""
     with pytest.raises(SystemExit) as error:
@@ -121,7 +122,7 @@ def test_experts_start_as_copies_of_the_director(kind):
 
 def test_a_new_dex_module_gives_what_its_director_gives():
     dex, x = ViT(networks.config(experts=3)).blocks[0].dex, torch.randn(4, 5, 16)
-    y, (alignment, _, _, _) = dex(x, need_routing=True)
+    y, (alignment, _, _, _) = dex(x, with_director=True)
     close(y, dex.director(x))
     assert alignment.abs() < 1e-6
 
@@ -137,9 +138,9 @@ def test_a_new_dex_module_has_random_weights_and_biases_of_zero():
 def test_noise_favours_seldom_used_experts_as_in_equation_21():
     """The gate says 0 for all. So the logs of two scores differ by sigma times the difference of
     their noises and usages, which is normal; 40,000 draws tell its mean and deviation."""
-    dex, sigma = networks.dex(routing='token'), 0.5
+    dex, sigma = networks.dex(), 0.5
     dex.usage.copy_(torch.tensor([6.0, 2.0, 1.5, 0.5]))     # shares of 0.6, 0.2, 0.15, 0.05
-    _, (_, scores, _, _) = dex(torch.zeros(200, 200, 8), torch.tensor(sigma), True)
+    _, (_, scores, _, _) = dex(torch.zeros(40_000, 1, 8), torch.tensor(sigma), True)
     logs = scores.log()
     difference = logs[:, 1:] - logs[:, :1]
     mean = sigma * torch.tensor([0.4, 0.45, 0.55])
@@ -149,9 +150,9 @@ def test_noise_favours_seldom_used_experts_as_in_equation_21():
     torch.testing.assert_close(difference.std(0), deviation, atol=error, rtol=0)
 
 def test_a_noise_level_of_zero_is_no_noise():
-    dex = networks.dex(routing='token')
+    dex = networks.dex()
     dex.usage.copy_(torch.tensor([6.0, 2.0, 1.5, 0.5]))
-    _, (_, scores, _, _) = dex(torch.zeros(3, 2, 8), need_routing=True)
+    _, (_, scores, _, _) = dex(torch.zeros(6, 2, 8), with_director=True)
     assert torch.equal(scores, torch.full((6, 4), 0.25))
 
 # ----------------------------------------------------------------------------------------
@@ -198,7 +199,7 @@ def test_gema_moves_the_director_to_the_experts_average_and_the_usage_to_the_bat
     """Equations 7 and 20; the experts stay where they are."""
     dex = networks.dex()
     dex.usage.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
-    _, (_, _, _, weights) = dex(torch.randn(6, 3, 8), need_routing=True)
+    _, (_, _, _, weights) = dex(torch.randn(6, 3, 8), with_director=True)
     usage = naive.usage_of(weights.detach())
     expected = naive.gema(dex, usage, 0.7)
     experts = {name: value.clone() for name, value in dex.experts.named_parameters()}
@@ -223,9 +224,9 @@ def test_gema_after_a_step_that_is_not_finite_changes_no_bit(usage):
 
 def test_autocast_in_bfloat16_keeps_every_choice_and_is_within_its_error():
     dex, x = networks.dex(), torch.randn(4000, 1, 8)
-    y, (_, _, *choice) = dex(x, need_routing=True)
+    y, (_, _, *choice) = dex(x, with_director=True)
     with torch.autocast('cpu', torch.bfloat16):
-        low, (_, _, *low_choice) = dex(x, need_routing=True)
+        low, (_, _, *low_choice) = dex(x, with_director=True)
         assert dex.director(x).dtype == torch.bfloat16
     for value, theirs in zip(low_choice, choice, strict=True):      # activated, weights
         assert torch.equal(value, theirs)

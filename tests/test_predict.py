@@ -201,6 +201,18 @@ def test_a_file_that_fails_is_named_and_the_others_get_theirs(finder, tmp_path):
     assert [path.name for path in place(finder, tmp_path).glob('*-mask*')] == ['x.png-mask.png']
     assert '1 of 3 files' in result.out
 
+def test_the_command_has_the_status_of_the_program_that_it_starts(finder, tmp_path):
+    """Elsewhere in these tests predictions run in the process of the test."""
+    files.save(tmp_path / 'x.png', np.full((20, 30), 200, np.uint8))
+    for names, code in ((['x.png'], 0), (['none.png', 'x.png'], 1)):
+        shutil.rmtree(finder / 'predictions', ignore_errors=True)
+        process = runs.start('finetune', '--predict', *names, '--out', finder, cwd=tmp_path)
+        result = runs.finish(process)
+        assert result.code == code, result.err
+        assert 'Traceback' not in result.err and ('none.png' in result.err) == bool(code)
+        masks = place(finder, tmp_path).glob('*-mask*')
+        assert [path.name for path in masks] == ['x.png-mask.png']
+
 # --- classes ----------------------------------------------------------------------------------
 
 def test_classes_of_the_test_images_are_as_right_as_the_results_say(labelled, teller, tmp_path):

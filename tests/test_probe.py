@@ -228,12 +228,12 @@ def test_networks_that_differ_in_their_gate_alone_share_the_row_of_random_weight
         checkpoints, tmp_path, monkeypatch, capsys):
     """Those have no experts among which a gate chooses."""
     others = [write_checkpoint(tmp_path / 'k' / 'one' / 'ckpt.pt', 0, top_k=1),
-              write_checkpoint(tmp_path / 'gate' / 'token' / 'ckpt.pt', 0, routing='token')]
+              write_checkpoint(tmp_path / 'k' / 'three' / 'ckpt.pt', 0, top_k=3)]
     tasks.write_task(tmp_path / 'tell', segments=False)
     run(monkeypatch, checkpoints[0], *others, '--task', 'tell', '--data', tmp_path)
     output = capsys.readouterr().out
     assert output.count('| random weights') == output.count('| pixels') == 1
-    assert '| net (1) |' in output and '| one (1) |' in output and '| token (1) |' in output
+    assert '| net (1) |' in output and '| one (1) |' in output and '| three (1) |' in output
 
 def test_two_runs_of_one_seed_and_a_task_without_validation_are_refused(
         checkpoints, tmp_path, monkeypatch):

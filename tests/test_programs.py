@@ -358,3 +358,26 @@ def test_the_picture_of_the_idea_is_what_its_program_draws(tmp_path):
     ours, drawn = (np.asarray(picture.convert('RGB'), int) for picture in pictures)
     assert ours.shape == drawn.shape
     assert np.abs(ours - drawn).mean() < 1
+
+# --- experts for each token -----------------------------------------------------------------------
+
+def test_token_routing_trains_tunes_and_is_taken_for_no_other_network(
+        sources, labelled, tmp_path):
+    """Each program of its own is in a process of its own, since it changes model.DEX."""
+    def start(program, *words):
+        command = [sys.executable, '-m', 'tests.lab.token_routing', program, *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=runs.ROOT)
+
+    out = tmp_path / 'out'
+    result = start('pretrain', *runs.pretrain_words(sources.folder, out, steps=2))
+    assert result.returncode == 0, result.stderr
+    found = runs.weights(out / 'ckpt.pt')
+    assert found['blocks.1.dex.by_token'] and runs.read_log(out)[-1]['bits']
+    words = runs.finetune_words(labelled / 'tell', tmp_path / 'tuned', init=out / 'ckpt.pt', steps=1)
+    runs.ends(runs.program('finetune', *words), naming=[out / 'ckpt.pt', 'dex.by_token'])
+    result = start('finetune', *words)
+    assert result.returncode == 0, result.stderr
+    assert 'vit.blocks.1.dex.by_token' in runs.weights(tmp_path / 'tuned' / 'best.pt')
+    files.save(tmp_path / 'x.png', np.zeros((9, 9), np.uint8))
+    result = start('finetune', '--predict', tmp_path / 'x.png', '--out', tmp_path / 'tuned')
+    assert result.returncode == 0, result.stderr

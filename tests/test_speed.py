@@ -34,7 +34,7 @@ def backward(network, images, *noise):
 @pytest.mark.parametrize('change', [
     dict(experts=0),
     dict(top_k=1),
-    dict(top_k=3, routing='token'),
+    dict(top_k=3),
     dict(mask_ratio=0.5),
 ], ids=str)
 def test_counted_operations_are_those_that_torch_counts(change, monkeypatch):
@@ -81,7 +81,7 @@ def test_operations_of_the_base_network(config, gigaflops):
 
 # --- Compiled blocks ------------------------------------------------------------------------------
 
-VARIANTS = [dict(), dict(routing='token'), dict(experts=0)]
+VARIANTS = [dict(), dict(experts=0)]
 
 @pytest.fixture
 def compiling(monkeypatch):

@@ -7,11 +7,14 @@ import torch
 
 from model import Config
 
-def own_encoder(path, size):
-    """The encoder of a user's Python file; tests/encoders/timm_encoder.py is the pattern.
+def own_encoder(path, size, o=None):
+    """The encoder of a user's Python file; tests/encoders/timm_encoder.py is the pattern. Exits if
+    `o`, the options of a fine-tuning, ask for what such an encoder does not have.
     The file's function encoder(size) returns a module with the integers patch, width and depth.
     It maps normalized images (B, 3, size, size) to what our ViT returns: tokens (B, 1 + n, width),
     the class token and then n patches row by row; None; the same of each of `depth` blocks."""
+    if o and (o.adapt == 'experts' or o.top_k or o.patch or o.tune_blocks != type(o).tune_blocks):
+        raise SystemExit(f'{path}: takes --adapt director; no --top_k, --patch, --tune_blocks')
     folder = os.path.dirname(os.path.abspath(path))
     sys.path.insert(0, folder)      # the file may import its neighbours
     try:

@@ -49,6 +49,7 @@ from tqdm import tqdm
 import data
 import pretrain
 from model import DEX, MAE, Config, Routing, layer_losses, named_config
+from tests.lab.token_routing import TokenDEX
 
 PEAK = {        # a part of the GPU's name, and its peak in bfloat16 TFLOP/s; the first match counts
     'B200': 2250,
@@ -99,8 +100,7 @@ def flops(config):
     attention, mlp = attention_products(visible, C), mlp_products(visible, C, ratio)
     block, director = attention + mlp, 0
     if config.experts:
-        gated = visible if config.routing == 'token' else 1
-        block = attention + config.top_k * mlp + gated * C * config.experts
+        block = attention + config.top_k * mlp + C * config.experts
         director = mlp      # it has no gradient, and its input is detached
     trained = config.depth * block + decoder
     patch_embed = patches * pixels * C  # images have no gradient
@@ -253,7 +253,7 @@ def print_run(o, device, world, columns, peaks, waits):
     """Print the table of a run: of DEX and MAE, steps as training_steps yields them, the peaks of
     their memory in bytes, and how often the host waits."""
     chip = torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'
-    bf16 = o.bf16 and pretrain.computes_bf16(device)
+    bf16 = pretrain.use_bf16(o.bf16, device)
     precision = 'bfloat16, compiled' if bf16 else 'float32'
     images = o.batch * o.accumulate * world
     print(f'{world} x {chip}, {precision}; {images} images a step, {len(columns[0])} steps each')
@@ -292,10 +292,11 @@ def gates(config=None):
     """Time a layer without its experts' work: the gate, the gathering and the mixing."""
     config = config or Config()
     *_, device = pretrain.set_up_process('')
-    for (side, batch), routing in itertools.product(GATES, ('image', 'token')):
+    for (side, batch), Module in itertools.product(GATES, (DEX, TokenDEX)):
+        routing = 'image' if Module is DEX else 'token'
         tokens = (side // config.patch) ** 2 + 1
         x = torch.randn(batch, tokens, config.width, device=device)
-        dex = DEX(replace(config, routing=routing)).to(device).requires_grad_(False)
+        dex = Module(config).to(device).requires_grad_(False)
         dex.experts.forward = lambda x, expert: x
         timer = Timer('dex(x)', globals=dict(dex=dex, x=x), num_threads=torch.get_num_threads())
         seconds = timer.blocked_autorange(min_run_time=0.5).median
@@ -316,7 +317,7 @@ class ObviousDEX(nn.Module):
         for _ in range(len(dex.usage)):
             self.experts.append(copy.deepcopy(dex.director).requires_grad_())
 
-    def forward(self, x, sigma, need_routing):
+    def forward(self, x, sigma, with_director):
         """x (B, N, C) -> y (B, N, C) and the Routing."""
         with torch.autocast('cpu', enabled=False):
             logits = self.gate(x[:, 0].float())

@@ -77,6 +77,8 @@ prepare() {
 
 # As pretrain.py, but it keeps the network at the validations after a fifth and half of the steps.
 keeping='
+from dataclasses import asdict
+
 import pretrain
 train, write_line = pretrain.train, pretrain.write_line
 def train_and_keep(run):
@@ -84,7 +86,8 @@ def train_and_keep(run):
         write_line(log, entry)
         step = entry["step"] + 1
         if "val" in entry and round(10 * step / run.plan.steps) in (2, 5):
-            network = dict(run.header, model=run.model.state_dict(), done=step)
+            network = dict(config=asdict(run.model.config), options=asdict(run.o),
+                           identity=run.identity, model=run.model.state_dict(), done=step)
             pretrain.save(run.out / f"step-{step}.pt", network)
     pretrain.write_line = write_and_keep
     return train(run)

@@ -493,8 +493,8 @@ def case_names(folder, count):
 
 def autocast_of(bf16, device):
     """The precision in which a run computes on this device."""
-    bf16 = bf16 and pretrain.computes_bf16(device)
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    enabled = pretrain.use_bf16(bf16, device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 def draw_pretraining(out, config, device):
     """Draw the curves from the log, and all else from the checkpoint if there is one yet.

@@ -1,10 +1,12 @@
-"""What `finetune.py --predict` does: masks or classes of new files, from a fine-tuned run.
+"""Masks or classes of new files, by the best network of a fine-tuned run.
 
-    python finetune.py --predict new/*.png scan.nii.gz --out out/fives
+    python finetune.py --predict new/*.png scan.nii.gz --out out/fives      starts this program
+    python -m tests.lab.predict out/fives new/*.png scan.nii.gz
 
 Writes to the folder `predictions` of the run, below each file's full path: masks with the numbers
 of the classes, an overlay in colours beside each, and classes.csv with class probabilities.
 """
+import argparse
 import csv
 import hashlib
 import os
@@ -103,17 +105,14 @@ def predict_file(name, net, meta, device, target):
     return rows
 
 @torch.no_grad()
-def predict(o):
-    """Apply the run in --out to the files of --predict. A file that fails is named; the others get
-    theirs."""
-    *_, device = set_up_process(o.device)
-    if not o.out:
-        raise SystemExit('--predict needs --out, the folder of a fine-tuned run')
-    net, meta, _, _ = load_run(o.out, device)
-    target = Path(o.out, 'predictions')
+def predict(out, names, device):
+    """Apply the fine-tuned run in the folder `out` to files. A file that fails is named; the
+    others get their prediction. Returns how many failed."""
+    net, meta, _, _ = load_run(out, device)
+    target = Path(out, 'predictions')
     target.mkdir(exist_ok=True)
     rows, failed = [], 0
-    for name in o.predict:
+    for name in names:
         try:
             rows += predict_file(name, net, meta, device, target)
         except (Exception, SystemExit) as error:        # decoders fail in every way; disks run full
@@ -122,5 +121,26 @@ def predict(o):
     if rows:        # names of files need not be UTF-8
         with open(target / 'classes.csv', 'w', newline='', errors='surrogateescape') as table:
             csv.writer(table).writerows([('file', 'image', 'class', *meta['classes']), *rows])
-    print(f'{target}: predictions of {len(o.predict) - failed} of {len(o.predict)} files')
-    sys.exit(failed > 0)
+    print(f'{target}: predictions of {len(names) - failed} of {len(names)} files')
+    return failed
+
+def main(words=None):
+    """Read the command line, or `words`, and predict; the status is 1 if a file failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('run', help='folder of a fine-tuned run')
+    parser.add_argument('names', nargs='+', metavar='FILE', help='images, or folders of DICOM')
+    parser.add_argument('--device', default='', help='cpu, cuda or mps (default: as finetune.py)')
+    o = parser.parse_args(words)
+    if not o.run:
+        raise SystemExit('--predict needs --out, the folder of a fine-tuned run')
+    try:
+        *_, device = set_up_process(o.device)
+        sys.exit(predict(o.run, o.names, device) > 0)
+    except OSError as error:
+        raise SystemExit(f'{error}; predictions that were written before are whole')
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+if __name__ == '__main__':
+    main()

@@ -177,7 +177,7 @@ def networks(paths):
         kept = {name: value for name, value in options.items() if name not in NO_MATTER}
         run = json.dumps([kept, step, checkpoint['config']], sort_keys=True)
         name = path.parent.name if path.stem == 'ckpt' else f'{path.parent.name}, step {step}'
-        plain = replace(config, experts=0, top_k=1, routing='image')    # no expert, no choice
+        plain = replace(config, experts=0, top_k=1)     # no expert, no choice
         view = f'{config.size} px in patches of {config.patch}'
         variants = [(PIXELS + view, f'{PIXELS}, {view}', 0, None),
                     (repr(plain), f'random weights, {view}', seed, None), (run, name, seed, config)]

@@ -170,10 +170,12 @@ def parse(words):
     options = [word for word in words if word.startswith('-')]
     if program == 'bench' and words[:1] == ['run']:
         parsed('pretrain', words[1:])
+    elif program == 'token_routing':
+        parsed(words[0], words[1:])
     elif program == 'bench' and (words[0] not in BENCHMARKS or options):
         raise ValueError(f'bench has no {shlex.join(words)}')
     elif program in WITHOUT_OPTIONS and options:
         raise ValueError(f'{program} has no {options[0]}')
-    elif program not in ('bench', *WITHOUT_OPTIONS):
+    elif program not in ('bench', 'token_routing', *WITHOUT_OPTIONS):
         parsed(program, words)
     return program

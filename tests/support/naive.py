@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from tests.lab.token_routing import TokenDEX
+
 # ----------------------------------------------------------------------------------------
 # Images
 
@@ -83,12 +85,14 @@ def dex_of_an_image(module, tokens):
 
 def dex(module, x):
     """Sec. 3.2 and 3.3 without noise: x (B, N, C) -> (B, N, C) and the Decisions."""
-    images = x
-    if module.by_token:     # each token decides for itself, as an image of one token
-        images = x.reshape(-1, 1, x.shape[2])
+    by_token = isinstance(module, TokenDEX)
+    images = x.reshape(-1, 1, x.shape[2]) if by_token else x    # as images of one token each
     outputs, losses, *decisions = zip(*(dex_of_an_image(module, tokens) for tokens in images))
     alignment = torch.stack([loss for image in losses for loss in image]).mean()
-    return torch.cat(outputs).view_as(x), Decisions(alignment, *map(torch.stack, decisions))
+    decisions = [torch.stack(decision) for decision in decisions]
+    if by_token:
+        decisions = [decision.view(*x.shape[:2], -1).mean(1) for decision in decisions]
+    return torch.cat(outputs).view_as(x), Decisions(alignment, *decisions)
 
 def layer_losses(alignment, scores, activated):
     """The two sums over layers of Eq. 8, from alignment (L,), scores and activated (L, M, R)."""

@@ -2,6 +2,7 @@
 import torch
 
 from model import DEX, Config, ViT
+from tests.lab.token_routing import TokenDEX
 
 TINY = dict(size=16, patch=4, width=16, depth=3, heads=2,
             decoder_width=8, decoder_depth=2, decoder_heads=2)
@@ -24,4 +25,5 @@ def network(kind=ViT, seed=1, **changes):
 
 def dex(top_k=2, routing='image', experts=4):
     """A DEX module of width 8."""
-    return shake(DEX(config(width=8, experts=experts, top_k=top_k, routing=routing)))
+    module = TokenDEX if routing == 'token' else DEX
+    return shake(module(config(width=8, experts=experts, top_k=top_k)))

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = ('pretrain', 'finetune', 'prepare_medverse')
 PACKAGES = {    # where the programs lie
     'tests.lab': ('phantoms', 'pictures', 'report', 'scaling', 'modularity', 'bench',
-                  'bench_prepare', 'predict', 'probe', 'convert'),
+                  'bench_prepare', 'predict', 'probe', 'convert', 'token_routing'),
     'tests.encoders': ('published', 'authors_dex'),
     'tests.support': ('two_ranks',),
 }
@@ -225,7 +225,7 @@ def pretrain_config(**options):
     """The Config of such a run's network."""
     from model import named_config
     o = {**PRETRAINING, **options}
-    names = ('size', 'patch', 'experts', 'top_k', 'routing')
+    names = ('size', 'patch', 'experts', 'top_k')
     return named_config(o['model'], o['depth'], **{name: o[name] for name in names if name in o})
 
 def pretraining(folder, /, out, **options):

@@ -32,10 +32,10 @@ def account(result):
 
 # --- tables --------------------------------------------------------------------------------------
 
-def test_rows_that_name_no_image_are_named_and_stop(tmp_path):
+def test_images_of_a_table_in_formats_that_are_not_read_stop(tmp_path):
     labelled(tmp_path, odd='webp')
     result = task(tmp_path, '--labels', 'answers.csv')
-    runs.ends(result, ['answers.csv: 10 of 20', '001.webp', '--partial'])
+    runs.ends(result, ['formats of images: 10 of 20', '001.webp', '--partial'])
     assert not (tmp_path / 'out').exists()
 
 def test_partial_goes_on_with_what_has_a_partner(tmp_path):
@@ -51,14 +51,6 @@ def test_images_in_class_folders_in_formats_that_are_not_read_stop(tmp_path):
         folder = tmp_path / 'raw' / ('cat', 'dog')[number // 6]
         files.save(folder / f'{number}.{ending}', files.texture(number))
     runs.ends(task(tmp_path), ['6 of 12', 'cat/1.webp'])
-
-def test_commas_in_the_name_of_a_column_do_not_cut_it(tmp_path):
-    labelled(tmp_path)
-    rows = [f'{number:03d};{"cat" if number < 10 else "dog"};7' for number in range(20)]
-    head = 'file;"diagnosis (benign, malignant, other, none)";age'
-    files.write(tmp_path / 'raw/answers.csv', '\n'.join([head, *rows]))
-    assert task(tmp_path, '--labels', 'answers.csv').code == 0
-    assert prepared.task(tmp_path / 'out').classes == ['cat', 'dog']
 
 # --- rules and lists -----------------------------------------------------------------------------
 

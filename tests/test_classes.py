@@ -111,7 +111,7 @@ def test_folders_that_name_a_split_are_it(tmp_path, names):
     assert result.code == 0, result.err
     found = prepared.task(tmp_path / 'out')
     assert found.counts == dict(train=8, val=0, test=12)
-    assert 'train 8, val 0, test 12 files, split by its folders' in result.out
+    assert "{'train': 8, 'val': 0, 'test': 12}" in result.out
     assert {path.split('/')[0] for path in found.split['test']} == {names[1].split('/')[0]}
 
 def test_the_layout_of_nnunet_needs_no_rule(tmp_path):

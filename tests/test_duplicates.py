@@ -10,8 +10,8 @@ SIZE = prepared.SIZE
 
 def twins(*pictures):
     """Which earlier one each of the pictures, uint8 (S, S), repeats: its number, or None."""
-    find_twin, seen = runs.module('prepare_medverse').find_twin, {}
-    return [find_twin(np.reshape(picture, (*np.shape(picture), 1)), number, seen)
+    twin_or_add, seen = runs.module('prepare_medverse').twin_or_add, {}
+    return [twin_or_add(np.reshape(picture, (*np.shape(picture), 1)), number, seen)
             for number, picture in enumerate(pictures)]
 
 def thumbnail(image, width=SIZE, height=SIZE):

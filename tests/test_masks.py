@@ -1,4 +1,4 @@
-"""Pixels of masks: which numbers and colours are which class, in every kind of file."""
+"""Pixels of masks: which numbers are which class, in every kind of file."""
 import shutil
 
 import numpy as np
@@ -119,7 +119,7 @@ def test_a_class_that_a_later_mask_covers_everywhere_stops(tmp_path):
         files.save(tmp_path / f'raw/second/{number}.png', np.ones_like(BLOB))
     rules = '--images', r'images/(\d)', '--masks', r'masks/(\d)', r'second/(\d)'
     words = '--classes', 'none', 'lesion', 'organ'
-    refused(tmp_path, *rules, *words, naming=['shows none, lesion', 'order of --masks'])
+    refused(tmp_path, *rules, *words, naming=['less than two', "'none', 'lesion'", 'order of --masks'])
 
 @pytest.mark.parametrize('classes', [[], ['--classes', *'01'], ['--classes', *'0123']])
 def test_several_masks_need_a_name_for_each_and_one_for_the_background(tmp_path, classes):
@@ -130,10 +130,15 @@ def test_several_masks_need_a_name_for_each_and_one_for_the_background(tmp_path,
 
 # --- colours -------------------------------------------------------------------------------------
 
+def convert_colours(folder, *colours):
+    return runs.program('convert', 'colours', folder / 'raw', 'masks/', *colours)
+
 @pytest.mark.parametrize('end', ['png', 'bmp', 'tif'])
-def test_colours_are_named_as_in_html(tmp_path, end):
+def test_colours_are_converted_to_numbers(tmp_path, end):
     write_pairs(tmp_path, COLOURS[REGIONS], name='{}.' + end)
-    assert show(task(tmp_path, '--classes', *'abc', '--values', *NAMED), REGIONS)
+    assert convert_colours(tmp_path, *NAMED).code == 0
+    rules = '--images', r'images/(.*)\.', '--masks', r'numbers/masks/(.*)\.'
+    assert show(task(tmp_path, *rules, '--classes', *'abc'), REGIONS)
 
 def test_equal_channels_are_grey(tmp_path):
     opaque = np.full_like(BLOB, 255)
@@ -144,21 +149,35 @@ def test_one_colour_beside_black_needs_no_name(tmp_path):
     write_pairs(tmp_path, COLOURS[BLOB])
     assert show(task(tmp_path, '--values', '0', '*'), BLOB)
 
+def test_a_transparent_colour_is_converted_to_the_background(tmp_path):
+    colours = COLOURS[REGIONS]
+    opaque = np.full((*REGIONS.shape, 1), 255, np.uint8)
+    opaque[REGIONS == 1] = 0
+    write_pairs(tmp_path, np.concatenate([colours, opaque], 2))
+    assert convert_colours(tmp_path, *NAMED).code == 0
+    rules = '--masks', r'numbers/(.*)masks/(.*)\.'
+    assert show(task(tmp_path, *rules, '--values', '0', '*'), REGIONS == 2)
+
+def test_two_masks_that_would_become_one_file_are_refused(tmp_path):
+    write_pairs(tmp_path, COLOURS[REGIONS])
+    files.save(tmp_path / 'raw/masks/0.bmp', COLOURS[REGIONS])
+    runs.ends(convert_colours(tmp_path, *NAMED), ['masks/0.png', 'rename one'])
+
 @pytest.mark.parametrize('value', ['*', '255'])
 @pytest.mark.parametrize('third', [(0, 255, 0), (255, 255, 255), (128, 0, 0)])
-def test_several_colours_without_names_are_refused(tmp_path, value, third):
+def test_several_colours_are_refused(tmp_path, value, third):
     colours = np.uint8([(0, 0, 0), (255, 0, 0), third])
     write_pairs(tmp_path, colours[REGIONS])
     refused(tmp_path, '--values', '0', value,
-            naming=['masks/?.png', 'several colours', '--values', '#ff0000'])
+            naming=['masks/?.png', 'several colours', 'tests.lab.convert colours'])
 
 def test_a_colour_without_a_name_is_refused(tmp_path):
     write_pairs(tmp_path, COLOURS[REGIONS])
-    refused(tmp_path, '--values', *NAMED[:2], naming=['masks/?.png', '#00ff00', '--values'])
+    runs.ends(convert_colours(tmp_path, *NAMED[:2]), ['masks/0.png', '#00ff00'])
 
 TRANSPARENT = {     # mask, values
     'white': (np.uint8([255] * 3), ['0', '*']), 'grey': (np.uint8([255]), ['0', '*']),
-    'red': (np.uint8([255, 0, 0]), ['#000000', '#ff0000'])}
+    'red': (np.uint8([255, 0, 0]), ['0', '*'])}
 
 @pytest.mark.parametrize('name', TRANSPARENT)
 def test_what_is_transparent_shows_nothing(tmp_path, name):
@@ -191,10 +210,6 @@ def test_a_palette_of_greys_gives_the_greys(tmp_path):
     write_palette(tmp_path, REGIONS, [(0, 0, 0), (9, 9, 9), (9, 9, 9)])
     assert show(task(tmp_path, '--values', '0', '9'), REGIONS > 0)
 
-def test_a_palette_gives_its_colours_where_these_are_named(tmp_path):
-    write_palette(tmp_path, 2 - REGIONS, COLOURS[::-1])
-    assert show(task(tmp_path, '--classes', *'abc', '--values', *NAMED), REGIONS)
-
 # --- lossy files ---------------------------------------------------------------------------------
 
 LOSSY = {'jpg': ('{}.jpg', dict(format='JPEG')), 'named png': ('{}.png', dict(format='JPEG')),
@@ -207,17 +222,19 @@ def test_in_a_lossy_mask_the_nearest_value_counts(tmp_path, kind, value):
     write_pairs(tmp_path, 255 * BLOB, name=name, quality=75, **form)
     assert show(task(tmp_path, '--values', '0', value), BLOB, wrong=0.03 * BLOB.sum())
 
-@pytest.mark.parametrize('values', [[], ['0', '1']])
-def test_lossy_masks_of_values_near_each_other_are_refused(tmp_path, values):
-    write_pairs(tmp_path, 255 * BLOB, name='{}.jpg', quality=95)
+@pytest.mark.parametrize('values', [[], ['0', '1'], ['0', '100'], ['0', '128', '255']])
+@pytest.mark.parametrize('white', [255, 1, 100])
+def test_lossy_masks_of_other_values_than_0_and_255_are_refused(tmp_path, values, white):
+    """Also where they are 0 and 1, which would all become background."""
+    write_pairs(tmp_path, white * BLOB, name='{}.jpg', quality=95)
     words = ['--values', *values] if values else []
     refused(tmp_path, *words, naming=['masks/?.jpg', 'lossy', 'PNG'])
 
 @pytest.mark.parametrize('name', ['{}.jpg', '{}.png'])
 def test_lossy_masks_of_colours_are_refused(tmp_path, name):
     write_pairs(tmp_path, COLOURS[REGIONS], name=name, format='JPEG', quality=95, subsampling=0)
-    refused(tmp_path, '--classes', *'abc', '--values', *NAMED,
-            naming=['masks/?', 'lossy', 'PNG'])
+    refused(tmp_path, naming=['masks/?', 'several colours'])
+    runs.ends(convert_colours(tmp_path, *NAMED), ['masks/0', 'has the colour #'])
 
 # --- real masks ----------------------------------------------------------------------------------
 

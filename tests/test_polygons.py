@@ -35,7 +35,7 @@ def test_a_star_takes_all_numbers(tmp_path):
 
 def test_a_number_without_a_class_is_named(tmp_path):
     result = task(tmp_path, lines=LINES.replace('\n1 ', '\n7 '))
-    runs.ends(result, ['masks/0.png', 'values or colours 8'])
+    runs.ends(result, ['masks/0.png', 'values 8,'])
 
 def test_two_pairs_of_numbers_are_the_centre_and_the_sides_of_a_box(tmp_path):
     assert task(tmp_path, lines='0 .25 .5 .25 .5\n').code == 0

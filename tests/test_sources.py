@@ -172,7 +172,7 @@ def test_a_source_is_not_taken_for_a_finished_one_of_another_modality(tmp_path):
     before = files.contents(out)
     (raw / 'MR').mkdir()
     (raw / 'CT/hospital').rename(raw / 'MR/hospital')
-    runs.ends(prepare(raw, out), [raw / 'MR/hospital', out / 'hospital', 'CT', 'rename one'])
+    runs.ends(prepare(raw, out), [raw / 'MR/hospital', out / 'hospital', 'CT', 'rename'])
     assert files.contents(out) == before
 
 # --- which files are taken -----------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_the_current_folder_may_be_out(photos):
     (['--task', 'mine', '--modality', 'cat'], ['--modality', 'cat', 'CT']),
     (['--task', 'mine', '--patient', '['], ['[', 'regular expression']),
     (['--task', 'mine', '--split', '0.5', '0.5'], ['--split', '3 arguments']),
-    (['--task', 'mine', '--split', '0.5', '0.2', '0.3'], ['--split', 'whole'])])
+    (['--task', 'mine', '--split', '0.5', '0.2', '0.3'], ['--split', 'shares'])])
 def test_an_option_that_cannot_be_meant_is_named(photos, options, named):
     runs.ends(prepare(photos.raw, photos.out, *options), named)
     assert not photos.out.exists()

@@ -39,13 +39,13 @@ def test_folders_of_splits_are_taken_as_they_are(tmp_path, names, below):
     assert {(path.split('/')[-3], part) for path, part in found.where.items()} == {
         *zip(names, parts)}
     assert len(found.where) == 6 * len(names)
-    assert 'split by its folders' in found.said
 
 @pytest.mark.parametrize('second', ['val', 'Valid', 'validation'])
-def test_where_no_folder_is_for_testing_that_part_is_drawn_from_training(tmp_path, second):
+def test_where_no_folder_is_for_testing_that_part_can_be_drawn_from_training(tmp_path, second):
     write_animals(tmp_path, 'train/{kind}', names='0123456789')
     write_animals(tmp_path, second + '/{kind}', seed=50)
-    found = task(tmp_path)
+    refused(tmp_path, naming=['no image is for testing', '--split'])
+    found = task(tmp_path, '--split', '70', f'^{second}/', '30')
     assert found.counts == dict(train=14, val=6, test=6)
     assert {path.split('/')[0] for path in found.split['val']} == {second}
     assert {path.split('/')[0] for path in found.split['test']} == {'train'}
@@ -54,7 +54,7 @@ def test_a_folder_alone_that_is_called_train_is_none_of_three(tmp_path):
     write_animals(tmp_path, 'train/{kind}', names='0123456789')
     found = task(tmp_path)
     assert found.counts == dict(train=10, val=4, test=6)
-    assert 'train 10, val 4, test 6 files, split by 50, 20, 30; 20 of them drawn' in found.said
+    assert "{'train': 10, 'val': 4, 'test': 6}" in found.said
 
 def test_patients_in_two_splits_that_a_data_set_comes_with_are_named(tmp_path):
     write_animals(tmp_path, 'train/{kind}', names=['p1_0', 'p2_0'])
@@ -108,7 +108,7 @@ def test_a_line_of_a_list_that_names_two_images_is_refused(tmp_path):
     (['none.txt', 'train.txt', 'train.txt'], ['none.txt']),
     (['train.txt'] * 3, ['no rule of --split']),
     (['0', '0', '0'], ['no rule of --split']),
-    (['0.5', '0.2', '0.3'], ['--split', 'whole numbers']),
+    (['0.5', '0.2', '0.3'], ['no rule of --split']),
     (['70', '30'], ['--split', '3 arguments'])])
 def test_a_split_that_cannot_be_meant_is_refused(tmp_path, rules, named):
     write_animals(tmp_path)
@@ -185,3 +185,10 @@ def test_pictures_that_a_drawn_split_parts_from_their_twins_are_counted(tmp_path
     shared = sum(len(parts) > 1 for parts in holders.values())
     told = re.findall(r'warning: (\d+) images are the same', found.said)
     assert (shared > 0) == twins and sum(map(int, told)) == shared
+
+def test_a_patient_that_a_rule_finds_as_nothing_is_none(tmp_path):
+    """Of alternatives only one takes part; the others are no patient of all the rest."""
+    for number in range(16):
+        part = 'a' if number < 8 else 'b'
+        files.save(tmp_path / f'raw/{part}/{part}{number % 8}_0.png', files.noise(number))
+    refused(tmp_path, '--patient', r'/a(\d)_|/b(\d)_', naming=['--patient', 'b/b0_0.png'])

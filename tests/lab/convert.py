@@ -9,12 +9,14 @@ r"""What prepare_medverse.py does not read of some tasks of Table 3, as files th
     python -m tests.lab.convert dsca RAW/dsca 'images/(.*)/'
     python -m tests.lab.convert fhu RAW/fhu           outlines, filled, as RAW/fhu/filled/**.png
     python -m tests.lab.convert outline RAW/mine '_Annotation'      the same of your own outlines
+    python -m tests.lab.convert colours RAW/mine 'masks/' '#000000' '#ff0000' '#00ff00'
     python -m tests.lab.convert medmnist FILE.npz TASK SOURCE       a file of MedMNIST as PNG
     python -m tests.lab.convert medmnist FILE.npz TASK SOURCE normal pneumonia
 
-The last word is a rule, searched in paths: of the frames, of which those whose groups ( ) are the
-same text are one sequence, or of the masks that show a closed convex outline.
-In masks of polygons 0 is the background, and class n of a line is n + 1.
+The word after the folder is a rule, searched in paths: of the frames, of which those whose groups
+( ) are the same text are one sequence, or of the masks that show colours or closed convex outlines.
+In masks of polygons 0 is the background, and class n of a line is n + 1. Masks of colours become
+RAW/mine/numbers/**.png, in which 0 stands for the first colour that is given, 1 for the second, ...
 Of MedMNIST, the folder TASK holds all images, as TASK/<train|val|test>/<class>/000001.png, where
 <class> is the number of the class, or the name that is given for it. The folder SOURCE holds the
 training images alone, for pretraining, so that no network sees the other images before its test.
@@ -27,7 +29,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
 from prepare_medverse import PICTURES, SPLITS, list_names, read, search, to_uint8
 
@@ -155,6 +157,33 @@ def write_filled(raw, rule):
         written.append(target)
     return written
 
+def write_numbers(raw, rule, colours):
+    """Write each mask that a rule finds, with the numbers of its colours, as RAW/numbers/**.png."""
+    written = []
+    for name in list_names(raw):
+        path = raw / name
+        if not search(rule, name) or not path.is_file() or name.startswith('numbers/'):
+            continue
+        with Image.open(path) as picture:       # whose EXIF stays, so that a turned mask is refused
+            pixels, exif = np.asarray(picture.convert('RGBA')), picture.getexif()
+        known = pixels[..., 3] < 128            # what is transparent shows nothing: the background
+        pixels = np.where(known[..., None], ImageColor.getrgb(colours[0]), pixels[..., :3])
+        numbers = np.zeros(known.shape, np.uint8)
+        for number, colour in enumerate(colours):
+            has_it = (pixels == ImageColor.getrgb(colour)).all(2)
+            numbers[has_it] = number
+            known |= has_it
+        if not known.all():
+            red, green, blue = pixels[~known][0]
+            sys.exit(f'{path}: has the colour #{red:02x}{green:02x}{blue:02x}, which is not given')
+        target = (raw / 'numbers' / name).with_suffix('.png')
+        if target in written:
+            sys.exit(f'{path}: {target} is of another mask already; rename one of the two')
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(numbers).save(target, exif=exif)
+        written.append(target)
+    return written
+
 def read_medmnist(path, names):
     """[(split, class, number in the split, image uint8 (H, W) or (H, W, 3))] of a file of MedMNIST.
     A class is called by its number, or by its name if there are names."""
@@ -224,7 +253,7 @@ def main():
         return
     if len(sys.argv) < 3 or not Path(sys.argv[2]).is_dir():
         sys.exit('give a task and its folder: python -m tests.lab.convert yolo RAW (or scr, tn5000, '
-                 'slsc-c, slsc-s, dias, dsca, fhu, outline, medmnist)')
+                 'slsc-c, slsc-s, dias, dsca, fhu, outline, colours, medmnist)')
     name, raw = sys.argv[1], Path(sys.argv[2])
     if name == 'scr':
         written = write_films(raw)
@@ -238,11 +267,19 @@ def main():
         written = write_darkest(raw, [FRAMES[name], *sys.argv[3:]][-1])
     elif name in OUTLINES:
         written = write_filled(raw, [OUTLINES[name], *sys.argv[3:]][-1])
+    elif name == 'colours':
+        if len(sys.argv) < 5:
+            sys.exit('give a rule of the masks, and their colours, the background first')
+        written = write_numbers(raw, sys.argv[3], sys.argv[4:])
     else:
         sys.exit(f'{name}: is none of scr, tn5000, slsc-c, slsc-s, yolo, dias, '
-                 'dsca, fhu, outline and medmnist')
+                 'dsca, fhu, outline, colours and medmnist')
     if not written:
         sys.exit(f'{raw}: holds nothing that is converted for {name}')
+    if name == 'colours':
+        print(f'{raw}: {len(written)} masks became numbers below {raw}/numbers; put numbers/ '
+              "before their rule, as in --masks 'numbers/(.*)masks/(.*)\\.'")
+        return
     print(f'{raw}: {len(written)} images of {name} converted; new files lie beside them, for '
           f'python prepare_medverse.py --task {name} --raw {raw}')
 

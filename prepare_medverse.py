@@ -51,7 +51,7 @@ WINDOWS['SUV'] = Window((0, 20), None, 0.01)  # standardized uptake values: PET 
 FIELDS = 'name modality content count access link'
 Source = namedtuple('Source', f'{FIELDS} images skip', defaults=('', '', '', '', '.', ''))
 Task = namedtuple('Task', f'{FIELDS} options')
-# pixels: uint8 (S, S, c), or None if dropped. single: alone in an array, of a picture or .npy.
+# pixels: uint8 (S, S, c), or None if dropped. single: no slice; only these are compared.
 Item = namedtuple('Item', 'pixels single reason detail', defaults=(False, '', ''))
 PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.gif', '.pgm', '.ppm')
 VIDEOS, VOLUMES = ('.avi', '.mp4'), ('.nii.gz', '.nii', '.img')  # volumes: NIfTI and Analyze
@@ -107,8 +107,8 @@ def list_names(home):
     return [str(path.relative_to(home)) for path in sorted(paths)]
 
 def series(folder, new, modality=''):
-    """Convert a DICOM folder into the folder `new`. Yield the NIfTI files of this modality, then
-    raise ValueError if there were images of others, or if dcm2niix failed."""
+    """Convert a DICOM folder into the folder `new`. Yield the NIfTI files of this modality, and
+    only then raise ValueError if there were images of others, or if dcm2niix failed."""
     command = ['dcm2niix', '-d', '0', '-z', 'n', '-o', new, folder]
     run = subprocess.run(command, capture_output=True, text=True, errors='replace')
     if shutil.disk_usage(new).free < 1 << 20:  # on a full disk dcm2niix says that all went well
@@ -123,8 +123,8 @@ def series(folder, new, modality=''):
     if modality and (others := sorted({*kinds.values()} - {wanted})):
         raise ValueError(f'it has series of {", ".join(others)}, which are not of {modality}')
     if run.returncode or not kinds:
-        end = f'dcm2niix ended with error {run.returncode}: {(run.stdout + run.stderr)[-80:]!r}'
-        raise ValueError(f'of DICOM only MR, CT and PET are read, save others as PNG; {end}')
+        raise ValueError('of DICOM only MR, CT and PET are read, save others as PNG; '
+                         f'dcm2niix ended with error {run.returncode}: {run.stdout[-80:]!r}')
 
 def read(path, draft=0, of_image=None):
     """All arrays of a file, (n, H, W) or (n, H, W, 3), upright, in its own units. draft: a JPEG may
@@ -152,7 +152,7 @@ def read_volume(path, of_image):
     if not np.isfinite(affine).all():  # with NaN, `cut` would choose any axis
         raise ValueError('its affine is not finite')
     scaled = (volume.dataobj.slope, volume.dataobj.inter) != (1, 0)
-    if of_image is not None:  # a mask is cut as its image is, even where rounding differs
+    if of_image is not None:  # a mask is cut as its image, even if their affines differ a bit
         volume = on_grid(volume, of_image)
         affine = of_image.affine
     voxels = np.asarray(volume.dataobj, np.float32 if scaled else None)  # instead of float64
@@ -381,7 +381,8 @@ def find_sources(raw, out, wanted):
                       if modality_of(path.parent.name) in MODALITIES]
     found += [(Source(path.name, modality_of(path.parent.name)), path)
               for path in below_modality if path.is_dir()]
-    used = {folder for _, home in found for folder in (home, home.parent)}  # RAW/CT of RAW/CT/mine
+    used = {home for _, home in found}
+    used |= {home.parent for home in used}  # RAW/CT is used if RAW/CT/mine is
     if unused := {*raw.glob('*'), *below_modality} - used:
         print(f'warning: {len(unused)} paths are no data sets, as {min(unused)}', file=sys.stderr)
     times, sources = Counter(row.name for row, _ in found), {}
@@ -521,15 +522,15 @@ def find_samples(raw, o):
     if not samples:
         sys.exit(f'{raw}: no image has a class or mask, such as {images[:1]}; {NOT_READ}')
     unused = [name for name in images if name not in samples]
-    check_used(f'images {rule}', len(images), unused, partial=True)  # imagesTs/ may be
+    check_used(f'images {rule}', len(images), unused, partial=True)  # as in imagesTs/
     return samples
 
 def find_pairs(raw, image_rule, images, masks, o):
     """{image: Sample}, by equal groups. images: {groups: names}; masks: {rule: {groups: names}}."""
     samples = {}
     for groups, names in images.items():
-        by_rule = [of_rule.get(groups, []) for of_rule in masks.values()]
-        its_masks = [(number, name) for number, same in enumerate(by_rule, 1) for name in same]
+        by_rule = [found.get(groups, []) for found in masks.values()]
+        its_masks = [(k, name) for k, same in enumerate(by_rule, 1) for name in same]
         are_many = max(map(len, by_rule)) > 1  # masks of one rule
         if len(names) > 1 or (are_many and not o.objects):
             some = ', '.join([*names[:2], *(name for _, name in its_masks)][:3])
@@ -552,7 +553,7 @@ def by_folders(names, level):
     for name in names:
         folders = [folder for folder in Path(name).parent.parts
                    if not any(search(rule, f'{folder}/') for rule in SPLITS.values())]
-        own[name] = folders[-1] if folders else Path(name).parent.name  # all are of splits
+        own[name] = folders[-1] if folders else Path(name).parent.name  # else a split's
         above[name] = folders[-2] if len(folders) > 1 else ''
     if level == 0 and len({*above.values()}) > 1:
         one, two = [dict(Counter(found.values()).most_common(9)) for found in (own, above)]
@@ -838,15 +839,14 @@ def complete_options(o, labels):
     """Check --classes and --values, and set them and --sided if they are not given."""
     if len({''.join(label.lower().split()) for label in labels}) < len(labels):
         sys.exit(f'classes {labels}: some differ in case or blanks alone; give them one spelling')
-    # Classes without names are called by their values, but two are background and foreground.
+    # Without --classes, more than two values are names, and two are background and foreground.
     names = [value or 'background' for value in o.values]  # '' lists no value
     o.classes = o.classes or labels or (names if len(names) > 2 else ['background', 'foreground'])
     several = len(o.masks) > 1  # then each rule is a class, and its masks have two values
     if several and (len(o.classes) != len(o.masks) + 1 or len(o.values) not in (0, 2)):
         sys.exit('--classes: background and one for each mask; --values: outside and inside')
-    # A mask of one class or object may show it by any number but 0.
     usual = ['0', '*'] if several or o.objects else [str(k) for k in range(len(o.classes))]
-    o.values = o.values or usual
+    o.values = o.values or usual  # *: a mask of one class or object shows it by any number
     # Images must not be mirrored if classes tell left from right. l and r do so only together.
     words = {*re.findall('[a-z]+', ' '.join(o.classes).lower())}
     sides = {'left', 'right', 'sinister', 'dexter'}

@@ -28,6 +28,7 @@ def test_classes_that_differ_in_case_or_blanks_alone_stop(tmp_path, kinds):
 
 @pytest.mark.parametrize('kinds, sided', [
     (('kidney-left', 'kidney-right'), True), (('lung L', 'lung R'), True), (('OD', 'OS'), True),
+    (('oculus dexter', 'oculus sinister'), True),
     (('cat', 'dog'), False), (('grade-l', 'grade-m'), False)])
 def test_classes_that_name_sides_are_told_to_fine_tuning(tmp_path, kinds, sided):
     write(tmp_path, kinds)

@@ -253,6 +253,20 @@ def test_a_disk_with_too_little_room_is_told_before_it_is_written_to(tmp_path, m
         refused(tmp_path, naming=[tmp_path / 'out', 'No space left on device'])
     assert task(tmp_path).counts == dict(train=1, val=0, test=1)
 
+@pytest.mark.parametrize('image, mask, rule', [
+    ('images/{}.png', 'seg/{}.png', ['--masks', r'(.*)seg/(.*)\.png']),
+    ('scans/{}.png', 'masks/{}.png', ['--images', r'(.*)scans/(.*)\.png']),
+    ('images/imagesTr/{}_0000.nii', 'images/labelsTr/{}.nii', [])])
+def test_one_rule_is_enough_where_the_other_is_as_by_default(tmp_path, image, mask, rule):
+    """Also nnU-Net's folders in one whose name ends in images."""
+    for number in range(4):
+        for path, pixels in (image, files.noise(number)), (mask, folders.BLOB):
+            target = tmp_path / 'raw' / path.format(number)
+            write = files.nifti if target.suffix == '.nii' else files.save
+            write(target, pixels[..., None] if target.suffix == '.nii' else pixels)
+    found = task(tmp_path, *rule)
+    assert sorted(found.where) == [image.format(number) for number in range(4)]
+
 @pytest.mark.parametrize('file', ['split.json', 'meta.json'])
 def test_a_task_whose_last_files_do_not_fit_on_the_disk_leaves_nothing(tmp_path, full_disk, file):
     write_pairs(tmp_path)

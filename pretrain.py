@@ -276,7 +276,7 @@ def validate(model, shards, o, device, autocast):
     first = F.one_hot(weights.argmax(2), o.experts)     # (L, V, R): 1 at the first expert
     counts = torch.stack([first[:, modality == m].sum(1) for m in present], 1)  # (L, present, R)
     bits, bits_max = zip(*map(mutual_information, counts))      # bits_max is the same in all layers
-    # Median weight of an image's second expert; it is 0 if K = 1.
+    # Median weight of an image's second expert: 0 if K = 1, and 1 if there is but one expert.
     second = weights.topk(min(2, o.experts)).values[:, :, -1].median(1).values
     dead = (weights.sum(1) == 0).sum(1)     # experts that no image activates
     return dict(entry, bits=bits, bits_max=bits_max[0], second=second.tolist(), dead=dead.tolist())

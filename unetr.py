@@ -38,7 +38,7 @@ class UNETR(nn.Module):
         super().__init__()
         C, P, L = vit.config.width, vit.config.patch, vit.config.depth
         if P not in (8, 16, 32) or L < 4:
-            raise SystemExit(f'UNETR takes patches of 8, 16, 32 px and 4+ blocks, not {P}, {L}')
+            raise SystemExit(f'UNETR takes patches of 8, 16, 32 px, 4 blocks or more; not {P}, {L}')
         self.vit, factor = vit, P // 8
         self.taps = [L // 4, L * 2 // 4, L * 3 // 4]        # blocks, counted from one
         self.skips = nn.ModuleList([                        # from coarse to fine

@@ -158,8 +158,9 @@ def write_filled(raw, rule):
     return written
 
 def write_numbers(raw, rule, colours):
-    """Write each mask that a rule finds, with the numbers of its colours, as RAW/numbers/**.png."""
-    written = []
+    """Write each mask that a rule finds, with the numbers of its colours, as RAW/numbers/**.png.
+    Returns the set of these files."""
+    written = set()
     for name in list_names(raw):
         path = raw / name
         if not search(rule, name) or not path.is_file() or name.startswith('numbers/'):
@@ -181,7 +182,7 @@ def write_numbers(raw, rule, colours):
             sys.exit(f'{path}: {target} is of another mask already; rename one of the two')
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(numbers).save(target, exif=exif)
-        written.append(target)
+        written.add(target)
     return written
 
 def read_medmnist(path, names):
